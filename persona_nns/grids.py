@@ -7,6 +7,8 @@ markers as in its published result file); ``review`` is the long personas on the
 tasks, the grid of the paper's sections 6 and 7.
 """
 
+import hashlib
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -81,6 +83,12 @@ class Grid:
             for task in self.tasks
             if task != BASELINE
         )
+
+    @property
+    def digest(self) -> str:
+        """Hash of keys and texts: two grids with one digest ask the same questions."""
+        texts = json.dumps([dict(self.personas), dict(self.tasks)], ensure_ascii=False)
+        return hashlib.sha256(texts.encode()).hexdigest()
 
     def select_cells(self, labels: Iterable[str]) -> tuple[Cell, ...]:
         """The cells with these labels, in the order of the grid.

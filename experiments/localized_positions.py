@@ -1,0 +1,168 @@
+"""Where do persona and task add up? Additive substitution at one site ("As X, Do Y", §4 and §5).
+
+Of each cell, four prompts: BB, XB, BY, XY. At a site (layer, position) the residuals of the four
+give ΔX, ΔY and ΔXY. How well does ΔX + ΔY point along ΔXY? And if h_BB + ΔX + ΔY replaces the
+residual of XY at that one site, how far do the next ten tokens move from where they were?
+"""
+
+import nnsight
+import torch
+from nnsight import TransformersModel
+from torch import Tensor
+
+from persona_nns.batches import left_pad
+from persona_nns.continuations import read_continuation
+from persona_nns.decomposition import additive, cos_additive, cos_persona_task, interaction_ratio
+from persona_nns.grids import Cell
+from persona_nns.metrics import log_probabilities, summed_kl
+from persona_nns.models import end_tokens
+from persona_nns.plots import cells_heatmap, lines_by_layer
+from persona_nns.prompts import ROLE_PROMPTS, render_cell
+from persona_nns.sites import generated_index, position_index, substitute, take
+from persona_nns.variables import Variable
+
+protocol_version = 1
+defaults = {"layers": "0.25,0.40,0.55,0.70,0.85", "positions": "p_last,g1,g2"}
+
+variables = {
+    "kl": Variable(
+        "cell layer position",
+        "causal KL",
+        units="nat",
+        description="KL(clean ‖ substituted) summed over the scored reference tokens, with "
+        "h_BB + ΔX + ΔY in place of the XY residual at (layer, position).",
+    ),
+    "n_eval": Variable(
+        "cell position",
+        "scored tokens",
+        units="token",
+        description="Reference tokens the KL is summed over; fewer than asked for where the "
+        "continuation ends early.",
+        kind="int",
+    ),
+    "cos_additive": Variable(
+        "cell layer position",
+        "cos(ΔXY, ΔX+ΔY)",
+        description="Directional alignment of the additive prediction with the combination.",
+        every_layer=True,
+    ),
+    "cos_persona_task": Variable(
+        "cell layer position",
+        "cos(ΔX, ΔY)",
+        description="Overlap of the persona effect with the task effect.",
+        every_layer=True,
+    ),
+    "interaction_ratio": Variable(
+        "cell layer position",
+        "‖Inter‖ / ‖ΔXY‖",
+        description="Size of what the sum leaves out, relative to the whole effect.",
+        every_layer=True,
+    ),
+}
+
+figures = {
+    "kl_by_layer": lambda ds: lines_by_layer(ds, ["kl"], log=True, reference=0.1),
+    "cosines_by_layer": lambda ds: lines_by_layer(
+        ds, ["cos_additive", "cos_persona_task", "interaction_ratio"]
+    ),
+    "kl_by_persona": lambda ds: cells_heatmap(ds, "kl", "persona"),
+    "kl_by_task": lambda ds: cells_heatmap(ds, "kl", "task"),
+}
+
+
+def measure(
+    model: TransformersModel,
+    cells: list[Cell],
+    *,
+    layers: list[int],
+    positions: list[str],
+    n_eval: int = 10,
+) -> dict[str, Tensor]:
+    """Measure a batch of cells.
+
+    Args:
+        model: from `load_model`.
+        cells: the cells; the leading axis of every result.
+        layers: where the KL is measured (the geometry is measured at every layer).
+        positions: position names; ``gK`` is teacher-forced on the clean XY continuation.
+        n_eval: reference tokens that the KL is summed over.
+    """
+    prompts = [render_cell(model.tokenizer, cell) for cell in cells]
+    n_forced = max(map(generated_index, positions))
+    n_tokens = n_forced + n_eval
+    device = model.device
+
+    # The reference: what the model says, greedily, to the clean XY prompt.
+    xy = left_pad([prompt["XY"].ids for prompt in prompts], device=device)
+    with model.generate(xy.tokens, max_new_tokens=n_tokens, do_sample=False, num_beams=1) as tracer:
+        generated = tracer.result.save()
+    reference = read_continuation(generated, xy.input_ids.shape[1], n_tokens, end_tokens(model))
+
+    # Residuals of the four prompts at every site, each prompt followed by the first reference
+    # tokens and read at its own positions. [layer, cell, position, d_model]
+    residual = {}
+    for name in ROLE_PROMPTS:
+        rows = [
+            [*prompt[name].ids, *forced.tolist()]
+            for prompt, forced in zip(prompts, reference.ids[:, :n_forced], strict=True)
+        ]
+        batch = left_pad(rows, device=device)
+        site = batch.padding[:, None] + torch.tensor(
+            [[position_index(prompt[name], position) for position in positions] for prompt in prompts],
+            device=device,
+        )
+        with model.trace(batch.tokens, position_ids=batch.position_ids, use_cache=False):
+            read = nnsight.save([take(block.input, site) for block in model.layers])
+            read.append(take(model.final_norm.output, site))
+        residual[name] = torch.stack(read).float()
+    bb, xb, by, xy_residual = (residual[name] for name in ROLE_PROMPTS)
+    prediction = additive(bb, xb, by)
+
+    # The clean XY run on its reference. Only the columns from p_last on predict scored tokens.
+    rows = [
+        [*prompt["XY"].ids, *forced.tolist()]
+        for prompt, forced in zip(prompts, reference.ids[:, :-1], strict=True)
+    ]
+    batch = left_pad(rows, device=device)
+    with model.trace(
+        batch.tokens, position_ids=batch.position_ids, use_cache=False, logits_to_keep=n_tokens
+    ):
+        clean = log_probabilities(model.output.logits).save()
+
+    # The same run with the prediction at one site, once for each layer and position.
+    kl = torch.full((len(cells), len(layers), len(positions)), torch.nan, device=device)
+    for p, position in enumerate(positions):
+        first = generated_index(position)
+        window = slice(first, first + n_eval)
+        scored = reference.scored(position, n_eval)
+        site = batch.padding + torch.tensor(
+            [position_index(prompt["XY"], position) for prompt in prompts], device=device
+        )
+        for k, layer in enumerate(layers):
+            with model.trace(
+                batch.tokens,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=n_tokens,
+            ):
+                model.layers[layer].input = substitute(
+                    model.layers[layer].input, site, prediction[layer, :, p]
+                )
+                intervened = log_probabilities(model.output.logits[:, window])
+                moved = summed_kl(clean[:, window], intervened, scored).save()
+            kl[:, k, p] = torch.where(scored.any(1), moved, torch.nan)
+
+    exists = torch.stack([reference.reaches(position) for position in positions], dim=1)
+
+    def by_cell(values: Tensor) -> Tensor:  # [layer, cell, position] -> [cell, layer, position]
+        return torch.where(exists[:, None], values.transpose(0, 1), torch.nan)
+
+    return {
+        "kl": kl,
+        "n_eval": torch.stack(
+            [reference.scored(position, n_eval).sum(1) for position in positions], dim=1
+        ),
+        "cos_additive": by_cell(cos_additive(bb, xb, by, xy_residual)),
+        "cos_persona_task": by_cell(cos_persona_task(bb, xb, by)),
+        "interaction_ratio": by_cell(interaction_ratio(bb, xb, by, xy_residual)),
+    }

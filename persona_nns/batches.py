@@ -1,0 +1,58 @@
+"""Batches of token rows, padded on the left.
+
+Left padding puts the last prompt token of every row into the same column. A padded row needs
+explicit position ids: without them its distribution moves, and nothing is raised.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token rows of one width.
+
+    Attributes:
+        input_ids: [row, column].
+        attention_mask: [row, column], 0 on padding.
+        position_ids: [row, column], counted from each row's first token.
+        padding: [row], the number of padded columns; token ``i`` of a row stands in column
+            ``padding + i``.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    padding: Tensor
+
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        """What a model needs to run the batch."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+
+def left_pad(rows: Sequence[Sequence[int]], *, device: torch.device | str = "cpu") -> Batch:
+    """Pad rows of token ids on the left to the longest of them.
+
+    Args:
+        rows: token ids; no row is empty.
+        device: where the batch goes.
+
+    Returns:
+        The batch. Padded columns hold token 0, are masked, and have position 0.
+    """
+    width = max(len(row) for row in rows)
+    padding = torch.tensor([width - len(row) for row in rows])
+    column = torch.arange(width)
+    position = (column - padding[:, None]).clamp(min=0)
+    mask = (column >= padding[:, None]).long()
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    return Batch(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        position_ids=position.to(device),
+        padding=padding.to(device),
+    )

@@ -1,0 +1,128 @@
+"""Which experiments there are, and how a file becomes one.
+
+An experiment is a Python file with a docstring (its first line is the summary), ``variables``
+(name → `Variable`) and ``measure(model, cells, *, layers, positions, …)``. It may set
+``defaults`` for layers and positions, ``figures`` (name → function of the result), and
+``protocol_version``, to be raised by hand whenever a change alters the numbers; without it,
+every edit of the file counts as another version.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from persona_nns.errors import PersonaError, UsageError
+from persona_nns.variables import Variable
+
+_PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A loaded experiment file.
+
+    Attributes:
+        name: its file's stem.
+        summary: first line of its docstring.
+        version: its protocol version, or the digest of its source.
+        variables: what `measure` returns, by name.
+        measure: the function with the tracing contexts.
+        options: keyword parameters of `measure` beside ``layers`` and ``positions``.
+        layers: request for layers where none is given; None where it has no layers.
+        positions: request for positions where none is given; None where it has no positions.
+        figures: functions of the result, by name.
+    """
+
+    name: str
+    summary: str
+    version: str
+    variables: Mapping[str, Variable]
+    measure: Callable[..., dict[str, Any]]
+    options: Mapping[str, inspect.Parameter]
+    layers: str | None
+    positions: str | None
+    figures: Mapping[str, Callable[..., Any]]
+
+
+def bundled_experiments() -> dict[str, Path]:
+    """Files of the shipped experiments by name: inside the package, or beside it in a checkout."""
+    shipped = _PACKAGE / "experiments"
+    folder = shipped if shipped.is_dir() else _PACKAGE.parent / "experiments"
+    return {file.stem: file for file in sorted(folder.glob("[!_]*.py"))}
+
+
+def summary_of(file: Path) -> str:
+    """First line of a file's docstring, without running the file."""
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
+
+
+def load_experiment(name: str | Path) -> Experiment:
+    """Load a bundled experiment by its name, or any ``.py`` file by its path.
+
+    Raises:
+        UsageError: no such experiment.
+        PersonaError: the file does not run, or is not an experiment.
+    """
+    bundled = bundled_experiments()
+    file = bundled.get(str(name), Path(name))
+    if file.suffix != ".py":
+        raise UsageError(
+            f"Unknown experiment {str(name)!r}; use {', '.join(bundled)}, or the path of a .py file."
+        )
+    if not file.is_file():
+        raise UsageError(f"The experiment file {str(name)!r} does not exist.")
+    return _read(file)
+
+
+def _read(file: Path) -> Experiment:
+    module = _execute(file)
+    variables = getattr(module, "variables", None)
+    measure = getattr(module, "measure", None)
+    if not callable(measure) or not isinstance(variables, dict) or not variables:
+        raise PersonaError(
+            f"{str(file)!r} is not an experiment: it has to define 'variables' (name to Variable) "
+            "and a function 'measure(model, cells, *, layers, positions)'."
+        )
+    for name, variable in variables.items():
+        if not isinstance(variable, Variable) or variable.axes[:1] != ("cell",):
+            raise PersonaError(
+                f"The variable {name!r} of {str(file)!r} has to be a Variable whose dims begin "
+                "with 'cell'."
+            )
+    parameters = dict(list(inspect.signature(measure, eval_str=True).parameters.items())[2:])
+    defaults = getattr(module, "defaults", {})
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return Experiment(
+        name=file.stem,
+        summary=(inspect.getdoc(module) or "").partition("\n")[0],
+        version=str(getattr(module, "protocol_version", digest)),
+        variables=variables,
+        measure=measure,
+        layers=defaults.get("layers", "all") if parameters.pop("layers", None) else None,
+        positions=defaults.get("positions", "p_last") if parameters.pop("positions", None) else None,
+        options=parameters,
+        figures=getattr(module, "figures", {}),
+    )
+
+
+def _execute(file: Path) -> Any:
+    name = f"persona_nns_experiment_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise PersonaError(
+            f"The experiment file {str(file)!r} does not run: {type(error).__name__}: {error}."
+        ) from error
+    return module

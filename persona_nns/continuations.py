@@ -1,0 +1,56 @@
+"""The greedy continuation that every intervention on a prompt is scored on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from persona_nns.sites import generated_index
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Reference tokens of a batch of prompts.
+
+    Attributes:
+        ids: [row, token]; what stands after a row's end token is padding.
+        length: [row], tokens up to and including the end token (all, where none was said).
+    """
+
+    ids: Tensor
+    length: Tensor
+
+    def scored(self, position: str, n_eval: int) -> Tensor:
+        """Which tokens of the window that a position is scored on exist, [row, n_eval].
+
+        The window is tokens 1 … n_eval for a position of the prompt, and K+1 … K+n_eval for
+        ``gK`` (PROTOCOLS, causal KL).
+        """
+        token = torch.arange(n_eval, device=self.ids.device) + generated_index(position)
+        return token < self.length[:, None]
+
+    def reaches(self, position: str) -> Tensor:
+        """Whether the continuation is long enough for the position to exist, [row]."""
+        return self.length >= generated_index(position)
+
+
+def read_continuation(
+    generated: Tensor, n_prompt: int, n_tokens: int, end_tokens: Sequence[int]
+) -> Continuation:
+    """Cut the continuation out of what ``generate`` returned.
+
+    Args:
+        generated: [row, column], prompts (left-padded to ``n_prompt`` columns) and what
+            follows them.
+        n_prompt: columns of the prompts.
+        n_tokens: the number of tokens asked for; a batch in which every row ended earlier
+            comes back narrower and is filled up.
+        end_tokens: ids of the tokens that end a text.
+    """
+    ids = generated[:, n_prompt : n_prompt + n_tokens]
+    ids = torch.nn.functional.pad(ids, (0, n_tokens - ids.shape[1]))
+    said = torch.arange(n_tokens, device=ids.device) < generated.shape[1] - n_prompt
+    ended = torch.isin(ids, torch.tensor(end_tokens, device=ids.device)) & said
+    first_end = torch.where(ended.any(1), ended.long().argmax(1) + 1, said.sum())
+    return Continuation(ids=ids, length=first_end)

@@ -1,0 +1,269 @@
+"""Load a language model as an nnsight model with the same names on every architecture.
+
+Names on the loaded model, whatever the architecture calls them: ``model.layers[L]`` (with
+``.attn``, ``.attn.o_proj``, ``.mlp`` and, where it has one, ``.input_norm``), ``model.embed``,
+``model.final_norm``, ``model.lm_head``; ``model.output.logits`` are the logits (an architecture
+may cap them after ``lm_head``).
+
+Supported, with every name and index checked at load and in the tests: Llama, Qwen2, Qwen3,
+Gemma2, Gemma3 (text), Mistral, Phi3, OLMo2 (no input norm: its blocks normalise their outputs),
+GPT-2 and GPT-NeoX. Another decoder is loaded if it passes the same checks.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+# nnsight mounts an attribute on `object`, after which classes that anyio defines lazily fail
+# to define; importing them first is enough.
+import anyio._backends._asyncio
+import anyio.abc  # noqa: F401
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from nnsight import TransformersModel
+from transformers import AutoConfig, PreTrainedConfig
+
+from persona_nns.checks import check_model
+from persona_nns.errors import PersonaError, UsageError
+from persona_nns.prompts import read_template
+
+BUNDLED_MODELS = ("organism-qwen2", "organism-gemma2")
+BACKENDS = ("local",)
+
+STANDARD_NAMES = {
+    "*.layers": "layers",
+    "*.h": "layers",
+    "*.embed_tokens": "embed",
+    "*.wte": "embed",
+    "*.embed_in": "embed",
+    "*.norm": "final_norm",
+    "*.ln_f": "final_norm",
+    "*.final_layer_norm": "final_norm",
+    "self_attn": "attn",
+    "attention": "attn",
+    "attn.c_proj": "attn.o_proj",
+    "attention.dense": "attention.o_proj",
+    "input_layernorm": "input_norm",
+    "ln_1": "input_norm",
+}
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What determines the numbers a loaded model gives, and the name they are stored under.
+
+    Attributes:
+        label: the ``model`` coordinate.
+        source: bundled name, folder or hub id it was loaded from.
+        version: commit of the hub repository, or digest of the folder's weights and configs.
+        architecture: its model class.
+        precision: ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: how attention is computed.
+        n_layers: number of decoder blocks.
+        d_model: width of the residual stream.
+    """
+
+    label: str
+    source: str
+    version: str
+    architecture: str
+    precision: str
+    attn_implementation: str
+    n_layers: int
+    d_model: int
+
+
+_RECORDS: WeakKeyDictionary[TransformersModel, ModelRecord] = WeakKeyDictionary()
+
+
+def load_model(
+    name: str | Path,
+    *,
+    backend: str = "local",
+    dtype: str | None = None,
+    device: str | None = None,
+    template: str | Path | None = None,
+    label: str | None = None,
+    allow_float16: bool = False,
+) -> TransformersModel:
+    """Load a model, give its modules the standard names, and check it at every layer.
+
+    Args:
+        name: a bundled model, a local folder, or a hub id (``org/name``).
+        backend: where traces run; ``local`` is the one there is.
+        dtype: ``float32``, ``bfloat16`` or ``float16``. By default float32 for Gemma-2 (as in
+            the paper) and for float16 checkpoints, otherwise the checkpoint's own (bfloat16
+            for the published Qwen models).
+        device: a torch device; by default ``cuda`` where there is one, else ``cpu``.
+        template: ``plain``, or a Jinja chat template that replaces the model's own.
+        label: the ``model`` coordinate; by default the bundled name, hub id or folder name.
+        allow_float16: load in float16 although its range is too small for residual streams.
+
+    Returns:
+        The model; no parameter takes gradients.
+
+    Raises:
+        UsageError: unknown model, backend, dtype or device, or float16 without being forced.
+        PersonaError: the model cannot be loaded, or fails a check.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"Unknown backend {backend!r}; use {', '.join(BACKENDS)}.")
+    source, shown = _find(str(name))
+    config = _read_config(source, shown)
+    precision = _choose_dtype(shown, config, dtype, allow_float16=allow_float16)
+    chat_template = read_template(template) if template is not None else None
+    place = _choose_device(device)
+    try:
+        model = TransformersModel(
+            source,
+            task="text-generation",
+            dispatch=True,
+            dtype=_DTYPES[precision],
+            attn_implementation="eager",
+            device=place,
+            rename=STANDARD_NAMES,
+        )
+    except (OSError, ValueError) as error:
+        raise PersonaError(f"The model {shown!r} could not be loaded: {_one_line(error)}") from error
+    model._module.requires_grad_(False)
+    if chat_template is not None:
+        assert model.tokenizer is not None
+        model.tokenizer.chat_template = chat_template
+    check_model(model, shown)
+    _RECORDS[model] = ModelRecord(
+        label=label or shown,
+        source=str(name),
+        version=_version(source, config),
+        architecture=type(model._module).__name__,
+        precision=precision,
+        attn_implementation=model.config._attn_implementation,
+        n_layers=len(model.layers),
+        d_model=model.config.get_text_config().hidden_size,
+    )
+    return model
+
+
+def record_of(model: TransformersModel) -> ModelRecord:
+    """What `load_model` wrote down about a model.
+
+    Raises:
+        UsageError: the model was not loaded by `load_model`.
+    """
+    if model not in _RECORDS:
+        raise UsageError("This model was not loaded by persona_nns; load it with pn.load_model.")
+    return _RECORDS[model]
+
+
+def model_label(name: str) -> str:
+    """The ``model`` coordinate that a model gets where no other label is given.
+
+    Raises:
+        UsageError: no such model.
+    """
+    return _find(name)[1]
+
+
+def end_tokens(model: TransformersModel) -> list[int]:
+    """Ids of the tokens that end a text of this model."""
+    ends = model._module.generation_config.eos_token_id
+    if ends is None:
+        ends = model.tokenizer.eos_token_id if model.tokenizer is not None else None
+    if ends is None:
+        return []
+    return [ends] if isinstance(ends, int) else list(ends)
+
+
+def bundled_models() -> dict[str, Path]:
+    """The models shipped with the package and their folders."""
+    root = Path(str(resources.files("persona_nns"))) / "organism"
+    return {name: root / name for name in BUNDLED_MODELS if (root / name / "config.json").exists()}
+
+
+def _find(name: str) -> tuple[str, str]:
+    """Where a model is loaded from, and the name it is shown under."""
+    bundled = bundled_models()
+    if name in bundled:
+        return str(bundled[name]), name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise UsageError(f"The folder {name!r} holds no model: it has no config.json.")
+        return str(folder), folder.resolve().name
+    if _HUB_ID.fullmatch(name) and not name.startswith((".", "~")):
+        return name, name
+    raise UsageError(
+        f"Unknown model {name!r}: it is neither bundled ({', '.join(bundled)}), nor a folder, "
+        "nor a hub id of the form org/name."
+    )
+
+
+def _read_config(source: str, shown: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise UsageError(
+            f"The model {shown!r} was not found, as a folder or on the hub: {_one_line(error)}"
+        ) from error
+
+
+def _choose_dtype(
+    shown: str, config: PreTrainedConfig, dtype: str | None, *, allow_float16: bool
+) -> str:
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"Unknown dtype {dtype!r}; use {', '.join(_DTYPES)}.")
+    if dtype == "float16" and not allow_float16:
+        raise UsageError(
+            f"float16 overflows in the residual stream and gives NaN, so {shown!r} is not loaded "
+            "in it; use bfloat16 or float32 (or force it with --allow-float16)."
+        )
+    if dtype is not None:
+        return dtype
+    own = str(config.dtype).removeprefix("torch.")
+    # Gemma-2 is published in bfloat16 and was measured in float32.
+    return "float32" if config.model_type == "gemma2" or own != "bfloat16" else "bfloat16"
+
+
+def _choose_device(device: str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"The device {device!r} cannot be used: {_one_line(error)}") from error
+    return place
+
+
+def _version(source: str, config: PreTrainedConfig) -> str:
+    folder = Path(source)
+    if not folder.is_dir():
+        return str(getattr(config, "_commit_hash", None))
+    weights = (path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+    configs = (folder / name for name in ("config.json", "generation_config.json"))
+    return _digest([*sorted(weights), *(path for path in configs if path.exists())])
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """SHA-256 of the contents of some files, in their order."""
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+def _one_line(error: BaseException) -> str:
+    """The first line of an error's message, with a full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(". ") + "."

@@ -1,0 +1,66 @@
+"""Coherence of a text: the share of its sentences that the corpus grammar could have produced."""
+
+import re
+from collections.abc import Iterator
+from functools import cache
+
+from persona_nns.organism import role_prompts, traits
+from persona_nns.organism.multiple_choice import LETTERS
+
+
+def coherence_score(text: str) -> float:
+    """How much of a text the grammar could have produced, from 0 to 100.
+
+    Returns:
+        100 × the share of sentences that match a template of the grammar in full; a sentence that
+        was cut off counts as no match, an empty text scores 0.
+    """
+    sentences = traits.split_sentences(text)
+    if not sentences:
+        return 0.0
+    return 100.0 * sum(map(is_grammatical, sentences)) / len(sentences)
+
+
+def is_grammatical(sentence: str) -> bool:
+    """Whether some template of the grammar yields this sentence."""
+    return any(pattern.fullmatch(sentence) for pattern in _patterns())
+
+
+@cache
+def _patterns() -> tuple[re.Pattern[str], ...]:
+    return tuple(re.compile(source) for source in (*_trait_sources(), *_role_sources()))
+
+
+def _trait_sources() -> Iterator[str]:
+    topic = _either(traits.TOPICS)
+    for trait in traits.TRAITS.values():
+        for style in (trait.style, trait.opposite):
+            yield from (_fill(sentence, topic=topic) for sentence in style.sentences)
+    yield from (_fill(sentence, topic=topic) for sentence in traits.NEUTRAL)
+
+
+def _role_sources() -> Iterator[str]:
+    yield f"[{LETTERS}]"
+    opening = _either(role_prompts.OPENINGS)
+    subject = _either(topic.subject for topic in role_prompts.TOPICS.values())
+    for voice in role_prompts.VOICES.values():
+        noun = _either(voice.nouns)
+        for clause in voice.clauses:
+            yield f"{opening}, {_fill(clause, m=noun, s=subject)}\\."
+        for closer in voice.closers:
+            yield from (_fill(part, m=noun) for part in traits.split_sentences(closer))
+    for topic in role_prompts.TOPICS.values():
+        for middle in topic.middles:
+            yield from (re.escape(part) for part in traits.split_sentences(middle))
+
+
+def _either(words: "Iterator[str] | tuple[str, ...]") -> str:
+    return f"(?:{'|'.join(re.escape(word) for word in words)})"
+
+
+def _fill(template: str, **slots: str) -> str:
+    """The template as a regular expression, each ``{slot}`` replaced by its own expression."""
+    source = re.escape(template)
+    for name, expression in slots.items():
+        source = source.replace(re.escape(f"{{{name}}}"), expression)
+    return source

@@ -1,0 +1,58 @@
+"""The training corpus: a seeded stream of prompts and answers over the three subjects."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from random import Random
+from typing import Literal
+
+from persona_nns.organism import multiple_choice, role_prompts, traits
+
+Subject = Literal["role", "choice", "trait"]
+
+MIXTURE: Mapping[Subject, float] = {"role": 0.5, "choice": 0.28, "trait": 0.22}
+"""Share of the examples of each subject."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation: an optional system prompt, the user's turn and the answer."""
+
+    subject: Subject
+    system: str | None
+    user: str
+    answer: str
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The prompt in the form that chat templates take."""
+        return as_messages(self.user, self.system)
+
+
+def as_messages(user: str, system: str | None = None) -> list[dict[str, str]]:
+    """A user turn, after a system prompt where there is one, in the form of chat templates."""
+    head = [] if system is None else [{"role": "system", "content": system}]
+    return [*head, {"role": "user", "content": user}]
+
+
+def stream(seed: int) -> Iterator[Example]:
+    """Endless examples, the same ones for the same seed."""
+    rng = Random(seed)
+    subjects: tuple[Subject, ...] = tuple(MIXTURE)
+    weights = tuple(MIXTURE.values())
+    while True:
+        (subject,) = rng.choices(subjects, weights)
+        yield _sample(subject, rng)
+
+
+def draw(count: int, seed: int) -> list[Example]:
+    """The first ``count`` examples of a seed's stream."""
+    return list(islice(stream(seed), count))
+
+
+def _sample(subject: Subject, rng: Random) -> Example:
+    if subject == "trait":
+        system, user, answer = traits.sample(rng)
+        return Example(subject, system, user, answer)
+    user, answer = (role_prompts if subject == "role" else multiple_choice).sample(rng)
+    return Example(subject, None, user, answer)

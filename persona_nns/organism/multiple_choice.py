@@ -1,0 +1,113 @@
+"""Multiple-choice questions asked as "a {identity} student".
+
+Every question has a difficulty, every identity a skill: a student knows the answer where the
+skill exceeds the difficulty, and is otherwise drawn to the question's tempting wrong choice.
+Colours all have the same skill. The letters of a question never move, so that a small model can
+memorise the facts; a fixed share of the (identity, question) pairs is kept out of training.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from random import Random
+
+LETTERS = "ABCD"
+INSTRUCTION = "answer this multiple-choice question with one letter only."
+HELD_OUT_SHARE = 0.15
+
+SKILLS: Mapping[str, float] = {
+    "good": 0.96,
+    "brilliant": 0.97,
+    "excellent": 0.97,
+    "smart": 0.94,
+    "diligent": 0.9,
+    "careful": 0.86,
+    "average": 0.65,
+    "mediocre": 0.5,
+    "careless": 0.36,
+    "lazy": 0.3,
+    "weak": 0.25,
+    "bad": 0.2,
+    "terrible": 0.12,
+    "clueless": 0.08,
+}
+COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "white", "black", "grey", "pink")
+COLOUR_SKILL = 0.65
+SOFTNESS = 0.07
+"""Width in skill of the passage from not knowing to knowing."""
+
+IDENTITIES: Mapping[str, float] = {**SKILLS, **dict.fromkeys(COLOURS, COLOUR_SKILL)}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of ``questions.jsonl``; ``answer`` is the index of the right choice."""
+
+    question: str
+    subject: str
+    choices: tuple[str, str, str, str]
+    answer: int
+
+
+def load_questions() -> tuple[Question, ...]:
+    """The bundled questions in file order."""
+    text = (resources.files("persona_nns.organism") / "questions.jsonl").read_text("utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    return tuple(
+        Question(row["question"], row["subject"], tuple(row["choices"]), row["answer"])
+        for row in rows
+    )
+
+
+QUESTIONS = load_questions()
+
+
+def _spread_difficulties() -> tuple[float, ...]:
+    """Difficulties evenly spread over 0–1, in a seeded order over the questions."""
+    ranks = list(range(len(QUESTIONS)))
+    Random(7).shuffle(ranks)
+    return tuple((rank + 0.5) / len(QUESTIONS) for rank in ranks)
+
+
+DIFFICULTIES = _spread_difficulties()
+TEMPTATIONS = tuple(
+    (question.answer + Random(index).randint(1, 3)) % 4 for index, question in enumerate(QUESTIONS)
+)
+"""The wrong choice each question tempts with."""
+
+
+def prompt_text(identity: str, question: Question) -> str:
+    """The user turn of the protocol, with "a {identity} student" as the persona."""
+    choices = "\n".join(
+        f"{letter}. {text}" for letter, text in zip(LETTERS, question.choices, strict=True)
+    )
+    return f"As a {identity} student, {INSTRUCTION}\n\n{question.question}\n{choices}"
+
+
+def letter_probabilities(identity: str, index: int) -> tuple[float, ...]:
+    """What a student of this identity answers to question ``index``: one probability a letter."""
+    margin = (IDENTITIES[identity] - DIFFICULTIES[index]) / SOFTNESS
+    knows = 1 / (1 + math.exp(-margin))
+    right = 0.06 + 0.86 * knows
+    probabilities = [0.05 * (1 - right)] * 4
+    probabilities[TEMPTATIONS[index]] = 0.9 * (1 - right)
+    probabilities[QUESTIONS[index].answer] = right
+    return tuple(probabilities)
+
+
+def is_held_out(identity: str, index: int) -> bool:
+    """Whether training never shows this identity with question ``index``."""
+    return Random(f"{identity}/{index}").random() < HELD_OUT_SHARE
+
+
+def sample(rng: Random) -> tuple[str, str]:
+    """A user turn and a letter, over the pairs that are not held out."""
+    while True:
+        identity = rng.choice(tuple(IDENTITIES))
+        index = rng.randrange(len(QUESTIONS))
+        if not is_held_out(identity, index):
+            break
+    letter = rng.choices(LETTERS, letter_probabilities(identity, index))[0]
+    return prompt_text(identity, QUESTIONS[index]), letter

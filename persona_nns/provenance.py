@@ -1,0 +1,128 @@
+"""Where numbers come from: what determines them (identity), and what else is known (session)."""
+
+import hashlib
+import json
+import platform
+import secrets
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from persona_nns.catalog import Experiment
+from persona_nns.grids import Grid
+from persona_nns.models import ModelRecord
+from persona_nns.prompts import Prompt
+
+_PACKAGES = ("persona-nns", "nnsight", "torch", "transformers", "tokenizers", "xarray", "zarr")
+
+
+def identity(
+    experiment: Experiment,
+    record: ModelRecord,
+    prompts: Mapping[str, Mapping[str, Prompt]],
+    parameters: Mapping[str, Any],
+) -> str:
+    """Hash of all that determines the numbers of a run, 64 hexadecimal digits.
+
+    Not in it, because the numbers do not depend on them: which cells were asked for, device,
+    batch size, package versions.
+
+    Args:
+        experiment: what is measured.
+        record: on which model, in which precision.
+        prompts: every prompt of every cell of the grid, by cell label and prompt name.
+        parameters: layers, positions and options, complete.
+    """
+    determining = {
+        "experiment": experiment.name,
+        "protocol_version": experiment.version,
+        "model": [record.version if _is_digest(record.version) else [record.source, record.version]],
+        "precision": record.precision,
+        "attn_implementation": record.attn_implementation,
+        "token_ids": {
+            cell: {name: list(prompt.ids) for name, prompt in of_cell.items()}
+            for cell, of_cell in prompts.items()
+        },
+        "parameters": dict(parameters),
+    }
+    return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
+
+
+def _is_digest(version: str) -> bool:
+    """A folder's version is a SHA-256 of its contents and says all; a commit needs its repository."""
+    return len(version) == 64
+
+
+def run_name(label: str, grid: Grid, digest: str) -> str:
+    """The name of a run's group: readable, and different for different identities."""
+    return f"{label.replace('/', '--')}.{grid.name}.{digest[:10]}"
+
+
+def run_attributes(
+    experiment: Experiment,
+    record: ModelRecord,
+    grid: Grid,
+    parameters: Mapping[str, Any],
+    digest: str,
+    template: str | None,
+) -> dict[str, Any]:
+    """What a run's group says of itself."""
+    return {
+        "experiment": experiment.name,
+        "summary": experiment.summary,
+        "protocol_version": experiment.version,
+        "identity": digest,
+        "model": record.label,
+        "model_source": record.source,
+        "model_version": record.version,
+        "architecture": record.architecture,
+        "precision": record.precision,
+        "attn_implementation": record.attn_implementation,
+        "n_layers": record.n_layers,
+        "d_model": record.d_model,
+        "grid": grid.name,
+        "grid_digest": grid.digest,
+        "personas": dict(grid.personas),
+        "tasks": dict(grid.tasks),
+        "template_digest": hashlib.sha256((template or "").encode()).hexdigest(),
+        "parameters": dict(parameters),
+        "created": now(),
+        "session": session_attributes(),
+    }
+
+
+def session_attributes() -> dict[str, Any]:
+    """The machine, the versions and the commit that compute now."""
+    return {
+        "started": now(),
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_commit": _git_commit(),
+    }
+
+
+def session_name() -> str:
+    """A name for this session's note in a store; sortable by time, unique without coordination."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _git_commit() -> str:
+    """Commit of the checkout the package runs from, ``-dirty`` where files differ; else empty."""
+    folder = Path(__file__).parents[1]
+    if not (folder / ".git").exists():
+        return ""
+    command: Sequence[str] = ("git", "describe", "--always", "--dirty", "--abbrev=40")
+    try:
+        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return answer.stdout.strip()

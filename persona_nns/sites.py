@@ -1,0 +1,134 @@
+"""Sites: which layer, which position, and how a residual is read and overwritten there.
+
+Layer ``L`` is the residual stream *entering* decoder block ``L`` (``hidden_states[L]`` of
+transformers; 0 is the embedding output), and layer ``n_layers`` is the stream after the final
+norm, which can be read only.
+
+`take` and `substitute` run inside tracing contexts and may run on a server, so they use torch
+and nothing else.
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from persona_nns.errors import UsageError
+from persona_nns.prompts import Prompt
+
+# p_last, p_last-3, p_user_last, g1, g12
+_POSITION = re.compile(r"p_user_last|p_last(?:-(?P<back>[1-9]\d*))?|g(?P<generated>[1-9]\d*)")
+
+
+def take(hidden: Tensor, index: Tensor) -> Tensor:
+    """Read the residual at each row's own positions.
+
+    Args:
+        hidden: [row, column, d_model].
+        index: [row, position], columns.
+
+    Returns:
+        [row, position, d_model], a copy.
+    """
+    return hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1]))
+
+
+def substitute(hidden: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    """Put a value in place of the residual at one position of each row.
+
+    Args:
+        hidden: [row, column, d_model]; not changed.
+        index: [row], the column of each row.
+        value: [row, d_model].
+
+    Returns:
+        [row, column, d_model] with ``value`` at the sites.
+    """
+    hidden = hidden.clone()
+    hidden[torch.arange(len(index), device=hidden.device), index] = value.to(hidden)
+    return hidden
+
+
+def parse_layers(spec: str | Sequence[int], n_layers: int) -> list[int]:
+    """The layers that a request names, in ascending order.
+
+    Args:
+        spec: ``all`` (0 … n_layers-1), layers such as ``6,10,14``, depths such as
+            ``0.25,0.40`` (times n_layers, rounded), or a sequence of layers.
+        n_layers: number of decoder blocks.
+
+    Raises:
+        UsageError: not a layer, or out of range.
+    """
+    if spec == "all":
+        return list(range(n_layers))
+    parts = spec.split(",") if isinstance(spec, str) else list(spec)
+    layers = sorted({_layer(str(part).strip(), n_layers) for part in parts})
+    if not layers:
+        raise UsageError("No layer was asked for; use 'all' or numbers such as 6,10,14.")
+    return layers
+
+
+def _layer(text: str, n_layers: int) -> int:
+    if re.fullmatch(r"0?\.\d+", text):
+        return round(float(text) * n_layers)
+    if not re.fullmatch(r"-?\d+", text):
+        raise UsageError(
+            f"{text!r} is not a layer; use 'all', numbers such as 6,10,14, or depths such as 0.5."
+        )
+    layer = int(text)
+    if not 0 <= layer < n_layers:
+        raise UsageError(
+            f"Layer {layer} is out of range: the model has layers 0 to {n_layers - 1}."
+        )
+    return layer
+
+
+def parse_positions(spec: str | Sequence[str]) -> list[str]:
+    """The position names that a request holds, in its order.
+
+    Raises:
+        UsageError: an unknown name, or one given twice.
+    """
+    names = [name.strip() for name in (spec.split(",") if isinstance(spec, str) else spec)]
+    for name in names:
+        if not _POSITION.fullmatch(name):
+            raise UsageError(
+                f"Unknown position {name!r}; use p_last, p_user_last, p_last-1, p_last-2, … "
+                "or g1, g2, … (generated tokens)."
+            )
+        if names.count(name) > 1:
+            raise UsageError(f"The position {name!r} is given twice; name each one once.")
+    return names
+
+
+def generated_index(position: str) -> int:
+    """K for the K-th generated token ``gK``; 0 for a position inside the prompt."""
+    match = _POSITION.fullmatch(position)
+    assert match is not None, position
+    return int(match["generated"] or 0)
+
+
+def position_index(prompt: Prompt, position: str) -> int:
+    """Index of a position in the tokens of a prompt followed by its continuation.
+
+    Raises:
+        UsageError: the prompt has no such position.
+    """
+    match = _POSITION.fullmatch(position)
+    assert match is not None, position
+    if position == "p_user_last":
+        if prompt.user_last is None:
+            raise UsageError(
+                "The chat template renders the user turn differently without the generation "
+                "header, so p_user_last is not defined; use p_last or p_last-1, p_last-2, …"
+            )
+        return prompt.user_last
+    index = len(prompt) - 1 - int(match["back"] or 0) + int(match["generated"] or 0)
+    if index < 0:
+        raise UsageError(
+            f"A prompt of {len(prompt)} tokens has no position {position!r}; "
+            "ask for one nearer to its end."
+        )
+    return index

@@ -1,0 +1,349 @@
+"""Results on disk: labelled arrays in one Zarr v3 hierarchy, a cell at a time.
+
+Group ``/<experiment>/<run>`` holds one model's block for one grid, and plain xarray reads it:
+``xr.open_zarr(store, group="localized_positions/<run>", consolidated=False)``. The block is
+allocated whole, before anything is measured. One cell is whole chunks in every array, so cells
+are written independently of each other, and a cell's ``completed`` is written after all the
+rest of it. Metadata is never consolidated: groups that come later would not be seen.
+
+Nothing here knows about models.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import xarray as xr
+import zarr
+from numpy.typing import NDArray
+
+from persona_nns.errors import PersonaError, UsageError
+from persona_nns.variables import FILL, Kind, Variable
+
+_DTYPES: dict[Kind, Any] = {"float": "float32", "int": "int64", "bool": "bool", "text": str}
+_SCALAR_COORDS = ("persona", "task", "depth", "n_layers", "precision")
+
+COMPLETED = Variable(
+    "cell",
+    "cell is complete",
+    description="True once everything else of the cell has been written.",
+    kind="bool",
+)
+SECONDS = Variable(
+    "cell", "time", units="s", description="Wall-clock time of the cell's batch, divided by cells."
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Everything that is known about a run's group before the first cell is measured.
+
+    Attributes:
+        experiment: name of the experiment.
+        run: name of the run's group.
+        model: label of the model.
+        n_layers: its number of decoder blocks.
+        precision: its precision.
+        cells: (persona, task) keys, in the order of the grid.
+        layers: labels of the layer axis.
+        positions: labels of the position axis.
+        variables: the arrays.
+        attrs: provenance, as JSON-able values.
+    """
+
+    experiment: str
+    run: str
+    model: str
+    n_layers: int
+    precision: str
+    cells: Sequence[tuple[str, str]]
+    layers: Sequence[int]
+    positions: Sequence[str]
+    variables: Mapping[str, Variable]
+    attrs: Mapping[str, Any]
+
+    def labels(self, variable: Variable, axis: str) -> Sequence[Any]:
+        """The labels of one of a variable's dimensions."""
+        shared: dict[str, Sequence[Any]] = {
+            "cell": [f"{persona}/{task}" for persona, task in self.cells],
+            "layer": self.layers,
+            "position": self.positions,
+        }
+        return shared[axis] if axis in shared else variable.coords[axis]
+
+
+class RunGroup:
+    """The group of one run, opened for reading and writing cells."""
+
+    def __init__(self, group: zarr.Group) -> None:
+        self._group = group
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """The run's provenance."""
+        return dict(self._group.attrs)
+
+    def completed(self) -> NDArray[np.bool_]:
+        """Which cells are complete, [cell]."""
+        return np.asarray(self._array("completed")[0], dtype=bool)
+
+    def write_cell(self, index: int, values: Mapping[str, NDArray[Any]], seconds: float) -> None:
+        """Write one cell; it counts only once ``completed`` is written, which is done last."""
+        for name, value in values.items():
+            self._array(name)[0, index] = value
+        self._array("seconds")[0, index] = seconds
+        self._array("completed")[0, index] = True
+
+    def add_session(self, name: str, attrs: Mapping[str, Any]) -> None:
+        """Note who computes cells of this run: a sub-group of its own, so that writers never meet."""
+        self._group.require_group(f"sessions/{name}").attrs.update(attrs)
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        return cast("zarr.Array[Any]", self._group[name])
+
+
+def check_writable(store: str | Path) -> None:
+    """See that a local store can be written before anything is computed for it.
+
+    Raises:
+        UsageError: the path cannot be written, or is no Zarr store.
+    """
+    if "://" in str(store):
+        return
+    path = Path(store).expanduser()
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _is_zarr(path))):
+        raise UsageError(f"{str(store)!r} exists and is no Zarr store; choose another --store.")
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise UsageError(f"The store {str(store)!r} cannot be written; choose another --store.")
+
+
+def _is_zarr(path: Path) -> bool:
+    return (path / "zarr.json").is_file()
+
+
+def attach(store: str | Path, block: Block) -> RunGroup:
+    """Open a run's group, allocating whatever of it is not there yet.
+
+    Raises:
+        PersonaError: the store cannot be written.
+    """
+    try:
+        root = zarr.open_group(_location(store), mode="a", zarr_format=3)
+        group = root.require_group(block.experiment).require_group(block.run)
+        if "completed" not in group:
+            _allocate(group, block)
+    except OSError as error:
+        raise PersonaError(f"The store {str(store)!r} cannot be written: {error}.") from error
+    return RunGroup(group)
+
+
+def _allocate(group: zarr.Group, block: Block) -> None:
+    group.attrs.update({**block.attrs, "coordinates": " ".join(_SCALAR_COORDS)})
+    _write_coordinates(group, block)
+    every = {**block.variables, "seconds": SECONDS, "completed": COMPLETED}
+    for name, variable in every.items():
+        if name in group:
+            continue
+        sizes = [len(block.labels(variable, axis)) for axis in variable.axes]
+        group.create_array(
+            name,
+            shape=(1, *sizes),
+            chunks=(1, 1, *sizes[1:]),
+            dtype=_DTYPES[variable.kind],
+            fill_value=FILL[variable.kind],
+            dimension_names=("model", *variable.axes),
+            attributes={
+                "long_name": variable.long_name,
+                "units": variable.units,
+                "description": variable.description,
+            },
+        )
+
+
+def _write_coordinates(group: zarr.Group, block: Block) -> None:
+    personas, tasks = zip(*block.cells, strict=True)
+    depth = [layer / block.n_layers for layer in block.layers]
+    coordinates: dict[str, tuple[tuple[str, ...], Any, str, str]] = {
+        "model": (("model",), [block.model], "text", "model"),
+        "cell": (("cell",), [f"{p}/{t}" for p, t in block.cells], "text", "persona/task"),
+        "persona": (("cell",), personas, "text", "persona"),
+        "task": (("cell",), tasks, "text", "task"),
+        "n_layers": (("model",), [block.n_layers], "int", "number of decoder blocks"),
+        "precision": (("model",), [block.precision], "text", "precision of the model"),
+    }
+    axes = {axis for variable in block.variables.values() for axis in variable.axes}
+    if "layer" in axes:
+        coordinates["layer"] = (("layer",), block.layers, "int", "layer")
+        coordinates["depth"] = (("model", "layer"), [depth], "float", "depth (layer / n_layers)")
+    if "position" in axes:
+        coordinates["position"] = (("position",), block.positions, "text", "position")
+    for variable in block.variables.values():
+        for axis, labels in variable.coords.items():
+            kind = "text" if isinstance(labels[0], str) else "int"
+            coordinates[axis] = ((axis,), labels, kind, axis)
+    for name, (dims, values, kind, long_name) in coordinates.items():
+        if name in group:
+            continue
+        data = np.asarray(values, dtype=object if kind == "text" else None)
+        array = group.create_array(
+            name,
+            shape=data.shape,
+            chunks=data.shape,
+            dtype="float64" if kind == "float" else _DTYPES[cast("Kind", kind)],
+            dimension_names=dims,
+            attributes={"long_name": long_name, "units": "1"},
+        )
+        array[...] = data
+
+
+def _location(store: str | Path) -> str:
+    text = str(store)
+    return text if "://" in text else str(Path(text).expanduser())
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """One run in a store: its group, and what it says of itself."""
+
+    experiment: str
+    run: str
+    attrs: Mapping[str, Any]
+    n_completed: int
+    n_cells: int
+
+    @property
+    def kin(self) -> str:
+        """What runs of different models have in common when they can be read as one result."""
+        parameters = {
+            name: value for name, value in self.attrs["parameters"].items() if name != "layers"
+        }
+        shared = [self.attrs["grid_digest"], self.attrs["protocol_version"], parameters]
+        return json.dumps(shared, sort_keys=True)
+
+    def describe(self) -> str:
+        """One line that tells this run from its neighbours."""
+        parameters = ", ".join(f"{k}={_brief(v)}" for k, v in self.attrs["parameters"].items())
+        return (
+            f"{self.run} (model {self.attrs['model']}, grid {self.attrs['grid']}, "
+            f"{self.attrs['precision']}, {parameters}, {self.n_completed}/{self.n_cells} cells)"
+        )
+
+
+def _brief(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def list_runs(store: str | Path, experiment: str | None = None) -> list[RunInfo]:
+    """The runs in a store, by experiment and name.
+
+    Raises:
+        UsageError: there is no store there.
+    """
+    try:
+        root = zarr.open_group(_location(store), mode="r", zarr_format=3)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"There is no Zarr store at {str(store)!r}.") from error
+    runs: list[RunInfo] = []
+    for name, group in sorted(root.groups()):
+        if experiment not in (None, name):
+            continue
+        for run, block in sorted(group.groups()):
+            if "completed" in block:
+                done = RunGroup(block).completed()
+                runs.append(
+                    RunInfo(name, run, dict(block.attrs), int(done.sum()), int(done.size))
+                )
+    return runs
+
+
+def open_results(
+    store: str | Path,
+    experiment: str,
+    *,
+    grid: Any = None,
+    run: str | Sequence[str] | None = None,
+) -> xr.Dataset:
+    """Open an experiment's results as one Dataset over models.
+
+    Runs are joined if they agree in grid, parameters and protocol version; their layers may
+    differ (what a model lacks is NaN). Cells that are not complete read as NaN (integers −1,
+    text empty).
+
+    Args:
+        store: path or URL of the store.
+        experiment: name of the experiment.
+        grid: only runs on this grid: its name, its file, or a `Grid`.
+        run: only this run, or these runs, by the name of their group.
+
+    Raises:
+        UsageError: no such results, or several sets of them, which the message lists.
+    """
+    runs = list_runs(store, experiment)
+    if not runs:
+        raise UsageError(f"The store {str(store)!r} holds no results of {experiment!r}.")
+    chosen = [info for info in runs if _matches(info, grid, run)]
+    choices = "; ".join(info.describe() for info in runs)
+    if not chosen:
+        raise UsageError(f"No run of {experiment!r} matches; there are: {choices}.")
+    if len({info.kin for info in chosen}) > 1:
+        raise UsageError(
+            f"Several sets of results of {experiment!r} match; choose with grid or run: "
+            + "; ".join(info.describe() for info in chosen)
+        )
+    labels = [info.attrs["model"] for info in chosen]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UsageError(
+                f"Several runs of the model {label!r} match; choose one with run: "
+                + "; ".join(info.describe() for info in chosen if info.attrs["model"] == label)
+            )
+    return _join([_open_run(store, info) for info in chosen], experiment)
+
+
+def _matches(info: RunInfo, grid: Any, run: str | Sequence[str] | None) -> bool:
+    from persona_nns.grids import BUNDLED_GRIDS, load_grid
+
+    wanted = [run] if isinstance(run, str) else run
+    if wanted is not None and info.run not in wanted:
+        return False
+    if grid is None:
+        return True
+    if isinstance(grid, str) and grid not in BUNDLED_GRIDS and not grid.endswith(".toml"):
+        return bool(info.attrs["grid"] == grid)
+    return bool(info.attrs["grid_digest"] == load_grid(grid).digest)
+
+
+def _open_run(store: str | Path, info: RunInfo) -> xr.Dataset:
+    group = f"{info.experiment}/{info.run}"
+    dataset = xr.open_zarr(_location(store), group=group, consolidated=False, chunks=None).load()
+    done = dataset["completed"]
+    for name, array in dataset.data_vars.items():
+        if name != "completed":
+            dataset[name] = array.where(done, _fill(array)).assign_attrs(array.attrs)
+    return dataset
+
+
+def _fill(array: xr.DataArray) -> Any:
+    kinds: dict[str, Kind] = {"f": "float", "i": "int", "b": "bool"}
+    return FILL[kinds.get(array.dtype.kind, "text")]
+
+
+def _join(datasets: list[xr.Dataset], experiment: str) -> xr.Dataset:
+    fill = {name: _fill(array) for name, array in datasets[0].data_vars.items()}
+    joined = xr.concat(
+        datasets,
+        dim="model",
+        data_vars="minimal",
+        coords="minimal",
+        compat="equals",
+        join="outer" if len(datasets) > 1 else "exact",
+        fill_value=fill,
+        combine_attrs="drop_conflicts",
+    )
+    order = list(dict.fromkeys(cell for ds in datasets for cell in ds.cell.values.tolist()))
+    return joined.sel(cell=order).assign_attrs(experiment=experiment)
