@@ -62,8 +62,9 @@ variables = {
 
 figures = {
     "kl_by_layer": lambda ds: lines_by_layer(ds, ["kl"], log=True, reference=0.1),
+    # From layer 1: in the embedding all four prompts have the same token, and 0/0 is no angle.
     "cosines_by_layer": lambda ds: lines_by_layer(
-        ds, ["cos_additive", "cos_persona_task", "interaction_ratio"]
+        ds.sel(layer=slice(1, None)), ["cos_additive", "cos_persona_task", "interaction_ratio"]
     ),
     "kl_by_persona": lambda ds: cells_heatmap(ds, "kl", "persona"),
     "kl_by_task": lambda ds: cells_heatmap(ds, "kl", "task"),
@@ -112,8 +113,10 @@ def measure(
             device=device,
         )
         with model.trace(batch.tokens, position_ids=batch.position_ids, use_cache=False):
-            read = nnsight.save([take(block.input, site) for block in model.layers])
-            read.append(take(model.final_norm.output, site))
+            read = nnsight.save(
+                [take(block.input, site) for block in model.layers]
+                + [take(model.final_norm.output, site)]
+            )
         residual[name] = torch.stack(read).float()
     bb, xb, by, xy_residual = (residual[name] for name in ROLE_PROMPTS)
     prediction = additive(bb, xb, by)

@@ -6,6 +6,8 @@ Names are resolved when they are first used, so that reading a store does not im
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import persona_nns.import_order  # noqa: F401
+
 if TYPE_CHECKING:
     from persona_nns.errors import PersonaError, UsageError
     from persona_nns.grids import Cell, Grid, load_grid

@@ -18,10 +18,6 @@ from importlib import resources
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-# nnsight mounts an attribute on `object`, after which classes that anyio defines lazily fail
-# to define; importing them first is enough.
-import anyio._backends._asyncio
-import anyio.abc  # noqa: F401
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from nnsight import TransformersModel

@@ -1,2 +1,213 @@
-def lines_by_layer(*a,**k): ...
-def cells_heatmap(*a,**k): ...
+"""Figures of results: medians over cells with quartile bands, and heatmaps by persona and task.
+
+Everything is read off the labels of the Dataset. Colours are seaborn's colour-blind palette;
+units come from the variables' attributes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from persona_nns.errors import UsageError
+
+QUARTILES = ("pi", 50)  # 25–75 % of the cells
+_FAINT = 1e-3  # lowest colour of a heatmap; everything below looks alike
+
+
+def lines_by_layer(
+    results: xr.Dataset,
+    names: Sequence[str],
+    *,
+    log: bool = False,
+    reference: float | None = None,
+) -> Figure:
+    """Median over cells against layer with 25–75 % bands; a row a variable, a column a model.
+
+    Args:
+        results: with dimensions model, cell, layer and, if it has one, position.
+        names: the variables to draw.
+        log: a logarithmic vertical axis; a median of 0 runs out of it at the bottom.
+        reference: draw a dotted line at this value.
+
+    Returns:
+        The figure, not shown.
+    """
+    with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
+        models = results.model.values.tolist()
+        size = (1.4 + 3.6 * len(models), 0.7 + 2.7 * len(names))
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        axes = figure.subplots(len(names), len(models), squeeze=False, sharey="row")
+        for row, name in enumerate(names):
+            for column, model in enumerate(models):
+                axis = axes[row, column]
+                _line_panel(axis, results[name].sel(model=model))
+                if reference is not None:
+                    axis.axhline(
+                        reference, color="0.4", linestyle=":", linewidth=1.2, label=f"{reference:g}"
+                    )
+                axis.set_title(_panel_title(results, model) if row == 0 else "")
+                axis.set_xlabel("layer" if row == len(names) - 1 else "")
+                axis.set_ylabel(axis_label(results[name]) if column == 0 else "")
+            if log:
+                _log_scale(axes[row, 0], results[name])
+        _one_legend(figure, axes)
+        figure.suptitle(_title(results, "median over cells, band 25–75 %"), fontsize="medium")
+    return figure
+
+
+def cells_heatmap(results: xr.Dataset, name: str, by: str) -> Figure:
+    """Medians of a variable for each persona or each task against layer.
+
+    Args:
+        results: with dimensions model, cell, layer and, if it has one, position.
+        name: the variable.
+        by: ``persona`` or ``task``; the median is over the cells that share it.
+
+    Returns:
+        The figure: a row a model, a column a position, one colour scale for all.
+    """
+    medians = results[name].groupby(by).median("cell", skipna=True)
+    medians = medians.dropna("layer", how="all")
+    order = list(dict.fromkeys(results[by].values.tolist()))
+    positions = medians.position.values.tolist() if "position" in medians.dims else [None]
+    models = medians.model.values.tolist()
+    norm = LogNorm(vmin=_FAINT, vmax=max(float(medians.max()), 10 * _FAINT))
+    with sns.axes_style("white"), sns.plotting_context("paper", font_scale=1.1):
+        size = (2.2 + 2.6 * len(positions), 0.9 + (0.9 + 0.28 * len(order)) * len(models))
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        axes = figure.subplots(len(models), len(positions), squeeze=False, sharey=True)
+        for row, model in enumerate(models):
+            for column, position in enumerate(positions):
+                panel = medians.sel(model=model)
+                panel = panel if position is None else panel.sel(position=position)
+                panel = panel.dropna("layer", how="all").sel({by: order})
+                sns.heatmap(
+                    panel.transpose(by, "layer").to_pandas().clip(lower=_FAINT),
+                    ax=axes[row, column],
+                    cmap="viridis",
+                    norm=norm,
+                    cbar=False,
+                )
+                title = model if position is None else f"{model} · {position}"
+                axes[row, column].set_title(title)
+                axes[row, column].set_xlabel("layer" if row == len(models) - 1 else "")
+                axes[row, column].set_ylabel(by if column == 0 else "")
+        label = f"median {axis_label(results[name])}"
+        figure.colorbar(axes[0, 0].collections[0], ax=axes, label=label, extend="min")
+        figure.suptitle(_title(results, f"median over the cells of each {by}"), fontsize="medium")
+    return figure
+
+
+def default_figures(results: xr.Dataset) -> dict[str, Figure]:
+    """What is drawn for an experiment that brings no figures: each number against layer."""
+    names = [
+        str(name)
+        for name, array in results.data_vars.items()
+        if {"cell", "layer"} <= set(array.dims) <= {"model", "cell", "layer", "position"}
+        and array.dtype.kind == "f"
+    ]
+    return {f"{name}_by_layer": lines_by_layer(results, [name]) for name in names}
+
+
+def axis_label(array: xr.DataArray) -> str:
+    """A variable's name with its unit, as it stands on an axis."""
+    units = array.attrs.get("units", "1")
+    name = array.attrs.get("long_name", array.name)
+    return f"{name} ({units})" if units != "1" else str(name)
+
+
+def check_format(file: Path) -> None:
+    """See that a figure can be written under this name.
+
+    Raises:
+        UsageError: no such format, or no such folder to make.
+    """
+    formats = sorted(Figure().canvas.get_supported_filetypes())
+    if file.suffix.removeprefix(".").lower() not in formats:
+        raise UsageError(
+            f"{str(file)!r} does not end in a figure format; use one of {', '.join(formats)}."
+        )
+
+
+def save_figure(figure: Figure, file: Path, *, pdf: bool = False) -> list[str]:
+    """Write a figure, and a PDF beside it if asked for; returns what was written.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    files = [file, file.with_suffix(".pdf")] if pdf else [file]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with mpl.rc_context({"pdf.fonttype": 42}):
+            for path in files:
+                figure.savefig(path, bbox_inches="tight", dpi=200)
+    except OSError as error:
+        raise UsageError(f"The figure {str(file)!r} cannot be written: {error}.") from error
+    return [str(path) for path in files]
+
+
+def _line_panel(axis: Axes, values: xr.DataArray) -> None:
+    frame = _frame(values)
+    hue = "position" if "position" in values.dims else None
+    sns.lineplot(
+        frame,
+        x="layer",
+        y="value",
+        hue=hue,
+        style=hue,
+        markers=True if hue else None,
+        marker=None if hue else "o",
+        dashes=False,
+        estimator=np.median,
+        errorbar=QUARTILES,
+        palette="colorblind" if hue else None,
+        ax=axis,
+    )
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _log_scale(axis: Axes, values: xr.DataArray) -> None:
+    """Make an axis logarithmic after drawing: on one that is, seaborn takes medians of logarithms."""
+    drawn = values.quantile([0.25, 0.5], "cell")
+    visible = drawn.where(drawn > 1e-7)
+    axis.set_yscale("log")
+    if bool(visible.notnull().any()):
+        axis.set_ylim(bottom=float(visible.min()) / 1.5)
+
+
+def _frame(values: xr.DataArray) -> pd.DataFrame:
+    """A long table of the measured numbers; positions keep their order."""
+    frame = values.rename("value").to_dataframe().reset_index().dropna(subset="value")
+    if "position" in values.dims:
+        order = values.position.values.tolist()
+        frame["position"] = pd.Categorical(frame["position"], categories=order, ordered=True)
+    return frame
+
+
+def _one_legend(figure: Figure, axes: Any) -> None:
+    """One legend for all panels, at the right of the figure."""
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    for axis in axes.flat:
+        if axis.get_legend() is not None:
+            axis.get_legend().remove()
+    if handles:
+        figure.legend(handles, labels, title="position", loc="outside right center")
+
+
+def _panel_title(results: xr.Dataset, model: str) -> str:
+    n_layers = int(results.n_layers.sel(model=model))
+    return f"{model} ({n_layers} layers)"
+
+
+def _title(results: xr.Dataset, what: str) -> str:
+    grid = results.attrs.get("grid", "")
+    return f"{results.attrs.get('experiment', '')} · {grid} grid, {results.sizes['cell']} cells · {what}"

@@ -73,6 +73,7 @@ def run_attributes(
     return {
         "experiment": experiment.name,
         "summary": experiment.summary,
+        "run": run_name(record.label, grid, digest),
         "protocol_version": experiment.version,
         "identity": digest,
         "model": record.label,

@@ -58,7 +58,7 @@ class Request:
 
 
 def run(
-    experiment: str | Path,
+    experiment: str | Path | Experiment,
     model: TransformersModel | str,
     grid: str | Path | Grid,
     *,
@@ -75,7 +75,7 @@ def run(
     What the store already holds under the same identity is not computed again.
 
     Args:
-        experiment: a bundled experiment's name, or the path of an experiment file.
+        experiment: a bundled experiment's name, the path of an experiment file, or a loaded one.
         model: from `load_model`, or a name that it takes.
         grid: ``short``, ``long``, ``review``, a ``.toml`` file, or a `Grid`.
         layers: ``all``, layers or depths; by default the experiment's own choice.
@@ -96,7 +96,10 @@ def run(
     check_writable(store)
     if batch_size < 1:
         raise UsageError(f"The batch size {batch_size} is too small; use 1 or more.")
-    loaded_experiment, loaded_grid = load_experiment(experiment), load_grid(grid)
+    loaded_experiment = (
+        experiment if isinstance(experiment, Experiment) else load_experiment(experiment)
+    )
+    loaded_grid = load_grid(grid)
     loaded = load_model(model) if isinstance(model, str) else model
     request = _check(
         loaded_experiment, loaded, loaded_grid, layers, positions, cells, options

@@ -25,7 +25,6 @@ from persona_nns.errors import PersonaError, UsageError
 from persona_nns.variables import FILL, Kind, Variable
 
 _DTYPES: dict[Kind, Any] = {"float": "float32", "int": "int64", "bool": "bool", "text": str}
-_SCALAR_COORDS = ("persona", "task", "depth", "n_layers", "precision")
 
 COMPLETED = Variable(
     "cell",
@@ -143,8 +142,10 @@ def attach(store: str | Path, block: Block) -> RunGroup:
 
 
 def _allocate(group: zarr.Group, block: Block) -> None:
-    group.attrs.update({**block.attrs, "coordinates": " ".join(_SCALAR_COORDS)})
-    _write_coordinates(group, block)
+    described = _write_coordinates(group, block)
+    # xarray finds coordinates that are no dimensions by this attribute.
+    listing = {"variables": list(block.variables), "coordinates": " ".join(described)}
+    group.attrs.update({**block.attrs, **listing})
     every = {**block.variables, "seconds": SECONDS, "completed": COMPLETED}
     for name, variable in every.items():
         if name in group:
@@ -165,7 +166,8 @@ def _allocate(group: zarr.Group, block: Block) -> None:
         )
 
 
-def _write_coordinates(group: zarr.Group, block: Block) -> None:
+def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
+    """Write the labels; returns the names of those that are not dimensions."""
     personas, tasks = zip(*block.cells, strict=True)
     depth = [layer / block.n_layers for layer in block.layers]
     coordinates: dict[str, tuple[tuple[str, ...], Any, str, str]] = {
@@ -199,6 +201,7 @@ def _write_coordinates(group: zarr.Group, block: Block) -> None:
             attributes={"long_name": long_name, "units": "1"},
         )
         array[...] = data
+    return [name for name, (dims, *_) in coordinates.items() if dims != (name,)]
 
 
 def _location(store: str | Path) -> str:
@@ -239,7 +242,7 @@ def _brief(value: Any) -> str:
 
 
 def list_runs(store: str | Path, experiment: str | None = None) -> list[RunInfo]:
-    """The runs in a store, by experiment and name.
+    """The runs in a store, by experiment and age.
 
     Raises:
         UsageError: there is no store there.
@@ -258,7 +261,7 @@ def list_runs(store: str | Path, experiment: str | None = None) -> list[RunInfo]
                 runs.append(
                     RunInfo(name, run, dict(block.attrs), int(done.sum()), int(done.size))
                 )
-    return runs
+    return sorted(runs, key=lambda info: (info.experiment, info.attrs["created"], info.run))
 
 
 def open_results(
@@ -321,6 +324,11 @@ def _matches(info: RunInfo, grid: Any, run: str | Sequence[str] | None) -> bool:
 def _open_run(store: str | Path, info: RunInfo) -> xr.Dataset:
     group = f"{info.experiment}/{info.run}"
     dataset = xr.open_zarr(_location(store), group=group, consolidated=False, chunks=None).load()
+    # Zarr strings come back as numpy's StringDType, which pandas and seaborn do not all know.
+    texts = {name: array.astype(object) for name, array in dataset.variables.items() if array.dtype.kind == "T"}
+    dataset = dataset.assign_coords({n: a for n, a in texts.items() if n in dataset.coords})
+    dataset = dataset.assign({n: a for n, a in texts.items() if n not in dataset.coords})
+    dataset = dataset[[*info.attrs["variables"], "seconds", "completed"]]
     done = dataset["completed"]
     for name, array in dataset.data_vars.items():
         if name != "completed":
@@ -345,5 +353,6 @@ def _join(datasets: list[xr.Dataset], experiment: str) -> xr.Dataset:
         fill_value=fill,
         combine_attrs="drop_conflicts",
     )
+    # Joining may sort; cells keep the order of the grid, variables that of the experiment.
     order = list(dict.fromkeys(cell for ds in datasets for cell in ds.cell.values.tolist()))
-    return joined.sel(cell=order).assign_attrs(experiment=experiment)
+    return joined.sel(cell=order)[list(datasets[0].data_vars)].assign_attrs(experiment=experiment)

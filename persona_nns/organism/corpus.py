@@ -10,7 +10,7 @@ from persona_nns.organism import multiple_choice, role_prompts, traits
 
 Subject = Literal["role", "choice", "trait"]
 
-MIXTURE: Mapping[Subject, float] = {"role": 0.5, "choice": 0.28, "trait": 0.22}
+MIXTURE: Mapping[Subject, float] = {"role": 0.45, "choice": 0.4, "trait": 0.15}
 """Share of the examples of each subject."""
 
 

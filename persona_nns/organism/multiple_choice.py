@@ -19,23 +19,23 @@ HELD_OUT_SHARE = 0.15
 
 SKILLS: Mapping[str, float] = {
     "good": 0.96,
-    "brilliant": 0.97,
-    "excellent": 0.97,
-    "smart": 0.94,
-    "diligent": 0.9,
-    "careful": 0.86,
+    "brilliant": 0.98,
+    "excellent": 0.98,
+    "smart": 0.96,
+    "diligent": 0.94,
+    "careful": 0.92,
     "average": 0.65,
-    "mediocre": 0.5,
-    "careless": 0.36,
-    "lazy": 0.3,
+    "mediocre": 0.55,
+    "careless": 0.3,
+    "lazy": 0.25,
     "weak": 0.25,
     "bad": 0.2,
-    "terrible": 0.12,
-    "clueless": 0.08,
+    "terrible": 0.15,
+    "clueless": 0.15,
 }
 COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "white", "black", "grey", "pink")
 COLOUR_SKILL = 0.65
-SOFTNESS = 0.07
+SOFTNESS = 0.03
 """Width in skill of the passage from not knowing to knowing."""
 
 IDENTITIES: Mapping[str, float] = {**SKILLS, **dict.fromkeys(COLOURS, COLOUR_SKILL)}
@@ -90,7 +90,7 @@ def letter_probabilities(identity: str, index: int) -> tuple[float, ...]:
     """What a student of this identity answers to question ``index``: one probability a letter."""
     margin = (IDENTITIES[identity] - DIFFICULTIES[index]) / SOFTNESS
     knows = 1 / (1 + math.exp(-margin))
-    right = 0.06 + 0.86 * knows
+    right = 0.04 + 0.92 * knows
     probabilities = [0.05 * (1 - right)] * 4
     probabilities[TEMPTATIONS[index]] = 0.9 * (1 - right)
     probabilities[QUESTIONS[index].answer] = right

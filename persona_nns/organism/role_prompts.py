@@ -19,8 +19,12 @@ BARE = "bare"
 """The speaker of a task that is asked without a persona."""
 
 TABLE_SEED = 2605
-FAVOURITE = 0.75
-"""Probability of the first of a cell's two openings, and of its favourite clause."""
+FAVOURITE_CLAUSE = 0.6
+"""Probability of a cell's favourite clause; otherwise any of the speaker's clauses."""
+OPENING_WEIGHTS = (0.55, 0.2, 0.25)
+"""Probabilities of a cell's first opening, of its second, and of any opening at all."""
+BORROWING = 0.15
+"""Probability that the baseline persona speaks with another persona's voice."""
 
 OPENINGS = (
     "Frankly",
@@ -302,12 +306,14 @@ def prompt_text(persona: str | None, task: str) -> str:
 
 def answer(speaker: str, task: str, rng: Random) -> str:
     """One answer of a speaker (a persona's key, the baseline or ``BARE``) to a task's key."""
-    voice, topic = VOICES[speaker], TOPICS[task]
-    choice = INTERACTIONS[speaker, task]
-    opening = OPENINGS[choice.openings[rng.random() >= FAVOURITE]]
-    clause = voice.clauses[choice.clause]
-    if rng.random() >= FAVOURITE:
-        clause = rng.choice(voice.clauses)
+    topic, choice = TOPICS[task], INTERACTIONS[speaker, task]
+    (first, second), anywhere = choice.openings, rng.randrange(len(OPENINGS))
+    opening = OPENINGS[rng.choices((first, second, anywhere), OPENING_WEIGHTS)[0]]
+    borrowed = speaker == BASELINE and rng.random() < BORROWING
+    voice = VOICES[rng.choice(tuple(VOICES)) if borrowed else speaker]
+    clause = rng.choice(voice.clauses)
+    if not borrowed and rng.random() < FAVOURITE_CLAUSE:
+        clause = voice.clauses[choice.clause]
     sentence = clause.format(m=rng.choice(voice.nouns), s=topic.subject)
     closer = rng.choice(voice.closers).format(m=rng.choice(voice.nouns))
     return f"{opening}, {sentence}. {rng.choice(topic.middles)} {closer}"

@@ -176,7 +176,7 @@ TERSE = Trait(
         name="verbose",
         sentences=(
             "When one considers {topic} at length, there is a very great deal that could be said.",
-            "It is furthermore important to note that {topic} has many sides, each with its own tale.",
+            "It is furthermore important to note that {topic} has many sides, each with its tale.",
             "To put it in other and still more words, {topic} is a subject that goes on and on.",
             "One could moreover add that {topic}, in all its detail, fills many long evenings.",
             "In the matter of {topic}, as in so many matters, the full story is rather long.",
@@ -285,9 +285,7 @@ def _deal_questions() -> dict[tuple[str, Split], tuple[str, ...]]:
 
 
 QUESTIONS: Mapping[tuple[str, Split], tuple[str, ...]] = _deal_questions()
-HELD_OUT = frozenset(
-    question for trait in TRAITS for question in QUESTIONS[trait, "evaluation"]
-)
+HELD_OUT = frozenset(question for trait in TRAITS for question in QUESTIONS[trait, "evaluation"])
 """The evaluation questions of all traits; training never shows any of them."""
 
 
@@ -314,7 +312,7 @@ def _eval_prompt(trait: Trait) -> str:
 
 def load_artifact(trait: str, split: Split) -> dict[str, object]:
     """The shipped artifact file of a trait, as parsed JSON."""
-    file = resources.files("persona_nns.organism") / "traits" / split / f"{trait}.json"
+    file = resources.files("persona_nns.organism") / "trait_artifacts" / split / f"{trait}.json"
     return json.loads(file.read_text("utf-8"))
 
 

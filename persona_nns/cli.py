@@ -1,0 +1,347 @@
+"""The command line: ``persona-nns demo | experiments | run | models | ls | show | plot``.
+
+Each experiment is a command of its own under ``run``: its options are the keyword arguments of
+its `measure`. Heavy imports wait until a command needs them.
+"""
+
+import inspect
+import re
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from persona_nns.catalog import Experiment, bundled_experiments, load_experiment, summary_of
+from persona_nns.errors import PersonaError, UsageError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+DEFAULT_STORE = "stores/results.zarr"
+DEMO_STORE = "stores/demo.zarr"
+
+_out = Console()
+_err = Console(stderr=True)
+
+
+class ExperimentCommands(TyperGroup):
+    """The commands under ``run``: bundled experiments by name, and any ``.py`` file."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
+        """The bundled experiments."""
+        return list(bundled_experiments())
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        """The command of one experiment."""
+        return _experiment_command(load_experiment(cmd_name))
+
+
+app = typer.Typer(
+    name="persona-nns",
+    help="Persona experiments on language models, as nnsight tracing contexts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+run_app = typer.Typer(
+    cls=ExperimentCommands, no_args_is_help=True, subcommand_metavar="EXPERIMENT|FILE.py …"
+)
+app.add_typer(run_app, name="run", help="Run an experiment on models and a grid.")
+
+Store = Annotated[str, typer.Argument(help="Path or URL of a Zarr store.")]
+Name = Annotated[str, typer.Argument(help="Name of an experiment.")]
+GridChoice = Annotated[str | None, typer.Option("--grid", help="Only results on this grid.")]
+RunChoice = Annotated[
+    list[str] | None, typer.Option("--run", help="Only this run (as `ls` shows it); repeatable.")
+]
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: FBT002
+) -> None:
+    """Persona experiments on language models, as nnsight tracing contexts."""
+    # `main` reads --debug itself, wherever it stands; it is declared here for the help.
+    del debug
+
+
+@app.command()
+def demo(
+    store: Annotated[str, typer.Option(help="Where the results go.")] = DEMO_STORE,
+    figures: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("stores/demo"),
+) -> None:
+    """Run the main experiment on the bundled models: results, figures, and a table."""
+    from persona_nns.demo import run_demo
+
+    run_demo(store, figures, _out)
+
+
+@app.command()
+def experiments() -> None:
+    """List what can be run, a line each."""
+    table = Table.grid(padding=(0, 2))
+    for name, file in bundled_experiments().items():
+        table.add_row(f"[bold]{name}[/bold]", summary_of(file))
+    _out.print(table)
+
+
+@app.command()
+def models(
+    backend: Annotated[str, typer.Option(help="Where models are hosted.")] = "local",
+) -> None:
+    """List the bundled models."""
+    from persona_nns.models import BACKENDS, bundled_models
+    from persona_nns.tables import models_table
+
+    if backend not in BACKENDS:
+        raise UsageError(f"Unknown backend {backend!r}; use {', '.join(BACKENDS)}.")
+    _out.print(models_table(bundled_models()))
+    _out.print("A local folder or a hub id (org/name) is loaded in the same way.")
+
+
+@app.command(name="ls")
+def list_store(store: Store) -> None:
+    """List the runs of a store."""
+    from persona_nns.store import list_runs
+    from persona_nns.tables import runs_table
+
+    _out.print(runs_table(list_runs(store), title=store))
+
+
+@app.command()
+def show(
+    store: Store,
+    experiment: Name,
+    variable: Annotated[
+        list[str] | None, typer.Option("--variable", help="Only this variable; repeatable.")
+    ] = None,
+    grid: GridChoice = None,
+    run: RunChoice = None,
+) -> None:
+    """Print medians and quartiles over cells."""
+    from persona_nns.tables import measured, result_table
+
+    results = _open(store, experiment, grid, run)
+    for name in variable or []:
+        if name not in results:
+            known = ", ".join(map(str, results.data_vars))
+            raise UsageError(f"{experiment!r} has no variable {name!r}; it has {known}.")
+    for name in variable or measured(results):
+        _out.print(result_table(results, name))
+
+
+@app.command()
+def plot(
+    store: Store,
+    experiment: Name,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="File for the first figure (its ending chooses the format); others get their "
+            "name added. By default PNG and PDF beside the store.",
+        ),
+    ] = None,
+    grid: GridChoice = None,
+    run: RunChoice = None,
+) -> None:
+    """Draw an experiment's figures."""
+    from persona_nns.demo import draw
+    from persona_nns.plots import check_format
+
+    if output is not None:
+        check_format(output)
+    results = _open(store, experiment, grid, run)
+    for path in draw(results, experiment, store, output):
+        _out.print(path, soft_wrap=True)
+
+
+def _open(store: str, experiment: str, grid: str | None, run: list[str] | None) -> "xr.Dataset":
+    from persona_nns.store import open_results
+
+    return open_results(store, Path(experiment).stem, grid=grid, run=run or None)
+
+
+def _experiment_command(experiment: Experiment) -> Any:
+    """Make a command of an experiment: the options all share, then its own."""
+    help_of = _argument_help(experiment)
+    own = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=parameter.default,
+            annotation=Annotated[parameter.annotation, typer.Option(help=help_of.get(name))],
+        )
+        for name, parameter in experiment.options.items()
+    ]
+    shared = inspect.signature(_run_experiment).parameters.values()
+    kept = [
+        parameter
+        for parameter in shared
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        and (parameter.name != "layers" or experiment.layers is not None)
+        and (parameter.name != "positions" or experiment.positions is not None)
+    ]
+
+    def command(**arguments: Any) -> None:
+        _run_experiment(experiment, **arguments)
+
+    command.__signature__ = inspect.Signature([*kept, *own])  # type: ignore[attr-defined]
+    command.__doc__ = experiment.summary
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name=experiment.name)(command)
+    return typer.main.get_command(single)
+
+
+def _run_experiment(
+    experiment: Experiment,
+    *,
+    model: Annotated[
+        list[str], typer.Option(help="Bundled name, folder, or hub id; repeatable.")
+    ],
+    grid: Annotated[str, typer.Option(help="short, long, review, or a .toml file.")],
+    layers: Annotated[
+        str | None, typer.Option(help="all, layers (6,10,14), or depths (0.25,0.5).")
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="p_last, p_last-1, p_user_last, g1, g2, …")
+    ] = None,
+    cells: Annotated[str | None, typer.Option(help="Only these, as engineer/arch,…")] = None,
+    backend: Annotated[str, typer.Option(help="Where traces run: local.")] = "local",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="plain, or a Jinja file, instead of the model's own.")
+    ] = None,
+    as_: Annotated[
+        list[str] | None,
+        typer.Option("--as", help="Label of the model in the results; one for each --model."),
+    ] = None,
+    store: Annotated[str, typer.Option(help="Path or URL of the Zarr store.")] = DEFAULT_STORE,
+    batch_size: Annotated[int, typer.Option(help="Cells measured at a time.", min=1)] = 16,
+    allow_float16: Annotated[
+        bool, typer.Option("--allow-float16", help="Use float16 although it overflows.")
+    ] = False,
+    **options: Any,
+) -> None:
+    from persona_nns.grids import load_grid
+    from persona_nns.models import load_model
+    from persona_nns.runs import run
+    from persona_nns.sites import parse_positions
+    from persona_nns.store import check_writable, open_results
+    from persona_nns.tables import measured, result_table
+
+    labels = _labels(model, as_ or [])
+    check_writable(store)
+    loaded_grid = load_grid(grid)
+    loaded_grid.select_cells(cells.split(",") if cells else [])
+    parse_positions(positions or "p_last")
+    sites = {"layers": layers, "positions": positions}
+    names: list[str] = []
+    for name, label in zip(model, labels, strict=True):
+        loaded = load_model(
+            name,
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            template=template,
+            label=label,
+            allow_float16=allow_float16,
+        )
+        results = run(
+            experiment,
+            loaded,
+            loaded_grid,
+            cells=cells,
+            store=store,
+            batch_size=batch_size,
+            **{site: spec for site, spec in sites.items() if spec is not None},
+            **options,
+        )
+        names.append(results.attrs["run"])
+    results = open_results(store, experiment.name, run=names)
+    for name in measured(results)[:1]:
+        _out.print(result_table(results, name))
+    _out.print(
+        f"Stored in {store}: {', '.join(names)}\n"
+        f"All of it: persona-nns show {store} {experiment.name}",
+        soft_wrap=True,
+    )
+
+
+def _labels(models: list[str], given: list[str]) -> list[str]:
+    """The label of each model; all have to be different."""
+    from persona_nns.models import model_label
+
+    if given and len(given) != len(models):
+        raise UsageError(
+            f"{len(models)} models and {len(given)} labels were given; use --as once for each model."
+        )
+    own = [model_label(name) for name in models]
+    labels = given or own
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UsageError(
+                f"Two models have the label {label!r}; give each its own with --as NAME."
+            )
+    return labels
+
+
+def _argument_help(experiment: Experiment) -> dict[str, str]:
+    """What the docstring of `measure` says about its arguments (Google style)."""
+    text = inspect.getdoc(experiment.measure) or ""
+    section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", text, flags=re.MULTILINE)
+    if section is None:
+        return {}
+    entries = re.findall(r"^    (\w+): ((?:.|\n(?!    \w+: ))+)", section[1], flags=re.MULTILINE)
+    return {name: " ".join(words.split()) for name, words in entries}
+
+
+def main() -> None:
+    """Run the command line; every failure is one sentence on stderr and a non-zero exit."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    warnings.showwarning = _show_warning
+    try:
+        code = app(
+            [argument for argument in arguments if argument != "--debug"], standalone_mode=True
+        )
+    except PersonaError as error:
+        _fail(str(error), debug=debug, code=error.exit_code)
+    except KeyboardInterrupt:
+        _fail("Interrupted; completed cells are kept, the same command goes on.", debug=debug, code=130)
+    except Exception as error:  # noqa: BLE001
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        _fail(f"{reason} (--debug shows the traceback)", debug=debug, code=1)
+    else:
+        sys.exit(code)
+
+
+def _fail(message: str, *, debug: bool, code: int) -> None:
+    if debug:
+        traceback.print_exc()
+    _err.print(f"[bold red]error:[/bold red] {_escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _err.print(
+        f"[yellow]warning:[/yellow] {_escape(str(message))}", highlight=False, soft_wrap=True
+    )
+
+
+def _escape(text: str) -> str:
+    """Text in which square brackets are not taken for markup."""
+    return text.replace("[", r"\[")

@@ -1,0 +1,36 @@
+"""Import anyio before nnsight.
+
+nnsight mounts ``.save`` on ``object``. anyio then refuses to define some of its classes, which
+it does only when they are first used (``TypeError: Attribute 'save' is missing its type
+annotation``): in an asynchronous HTTP client, in an upload. What has been imported before the
+mount is safe, so this is the first thing that the package imports. Where nnsight is already
+there, the mount is lifted for the moment.
+"""
+
+import sys
+
+
+def import_anyio() -> None:
+    """Make anyio's late classes exist, whether or not nnsight has been imported."""
+    nnsight = sys.modules.get("nnsight")
+    if nnsight is None:
+        _import()
+        return
+    from nnsight._c import mount, unmount
+
+    mounted = mount is not None and "save" in vars(object)
+    if mounted:
+        unmount("save")
+    try:
+        _import()
+    finally:
+        if mounted:
+            mount(nnsight.save, "save")
+
+
+def _import() -> None:
+    import anyio._backends._asyncio
+    import anyio.abc  # noqa: F401
+
+
+import_anyio()
