@@ -5,9 +5,9 @@ give ΔX, ΔY and ΔXY. How well does ΔX + ΔY point along ΔXY? And if h_BB + 
 residual of XY at that one site, how far do the next ten tokens move from where they were?
 """
 
-import nnsight
 import torch
-from nnsight import TransformersModel
+import xarray as xr
+from nnsight import TransformersModel, save
 from torch import Tensor
 
 from persona_nns.batches import left_pad
@@ -60,14 +60,19 @@ variables = {
     ),
 }
 
+
+def beyond_embedding(results: xr.Dataset) -> xr.Dataset:
+    """Layers from 1 on: in the embedding all four prompts have the same token at each position."""
+    return results.sel(layer=slice(1, None))
+
+
 figures = {
-    "kl_by_layer": lambda ds: lines_by_layer(ds, ["kl"], log=True, reference=0.1),
-    # From layer 1: in the embedding all four prompts have the same token, and 0/0 is no angle.
+    "kl_by_layer": lambda ds: lines_by_layer(beyond_embedding(ds), ["kl"], log=True, reference=0.1),
     "cosines_by_layer": lambda ds: lines_by_layer(
-        ds.sel(layer=slice(1, None)), ["cos_additive", "cos_persona_task", "interaction_ratio"]
+        beyond_embedding(ds), ["cos_additive", "cos_persona_task", "interaction_ratio"]
     ),
-    "kl_by_persona": lambda ds: cells_heatmap(ds, "kl", "persona"),
-    "kl_by_task": lambda ds: cells_heatmap(ds, "kl", "task"),
+    "kl_by_persona": lambda ds: cells_heatmap(beyond_embedding(ds), "kl", "persona"),
+    "kl_by_task": lambda ds: cells_heatmap(beyond_embedding(ds), "kl", "task"),
 }
 
 
@@ -96,7 +101,7 @@ def measure(
     # The reference: what the model says, greedily, to the clean XY prompt.
     xy = left_pad([prompt["XY"].ids for prompt in prompts], device=device)
     with model.generate(xy.tokens, max_new_tokens=n_tokens, do_sample=False, num_beams=1) as tracer:
-        generated = tracer.result.save()
+        generated = save(tracer.result)
     reference = read_continuation(generated, xy.input_ids.shape[1], n_tokens, end_tokens(model))
 
     # Residuals of the four prompts at every site, each prompt followed by the first reference
@@ -109,11 +114,14 @@ def measure(
         ]
         batch = left_pad(rows, device=device)
         site = batch.padding[:, None] + torch.tensor(
-            [[position_index(prompt[name], position) for position in positions] for prompt in prompts],
+            [
+                [position_index(prompt[name], position) for position in positions]
+                for prompt in prompts
+            ],
             device=device,
         )
         with model.trace(batch.tokens, position_ids=batch.position_ids, use_cache=False):
-            read = nnsight.save(
+            read = save(
                 [take(block.input, site) for block in model.layers]
                 + [take(model.final_norm.output, site)]
             )
@@ -130,7 +138,7 @@ def measure(
     with model.trace(
         batch.tokens, position_ids=batch.position_ids, use_cache=False, logits_to_keep=n_tokens
     ):
-        clean = log_probabilities(model.output.logits).save()
+        clean = save(log_probabilities(model.output.logits))
 
     # The same run with the prediction at one site, once for each layer and position.
     kl = torch.full((len(cells), len(layers), len(positions)), torch.nan, device=device)
@@ -152,7 +160,7 @@ def measure(
                     model.layers[layer].input, site, prediction[layer, :, p]
                 )
                 intervened = log_probabilities(model.output.logits[:, window])
-                moved = summed_kl(clean[:, window], intervened, scored).save()
+                moved = save(summed_kl(clean[:, window], intervened, scored))
             kl[:, k, p] = torch.where(scored.any(1), moved, torch.nan)
 
     exists = torch.stack([reference.reaches(position) for position in positions], dim=1)

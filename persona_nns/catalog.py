@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.variables import Variable
@@ -74,7 +74,7 @@ def load_experiment(name: str | Path) -> Experiment:
     file = bundled.get(str(name), Path(name))
     if file.suffix != ".py":
         raise UsageError(
-            f"Unknown experiment {str(name)!r}; use {', '.join(bundled)}, or the path of a .py file."
+            f"Unknown experiment {str(name)!r}; use {', '.join(bundled)}, or a path ending in .py."
         )
     if not file.is_file():
         raise UsageError(f"The experiment file {str(name)!r} does not exist.")
@@ -104,9 +104,11 @@ def _read(file: Path) -> Experiment:
         summary=(inspect.getdoc(module) or "").partition("\n")[0],
         version=str(getattr(module, "protocol_version", digest)),
         variables=variables,
-        measure=measure,
+        measure=cast("Callable[..., dict[str, Any]]", measure),
         layers=defaults.get("layers", "all") if parameters.pop("layers", None) else None,
-        positions=defaults.get("positions", "p_last") if parameters.pop("positions", None) else None,
+        positions=defaults.get("positions", "p_last")
+        if parameters.pop("positions", None)
+        else None,
         options=parameters,
         figures=getattr(module, "figures", {}),
     )

@@ -5,9 +5,8 @@ at each layer, what is read equals transformers' own hidden states, writing back
 changes nothing, and writing something else changes the output.
 """
 
-import nnsight
 import torch
-from nnsight import TransformersModel
+from nnsight import TransformersModel, save
 
 from persona_nns.batches import left_pad
 from persona_nns.errors import PersonaError
@@ -35,10 +34,10 @@ def check_model(model: TransformersModel, shown: str) -> None:
     with model.trace(
         probe.tokens, position_ids=probe.position_ids, use_cache=False, output_hidden_states=True
     ):
-        read = nnsight.save([layer.input.clone() for layer in model.layers])
-        normed = model.final_norm.output.save()
-        expected = model.output.hidden_states.save()
-        clean = model.output.logits.save()
+        read = save([layer.input.clone() for layer in model.layers])
+        normed = save(model.final_norm.output)
+        expected = save(model.output.hidden_states)
+        clean = save(model.output.logits)
 
     for layer, (ours, theirs) in enumerate(zip([*read, normed], expected, strict=True)):
         if not torch.equal(ours, theirs):
@@ -56,14 +55,14 @@ def check_model(model: TransformersModel, shown: str) -> None:
             own = hidden[layer : layer + 1]
             hidden[layer : layer + 1] = substitute(own, site, own[:, 1] * 0.5 + 1.0)
             block.input = hidden
-        changed = model.output.logits.save()
+        changed = save(model.output.logits)
     with model.trace(rows.tokens, position_ids=rows.position_ids, use_cache=False):
         for layer, block in enumerate(model.layers):
             hidden = block.input.clone()
             own = hidden[layer : layer + 1]
             hidden[layer : layer + 1] = substitute(own, site, own[:, 1])
             block.input = hidden
-        unchanged = model.output.logits.save()
+        unchanged = save(model.output.logits)
 
     # Rows of a batch and a single row may round differently; an overwrite is far above that.
     tolerance = 1e-3 * float(clean.abs().max()) + 1e-6

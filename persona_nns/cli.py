@@ -203,9 +203,7 @@ def _experiment_command(experiment: Experiment) -> Any:
 def _run_experiment(
     experiment: Experiment,
     *,
-    model: Annotated[
-        list[str], typer.Option(help="Bundled name, folder, or hub id; repeatable.")
-    ],
+    model: Annotated[list[str], typer.Option(help="Bundled name, folder, or hub id; repeatable.")],
     grid: Annotated[str, typer.Option(help="short, long, review, or a .toml file.")],
     layers: Annotated[
         str | None, typer.Option(help="all, layers (6,10,14), or depths (0.25,0.5).")
@@ -282,7 +280,7 @@ def _labels(models: list[str], given: list[str]) -> list[str]:
 
     if given and len(given) != len(models):
         raise UsageError(
-            f"{len(models)} models and {len(given)} labels were given; use --as once for each model."
+            f"{len(models)} models and {len(given)} labels were given; use --as once a model."
         )
     own = [model_label(name) for name in models]
     labels = given or own
@@ -321,8 +319,12 @@ def main() -> None:
     except PersonaError as error:
         _fail(str(error), debug=debug, code=error.exit_code)
     except KeyboardInterrupt:
-        _fail("Interrupted; completed cells are kept, the same command goes on.", debug=debug, code=130)
-    except Exception as error:  # noqa: BLE001
+        _fail(
+            "Interrupted; completed cells are kept, the same command goes on.",
+            debug=debug,
+            code=130,
+        )
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         _fail(f"{reason} (--debug shows the traceback)", debug=debug, code=1)
     else:

@@ -101,7 +101,8 @@ class Grid:
         for label in wanted:
             if label not in by_label:
                 raise UsageError(
-                    f"Grid {self.name!r} has no cell {label!r}; its cells are {', '.join(by_label)}."
+                    f"The grid {self.name!r} has no cell {label!r}; "
+                    f"its cells are {', '.join(by_label)}."
                 )
         return tuple(cell for label, cell in by_label.items() if label in wanted)
 
@@ -154,7 +155,7 @@ def load_grid(grid: "str | Path | Grid") -> Grid:
     path = Path(grid)
     if path.suffix != ".toml":
         raise UsageError(
-            f"Unknown grid {str(grid)!r}: use {', '.join(BUNDLED_GRIDS)}, or the path of a .toml file."
+            f"Unknown grid {str(grid)!r}; use {', '.join(BUNDLED_GRIDS)}, or a path ending in .toml."
         )
     try:
         text = path.read_text(encoding="utf-8")

@@ -18,14 +18,14 @@ def import_anyio() -> None:
         return
     from nnsight._c import mount, unmount
 
-    mounted = mount is not None and "save" in vars(object)
-    if mounted:
-        unmount("save")
+    if mount is None or unmount is None or "save" not in vars(object):
+        _import()
+        return
+    unmount("save")
     try:
         _import()
     finally:
-        if mounted:
-            mount(nnsight.save, "save")
+        mount(nnsight.save, "save")
 
 
 def _import() -> None:

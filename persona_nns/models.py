@@ -131,8 +131,10 @@ def load_model(
             rename=STANDARD_NAMES,
         )
     except (OSError, ValueError) as error:
-        raise PersonaError(f"The model {shown!r} could not be loaded: {_one_line(error)}") from error
-    model._module.requires_grad_(False)
+        raise PersonaError(
+            f"The model {shown!r} could not be loaded: {_one_line(error)}"
+        ) from error
+    model._module.requires_grad_(requires_grad=False)
     if chat_template is not None:
         assert model.tokenizer is not None
         model.tokenizer.chat_template = chat_template

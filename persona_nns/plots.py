@@ -16,6 +16,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from persona_nns.errors import UsageError
 
@@ -75,8 +76,8 @@ def cells_heatmap(results: xr.Dataset, name: str, by: str) -> Figure:
     Returns:
         The figure: a row a model, a column a position, one colour scale for all.
     """
-    medians = results[name].groupby(by).median("cell", skipna=True)
-    medians = medians.dropna("layer", how="all")
+    measured = results[name].dropna("layer", how="all")
+    medians = measured.groupby(by).median("cell", skipna=True)
     order = list(dict.fromkeys(results[by].values.tolist()))
     positions = medians.position.values.tolist() if "position" in medians.dims else [None]
     models = medians.model.values.tolist()
@@ -91,7 +92,7 @@ def cells_heatmap(results: xr.Dataset, name: str, by: str) -> Figure:
                 panel = panel if position is None else panel.sel(position=position)
                 panel = panel.dropna("layer", how="all").sel({by: order})
                 sns.heatmap(
-                    panel.transpose(by, "layer").to_pandas().clip(lower=_FAINT),
+                    panel.transpose(by, "layer").clip(min=_FAINT).to_pandas(),
                     ax=axes[row, column],
                     cmap="viridis",
                     norm=norm,
@@ -172,12 +173,12 @@ def _line_panel(axis: Axes, values: xr.DataArray) -> None:
         palette="colorblind" if hue else None,
         ax=axis,
     )
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _log_scale(axis: Axes, values: xr.DataArray) -> None:
-    """Make an axis logarithmic after drawing: on one that is, seaborn takes medians of logarithms."""
-    drawn = values.quantile([0.25, 0.5], "cell")
+    """Make an axis logarithmic, after drawing: on one that is, seaborn averages logarithms."""
+    drawn = values.dropna("layer", how="all").quantile([0.25, 0.5], "cell")
     visible = drawn.where(drawn > 1e-7)
     axis.set_yscale("log")
     if bool(visible.notnull().any()):
@@ -209,5 +210,5 @@ def _panel_title(results: xr.Dataset, model: str) -> str:
 
 
 def _title(results: xr.Dataset, what: str) -> str:
-    grid = results.attrs.get("grid", "")
-    return f"{results.attrs.get('experiment', '')} · {grid} grid, {results.sizes['cell']} cells · {what}"
+    experiment, grid = results.attrs["experiment"], results.attrs["grid"]
+    return f"{experiment} · {grid} grid, {results.sizes['cell']} cells · {what}"

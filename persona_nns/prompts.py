@@ -85,9 +85,7 @@ def render(tokenizer: PreTrainedTokenizerBase, persona: str | None, task: str) -
     bounds = [0, persona_start, task_start, start + len(content)]
     edges = [*(bisect_left(starts, bound) for bound in bounds), len(starts)]
     names: tuple[Span, ...] = ("prefix", "persona", "task", "tail")
-    spans: dict[Span, range] = {
-        name: range(edges[k], edges[k + 1]) for k, name in enumerate(names)
-    }
+    spans: dict[Span, range] = {name: range(edges[k], edges[k + 1]) for k, name in enumerate(names)}
     return Prompt(
         text=text,
         ids=tuple(encoded["input_ids"]),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_nns.catalog import Experiment
-from persona_nns.grids import Grid
+from persona_nns.grids import Grid, PromptName
 from persona_nns.models import ModelRecord
 from persona_nns.prompts import Prompt
 
@@ -22,7 +22,7 @@ _PACKAGES = ("persona-nns", "nnsight", "torch", "transformers", "tokenizers", "x
 def identity(
     experiment: Experiment,
     record: ModelRecord,
-    prompts: Mapping[str, Mapping[str, Prompt]],
+    prompts: Mapping[str, Mapping[PromptName, Prompt]],
     parameters: Mapping[str, Any],
 ) -> str:
     """Hash of all that determines the numbers of a run, 64 hexadecimal digits.
@@ -39,7 +39,9 @@ def identity(
     determining = {
         "experiment": experiment.name,
         "protocol_version": experiment.version,
-        "model": [record.version if _is_digest(record.version) else [record.source, record.version]],
+        "model": [
+            record.version if _is_digest(record.version) else [record.source, record.version]
+        ],
         "precision": record.precision,
         "attn_implementation": record.attn_implementation,
         "token_ids": {
@@ -52,7 +54,7 @@ def identity(
 
 
 def _is_digest(version: str) -> bool:
-    """A folder's version is a SHA-256 of its contents and says all; a commit needs its repository."""
+    """Whether it is a folder's SHA-256, which says all; a commit needs its repository's name."""
     return len(version) == 64
 
 

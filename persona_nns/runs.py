@@ -1,4 +1,4 @@
-"""Run an experiment: batches of cells through `measure` into the store, and resume what is there."""
+"""Run an experiment: batches of cells through `measure` into the store, or what is left of them."""
 
 import inspect
 import time
@@ -101,9 +101,7 @@ def run(
     )
     loaded_grid = load_grid(grid)
     loaded = load_model(model) if isinstance(model, str) else model
-    request = _check(
-        loaded_experiment, loaded, loaded_grid, layers, positions, cells, options
-    )
+    request = _check(loaded_experiment, loaded, loaded_grid, layers, positions, cells, options)
     _carry_out(request, loaded, store, batch_size, progress=progress)
     return open_results(store, loaded_experiment.name, run=request.block.run)
 
@@ -178,8 +176,7 @@ def _check_options(experiment: Experiment, options: Mapping[str, Any]) -> dict[s
                 f"The experiment {experiment.name!r} has no option {name!r}; its options: {known}."
             )
     filled = {
-        name: options.get(name, parameter.default)
-        for name, parameter in experiment.options.items()
+        name: options.get(name, parameter.default) for name, parameter in experiment.options.items()
     }
     for name, value in filled.items():
         if value is inspect.Parameter.empty:
@@ -206,7 +203,8 @@ def _carry_out(
     )
     title = f"{request.experiment.name} · {request.block.model} · {request.block.attrs['grid']}"
     with _progress_bar(enabled=progress) as bar:
-        task = bar.add_task(title, total=len(request.cells), completed=len(request.cells) - len(pending))
+        n_asked = len(request.cells)
+        task = bar.add_task(title, total=n_asked, completed=n_asked - len(pending))
         for batch in _batches(pending, batch_size):
             started = time.perf_counter()
             cells = [request.cells[index] for index in batch]
@@ -247,7 +245,8 @@ def _arrays(
             else np.asarray(value, dtype=object if variable.kind == "text" else None)
         )
         array = _spread_layers(request, name, array)
-        shape = (n_cells, *(len(request.block.labels(variable, axis)) for axis in variable.axes[1:]))
+        sizes = [len(request.block.labels(variable, axis)) for axis in variable.axes[1:]]
+        shape = (n_cells, *sizes)
         if array.shape != shape:
             raise PersonaError(
                 f"measure() of {request.experiment.name!r} returned {name!r} of shape "

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import xarray as xr
@@ -98,7 +98,7 @@ class RunGroup:
         self._array("completed")[0, index] = True
 
     def add_session(self, name: str, attrs: Mapping[str, Any]) -> None:
-        """Note who computes cells of this run: a sub-group of its own, so that writers never meet."""
+        """Note who computes cells of this run, in a sub-group of its own: writers never meet."""
         self._group.require_group(f"sessions/{name}").attrs.update(attrs)
 
     def _array(self, name: str) -> zarr.Array[Any]:
@@ -258,9 +258,7 @@ def list_runs(store: str | Path, experiment: str | None = None) -> list[RunInfo]
         for run, block in sorted(group.groups()):
             if "completed" in block:
                 done = RunGroup(block).completed()
-                runs.append(
-                    RunInfo(name, run, dict(block.attrs), int(done.sum()), int(done.size))
-                )
+                runs.append(RunInfo(name, run, dict(block.attrs), int(done.sum()), int(done.size)))
     return sorted(runs, key=lambda info: (info.experiment, info.attrs["created"], info.run))
 
 
@@ -325,7 +323,8 @@ def _open_run(store: str | Path, info: RunInfo) -> xr.Dataset:
     group = f"{info.experiment}/{info.run}"
     dataset = xr.open_zarr(_location(store), group=group, consolidated=False, chunks=None).load()
     # Zarr strings come back as numpy's StringDType, which pandas and seaborn do not all know.
-    texts = {name: array.astype(object) for name, array in dataset.variables.items() if array.dtype.kind == "T"}
+    variables = dataset.variables.items()
+    texts = {name: array.astype(object) for name, array in variables if array.dtype.kind == "T"}
     dataset = dataset.assign_coords({n: a for n, a in texts.items() if n in dataset.coords})
     dataset = dataset.assign({n: a for n, a in texts.items() if n not in dataset.coords})
     dataset = dataset[[*info.attrs["variables"], "seconds", "completed"]]
