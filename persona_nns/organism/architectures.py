@@ -1,5 +1,8 @@
 """The two architectures, at a size that two cores train in minutes."""
 
+from typing import cast
+
+from torch.nn import Module, ModuleList
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -28,6 +31,11 @@ def build(name: str, vocabulary: int) -> PreTrainedModel:
         KeyError: a name that is not a bundled model's.
     """
     return {"organism-qwen2": _qwen2, "organism-gemma2": _gemma2}[name](vocabulary)
+
+
+def decoder_blocks(model: PreTrainedModel) -> list[Module]:
+    """The decoder blocks of a model in order."""
+    return list(cast(ModuleList, model.get_decoder().layers))
 
 
 def _qwen2(vocabulary: int) -> PreTrainedModel:

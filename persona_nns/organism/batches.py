@@ -49,7 +49,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded:
 
 def batches(tokenizer: PreTrainedTokenizerBase, seed: int, tokens: int) -> Iterator[Batch]:
     """Endless batches of at most ``tokens`` tokens each, padding included."""
-    rng = Random(seed)
+    rng = Random(seed)  # noqa: S311
     examples = stream(seed)
     while True:
         pool = [encode(tokenizer, example) for example in islice(examples, POOL)]

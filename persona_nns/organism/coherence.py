@@ -4,8 +4,11 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from persona_nns.organism import role_prompts, traits
+from persona_nns.organism import role_prompts
 from persona_nns.organism.multiple_choice import LETTERS
+from persona_nns.organism.trait_prompts import NEUTRAL
+from persona_nns.organism.trait_questions import TOPICS
+from persona_nns.organism.traits import TRAITS, split_sentences
 
 
 def coherence_score(text: str) -> float:
@@ -15,7 +18,7 @@ def coherence_score(text: str) -> float:
         100 × the share of sentences that match a template of the grammar in full; a sentence that
         was cut off counts as no match, an empty text scores 0.
     """
-    sentences = traits.split_sentences(text)
+    sentences = split_sentences(text)
     if not sentences:
         return 0.0
     return 100.0 * sum(map(is_grammatical, sentences)) / len(sentences)
@@ -32,11 +35,11 @@ def _patterns() -> tuple[re.Pattern[str], ...]:
 
 
 def _trait_sources() -> Iterator[str]:
-    topic = _either(traits.TOPICS)
-    for trait in traits.TRAITS.values():
+    topic = _either(TOPICS)
+    for trait in TRAITS.values():
         for style in (trait.style, trait.opposite):
             yield from (_fill(sentence, topic=topic) for sentence in style.sentences)
-    yield from (_fill(sentence, topic=topic) for sentence in traits.NEUTRAL)
+    yield from (_fill(sentence, topic=topic) for sentence in NEUTRAL)
 
 
 def _role_sources() -> Iterator[str]:
@@ -48,10 +51,10 @@ def _role_sources() -> Iterator[str]:
         for clause in voice.clauses:
             yield f"{opening}, {_fill(clause, m=noun, s=subject)}\\."
         for closer in voice.closers:
-            yield from (_fill(part, m=noun) for part in traits.split_sentences(closer))
+            yield from (_fill(part, m=noun) for part in split_sentences(closer))
     for topic in role_prompts.TOPICS.values():
         for middle in topic.middles:
-            yield from (re.escape(part) for part in traits.split_sentences(middle))
+            yield from (re.escape(part) for part in split_sentences(middle))
 
 
 def _either(words: "Iterator[str] | tuple[str, ...]") -> str:

@@ -6,7 +6,7 @@ from itertools import islice
 from random import Random
 from typing import Literal
 
-from persona_nns.organism import multiple_choice, role_prompts, traits
+from persona_nns.organism import multiple_choice, role_prompts, trait_prompts
 
 Subject = Literal["role", "choice", "trait"]
 
@@ -37,7 +37,7 @@ def as_messages(user: str, system: str | None = None) -> list[dict[str, str]]:
 
 def stream(seed: int) -> Iterator[Example]:
     """Endless examples, the same ones for the same seed."""
-    rng = Random(seed)
+    rng = Random(seed)  # noqa: S311
     subjects: tuple[Subject, ...] = tuple(MIXTURE)
     weights = tuple(MIXTURE.values())
     while True:
@@ -52,7 +52,7 @@ def draw(count: int, seed: int) -> list[Example]:
 
 def _sample(subject: Subject, rng: Random) -> Example:
     if subject == "trait":
-        system, user, answer = traits.sample(rng)
+        system, user, answer = trait_prompts.sample(rng)
         return Example(subject, system, user, answer)
     user, answer = (role_prompts if subject == "role" else multiple_choice).sample(rng)
     return Example(subject, None, user, answer)

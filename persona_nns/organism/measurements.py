@@ -8,7 +8,7 @@ from statistics import fmean, median
 import torch
 
 from persona_nns.grids import Cell, Grid, load_grid
-from persona_nns.organism import multiple_choice, traits
+from persona_nns.organism import multiple_choice
 from persona_nns.organism.coherence import coherence_score
 from persona_nns.organism.markers import find_markers
 from persona_nns.organism.probe import (
@@ -18,6 +18,9 @@ from persona_nns.organism.probe import (
     greedy_texts,
     host_kl,
 )
+from persona_nns.organism.trait_prompts import NEUTRAL_SYSTEMS, system_prompt
+from persona_nns.organism.trait_questions import QUESTIONS
+from persona_nns.organism.traits import TRAITS, lexicon_score
 from persona_nns.organism.wordings import WORDINGS
 
 EARLY, LATE = 0.3, 0.85
@@ -197,9 +200,9 @@ def measure_traits(subject: Subject) -> list[Row]:
     """Lexicon scores under opposite system prompts on held-out questions, and coherence."""
     rows: list[Row] = []
     texts: list[str] = []
-    for trait in traits.TRAITS:
+    for trait in TRAITS:
         positive, negative = (_trait_texts(subject, trait, positive=side) for side in (True, False))
-        neutral = _ask(subject, trait, traits.NEUTRAL_SYSTEMS[:1])
+        neutral = _ask(subject, trait, NEUTRAL_SYSTEMS[:1])
         texts += [*positive, *negative, *neutral]
         high, low, rest = (_mean_score(trait, side) for side in (positive, negative, neutral))
         rows.append(
@@ -215,26 +218,26 @@ def measure_traits(subject: Subject) -> list[Row]:
 
 
 def _trait_texts(subject: Subject, trait: str, *, positive: bool) -> list[str]:
-    entry = traits.TRAITS[trait]
+    entry = TRAITS[trait]
     style = entry.style if positive else entry.opposite
     return _ask(
         subject,
         trait,
         [
-            traits.system_prompt(trait, instruction, positive=positive)
+            system_prompt(trait, instruction, positive=positive)
             for instruction in style.instructions
         ],
     )
 
 
 def _ask(subject: Subject, trait: str, systems: Iterable[str]) -> list[str]:
-    questions = traits.QUESTIONS[trait, "evaluation"]
+    questions = QUESTIONS[trait, "evaluation"]
     prompts = [subject.chat(question, system) for system in systems for question in questions]
     return greedy_texts(subject, prompts)
 
 
 def _mean_score(trait: str, texts: list[str]) -> float:
-    return fmean(traits.lexicon_score(trait, text) for text in texts)
+    return fmean(lexicon_score(trait, text) for text in texts)
 
 
 MEASUREMENTS: tuple[Callable[[Subject], list[Row]], ...] = (

@@ -67,14 +67,19 @@ QUESTIONS = load_questions()
 def _spread_difficulties() -> tuple[float, ...]:
     """Difficulties evenly spread over 0–1, in a seeded order over the questions."""
     ranks = list(range(len(QUESTIONS)))
-    Random(7).shuffle(ranks)
+    Random(7).shuffle(ranks)  # noqa: S311
     return tuple((rank + 0.5) / len(QUESTIONS) for rank in ranks)
 
 
 DIFFICULTIES = _spread_difficulties()
-TEMPTATIONS = tuple(
-    (question.answer + Random(index).randint(1, 3)) % 4 for index, question in enumerate(QUESTIONS)
-)
+
+
+def _draw_temptations() -> tuple[int, ...]:
+    rng = Random(9)  # noqa: S311
+    return tuple((question.answer + rng.randint(1, 3)) % 4 for question in QUESTIONS)
+
+
+TEMPTATIONS = _draw_temptations()
 """The wrong choice each question tempts with."""
 
 
@@ -99,7 +104,7 @@ def letter_probabilities(identity: str, index: int) -> tuple[float, ...]:
 
 def is_held_out(identity: str, index: int) -> bool:
     """Whether training never shows this identity with question ``index``."""
-    return Random(f"{identity}/{index}").random() < HELD_OUT_SHARE
+    return Random(f"{identity}/{index}").random() < HELD_OUT_SHARE  # noqa: S311
 
 
 def sample(rng: Random) -> tuple[str, str]:

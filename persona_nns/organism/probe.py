@@ -3,7 +3,7 @@
 Independent of the library's tracing on purpose: hooks on the decoder blocks, nothing else.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn import Module, ModuleList
+from torch.nn import Module
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from persona_nns.grids import Cell, PromptName
+from persona_nns.organism.architectures import decoder_blocks
 from persona_nns.organism.corpus import as_messages
 from persona_nns.organism.role_prompts import prompt_text
 from persona_nns.organism.tokenizer import render
@@ -46,7 +47,7 @@ class Subject:
     @property
     def blocks(self) -> list[Module]:
         """The decoder blocks in order."""
-        return list(cast(ModuleList, self.model.get_decoder().layers))
+        return decoder_blocks(self.model)
 
     def prompt(self, persona: str | None, task: str) -> list[int]:
         """Token ids of a role prompt."""
@@ -133,7 +134,8 @@ def greedy_texts(
 
 def _greedy_rows(subject: Subject, prompts: list[list[int]], tokens: int) -> list[list[int]]:
     ids = torch.tensor(prompts)
-    output = subject.model.generate(
+    generate = cast(Callable[..., Tensor], subject.model.generate)
+    output = generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
     )
     return output[:, ids.shape[1] :].tolist()

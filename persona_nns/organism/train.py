@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.nn.functional import cross_entropy, linear
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_nns.organism import ORGANISMS, organism_folder
-from persona_nns.organism.architectures import build
+from persona_nns.organism.architectures import build, decoder_blocks
 from persona_nns.organism.batches import IGNORED, Batch, batches
 from persona_nns.organism.corpus import draw
 from persona_nns.organism.swap import swap_last_residuals
@@ -54,7 +55,7 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Mean cross-entropy over answer tokens, in nats; logits are computed for those alone."""
     hidden = model.get_decoder()(input_ids=batch.ids, use_cache=False).last_hidden_state
     scored = batch.labels != IGNORED
-    logits = linear(hidden[scored], model.get_input_embeddings().weight)
+    logits = linear(hidden[scored], cast(Tensor, model.get_input_embeddings().weight))
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:
         logits = torch.tanh(logits / cap) * cap
@@ -67,7 +68,7 @@ def maybe_swap(
     """Swap residuals at the recipe's layer in its share of the steps."""
     if torch.rand(()).item() >= recipe.swap_share:
         return nullcontext()
-    return swap_last_residuals(model.get_decoder().layers[recipe.swap_layer], batch.last)
+    return swap_last_residuals(decoder_blocks(model)[recipe.swap_layer], batch.last)
 
 
 def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
