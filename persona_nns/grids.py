@@ -155,7 +155,7 @@ def load_grid(grid: "str | Path | Grid") -> Grid:
     path = Path(grid)
     if path.suffix != ".toml":
         raise UsageError(
-            f"Unknown grid {str(grid)!r}; use {', '.join(BUNDLED_GRIDS)}, or a path ending in .toml."
+            f"Unknown grid {str(grid)!r}; use {', '.join(BUNDLED_GRIDS)}, or a .toml file."
         )
     try:
         text = path.read_text(encoding="utf-8")
