@@ -103,6 +103,7 @@ def measure(
     with model.generate(xy.tokens, max_new_tokens=n_tokens, do_sample=False, num_beams=1) as tracer:
         generated = save(tracer.result)
     reference = read_continuation(generated, xy.input_ids.shape[1], n_tokens, end_tokens(model))
+    reference.warn_if_short([cell.label for cell in cells], n_tokens)
 
     # Residuals of the four prompts at every site, each prompt followed by the first reference
     # tokens and read at its own positions. [layer, cell, position, d_model]

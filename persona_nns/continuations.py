@@ -1,5 +1,6 @@
 """The greedy continuation that every intervention on a prompt is scored on."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,20 @@ class Continuation:
         """
         token = torch.arange(n_eval, device=self.ids.device) + generated_index(position)
         return token < self.length[:, None]
+
+    def warn_if_short(self, labels: Sequence[str], n_tokens: int) -> None:
+        """Warn of continuations that end before ``n_tokens``: they are scored on fewer tokens."""
+        short = [
+            f"{label} ({length})"
+            for label, length in zip(labels, self.length.tolist(), strict=True)
+            if length < n_tokens
+        ]
+        if short:
+            warnings.warn(
+                f"Continuations that end before {n_tokens} tokens are scored up to their end "
+                f"(n_eval says how many): {', '.join(short)}.",
+                stacklevel=2,
+            )
 
     def reaches(self, position: str) -> Tensor:
         """Whether the continuation is long enough for the position to exist, [row]."""

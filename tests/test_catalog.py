@@ -1,0 +1,55 @@
+"""Experiment files: found, read, and refused with a reason."""
+
+from pathlib import Path
+
+import pytest
+
+from persona_nns.catalog import bundled_experiments, load_experiment, summary_of
+from persona_nns.errors import PersonaError, UsageError
+
+
+def test_every_bundled_experiment_loads_and_documents_its_variables() -> None:
+    assert "localized_positions" in bundled_experiments()
+    for name, file in bundled_experiments().items():
+        experiment = load_experiment(name)
+        assert experiment.name == name
+        assert experiment.summary == summary_of(file) != ""
+        for variable in experiment.variables.values():
+            assert variable.long_name
+            assert variable.description
+            assert variable.units in {"1", "nat", "token", "byte"}
+
+
+def test_localized_positions_declares_what_the_protocol_says() -> None:
+    experiment = load_experiment("localized_positions")
+    assert experiment.variables["kl"].axes == ("cell", "layer", "position")
+    assert experiment.variables["n_eval"].axes == ("cell", "position")
+    assert (experiment.layers, experiment.positions) == (
+        "0.25,0.40,0.55,0.70,0.85",
+        "p_last,g1,g2",
+    )
+    assert list(experiment.options) == ["n_eval"]
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("import nowhere", "does not run: ModuleNotFoundError: No module named 'nowhere'"),
+        ("def measure(model, cells): ...", "has to define 'variables'"),
+        (
+            "from persona_nns import Variable\nvariables = {'a': Variable('layer', 'a')}\n"
+            "def measure(model, cells): ...",
+            "dims begin with 'cell'",
+        ),
+    ],
+)
+def test_a_file_that_is_no_experiment_says_why(tmp_path: Path, source: str, sentence: str) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(source)
+    with pytest.raises(PersonaError, match=sentence):
+        load_experiment(file)
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="use localized_positions"):
+        load_experiment("localised_positions")

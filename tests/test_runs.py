@@ -1,0 +1,275 @@
+"""Running an experiment: resume, identity, and requests that cannot be carried out."""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from nnsight import TransformersModel
+
+import persona_nns as pn
+from persona_nns.catalog import load_experiment
+from persona_nns.grids import Grid
+from persona_nns.models import record_of
+from persona_nns.provenance import identity
+from persona_nns.runs import run
+
+OWN = '''
+"""Counts of things, for the tests."""
+import torch
+from persona_nns import Variable
+
+protocol_version = 1
+calls = []
+variables = {
+    "asked": Variable("cell layer", "layer times weight"),
+    "every": Variable("cell layer", "layer", every_layer=True),
+    "text": Variable("cell", "label", kind="text"),
+}
+
+def measure(model, cells, *, layers: list[int], weight: float = 2.0):
+    calls.append([cell.label for cell in cells])
+    return {
+        "asked": weight * torch.tensor(layers).float().expand(len(cells), -1),
+        "every": torch.arange(len(model.layers) + 1).float().expand(len(cells), -1),
+        "text": [cell.label for cell in cells],
+    }
+'''
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    file = tmp_path / "counting.py"
+    file.write_text(OWN)
+    return file
+
+
+@pytest.fixture(scope="module")
+def model(random_model: Callable[[str], TransformersModel]) -> TransformersModel:
+    return random_model("qwen2")
+
+
+def test_results_have_the_promised_shape_and_survive_the_store(
+    tmp_path: Path,
+    model: TransformersModel,
+    small_grid: Grid,
+    localized_positions: ModuleType,
+) -> None:
+    ds = pn.run("localized_positions", model, small_grid, layers="1,3", store=tmp_path / "s.zarr")
+    assert ds.kl.dims == ("model", "cell", "layer", "position")
+    assert ds.layer.values.tolist() == [0, 1, 2, 3, 4, 5]
+    assert ds.position.values.tolist() == ["p_last", "g1", "g2"]
+    assert bool(ds.completed.all())
+    direct = localized_positions.measure(
+        model, list(small_grid.cells), layers=[1, 3], positions=["p_last", "g1", "g2"]
+    )
+    np.testing.assert_allclose(ds.kl.sel(layer=[1, 3])[0], direct["kl"], rtol=1e-6)
+    np.testing.assert_allclose(ds.cos_additive[0], direct["cos_additive"], rtol=1e-6)
+    assert np.isnan(ds.kl.sel(layer=[0, 2, 4, 5])).all()
+    assert np.isfinite(ds.kl.sel(layer=[1, 3])).all()
+
+
+def test_layers_asked_for_are_spread_onto_the_axis(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    ds = run(own, model, small_grid, layers=[3, 1], store=tmp_path / "s.zarr", weight=3.0)
+    row = ds.asked.sel(cell="chef/haiku").values[0]
+    np.testing.assert_array_equal(row, [np.nan, 3, np.nan, 9, np.nan, np.nan])
+    assert ds.every.values[0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert ds.text.values[0].tolist() == [cell.label for cell in small_grid.cells]
+    assert ds.attrs["parameters"] == {"layers": [1, 3], "weight": 3.0}
+
+
+def test_a_second_run_computes_only_what_is_missing(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    experiment = load_experiment(own)
+    calls: list[list[str]] = experiment.measure.__globals__["calls"]
+    settings: dict[str, Any] = {"store": tmp_path / "s.zarr", "batch_size": 2}
+    first = run(experiment, model, small_grid, cells="yoda/haiku", **settings)
+    assert calls == [["yoda/haiku"]]
+    assert first.completed.sum() == 1
+    assert first.text.sel(cell="chef/haiku").item() == ""
+    run(experiment, model, small_grid, **settings)
+    assert calls[1:] == [["chef/haiku", "chef/policy"], ["yoda/policy"]]
+    run(experiment, model, small_grid, **settings)
+    assert len(calls) == 3
+
+
+def test_cells_measured_before_a_failure_are_kept(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    own.write_text(
+        OWN.replace(
+            "    calls.append",
+            "    if 'yoda/haiku' in [cell.label for cell in cells]: raise RuntimeError('gone')\n"
+            "    calls.append",
+        )
+    )
+    settings: dict[str, Any] = {"store": tmp_path / "s.zarr", "batch_size": 1}
+    with pytest.raises(RuntimeError, match="gone"):
+        run(own, model, small_grid, **settings)
+    own.write_text(OWN)
+    ds = run(own, model, small_grid, **settings)
+    assert bool(ds.completed.all())
+    assert len(pn.list_runs(tmp_path / "s.zarr")) == 1
+    again = load_experiment(own).measure.__globals__["calls"]
+    assert again == []  # loaded anew: the two runs above had modules of their own
+
+
+def test_what_changes_the_numbers_changes_the_identity(
+    own: Path,
+    tmp_path: Path,
+    small_grid: Grid,
+    model: TransformersModel,
+    random_model: Callable[[str], TransformersModel],
+    random_folder: Callable[[str], Path],
+    make_folder: Callable[..., Path],
+) -> None:
+    store = tmp_path / "s.zarr"
+    edited = Grid("small", small_grid.personas, {**small_grid.tasks, "haiku": "Write a haiku!"})
+    bfloat16 = pn.load_model(random_folder("qwen2"), dtype="bfloat16")
+    other_weights = pn.load_model(make_folder("qwen2", initializer_range=0.1), label="qwen2")
+    plain = pn.load_model(random_folder("qwen2"), template="plain")
+    runs = [
+        run(own, model, small_grid, store=store),
+        run(own, model, small_grid, store=store, layers="0,1"),
+        run(own, model, small_grid, store=store, weight=1.0),
+        run(own, model, edited, store=store),
+        run(own, bfloat16, small_grid, store=store),
+        run(own, other_weights, small_grid, store=store),
+        run(own, plain, small_grid, store=store),
+        run(own, random_model("llama"), small_grid, store=store),
+    ]
+    own.write_text(OWN.replace("protocol_version = 1", "protocol_version = 2"))
+    runs.append(run(own, model, small_grid, store=store))
+    for one, other in itertools.combinations(runs, 2):
+        assert one.attrs["identity"] != other.attrs["identity"]
+    assert len(pn.list_runs(store)) == len(runs)
+    with pytest.raises(pn.UsageError, match="Several sets"):
+        pn.open_results(store, "counting")
+
+
+def test_what_does_not_change_the_numbers_does_not_change_the_identity(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    all_layers = run(own, model, small_grid, store=tmp_path / "s.zarr")
+    by_number = run(
+        own,
+        model,
+        Grid("small", dict(small_grid.personas), dict(small_grid.tasks)),
+        layers=[4, 3, 2, 1, 0],
+        cells=["chef/haiku"],
+        batch_size=1,
+        store=tmp_path / "s.zarr",
+        weight=2.0,
+    )
+    assert all_layers.attrs["identity"] == by_number.attrs["identity"]
+
+
+def test_a_file_without_a_protocol_version_is_known_by_its_source(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    unversioned = OWN.replace("protocol_version = 1", "")
+    own.write_text(unversioned)
+    first = run(own, model, small_grid, store=tmp_path / "s.zarr")
+    own.write_text(unversioned.replace("weight *", "weight * 10 *"))
+    second = run(own, model, small_grid, store=tmp_path / "s.zarr")
+    assert second.asked.max() == 10 * first.asked.max()
+
+
+def test_every_token_of_every_prompt_counts_for_the_identity(
+    own: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    from persona_nns.prompts import render_cell
+
+    experiment, record = load_experiment(own), record_of(model)
+    prompts = {c.label: render_cell(model.tokenizer, c) for c in small_grid.cells}
+    before = identity(experiment, record, prompts, {})
+    from dataclasses import replace
+
+    bb = prompts["yoda/policy"]["BB"]
+    prompts["yoda/policy"]["BB"] = replace(bb, ids=(*bb.ids[:-1], bb.ids[-1] + 1))
+    assert identity(experiment, record, prompts, {}) != before
+
+
+def test_the_group_tells_where_its_numbers_come_from(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    ds = run(own, model, small_grid, store=tmp_path / "s.zarr")
+    group = f"counting/{ds.attrs['run']}"
+    attrs = xr.open_zarr(tmp_path / "s.zarr", group=group, consolidated=False).attrs
+    assert attrs["tasks"]["haiku"] == "Write a haiku about Monday mornings."
+    assert attrs["architecture"] == "Qwen2ForCausalLM"
+    assert attrs["precision"] == "float32"
+    assert attrs["attn_implementation"] == "eager"
+    assert len(attrs["model_version"]) == 64
+    assert set(attrs["session"]["versions"]) >= {"torch", "nnsight", "transformers", "zarr"}
+    json.dumps(dict(attrs))
+    sessions = xr.open_datatree(
+        tmp_path / "s.zarr", engine="zarr", group=f"{group}/sessions", consolidated=False
+    )
+    (session,) = sessions.children.values()
+    assert session.attrs["batch_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"layers": "5"}, "Layer 5 is out of range: the model has layers 0 to 4"),
+        ({"layers": "two"}, "'two' is not a layer"),
+        ({"positions": "p_first"}, "Unknown position 'p_first'"),
+        ({"positions": "p_last-500"}, "has no position 'p_last-500'"),
+        ({"cells": "chef/opera"}, "has no cell 'chef/opera'"),
+        ({"n_tokens": 3}, "has no option 'n_tokens'; its options: n_eval"),
+        ({"batch_size": 0}, "batch size 0"),
+    ],
+)
+def test_a_wrong_request_writes_nothing(
+    tmp_path: Path,
+    model: TransformersModel,
+    small_grid: Grid,
+    changes: dict[str, Any],
+    sentence: str,
+) -> None:
+    with pytest.raises(pn.UsageError, match=sentence):
+        run("localized_positions", model, small_grid, store=tmp_path / "s.zarr", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sites_an_experiment_does_not_have_are_refused(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    with pytest.raises(pn.UsageError, match="'counting' has no positions to choose"):
+        run(own, model, small_grid, positions="p_last", store=tmp_path / "s.zarr")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('"text": [cell', '"words": [cell', r"returned \['asked', 'every', 'words'\]"),
+        ("layers).float()", "layers[1:]).float()", "returned 'asked' of shape"),
+    ],
+)
+def test_a_result_of_the_wrong_shape_is_refused(
+    own: Path,
+    tmp_path: Path,
+    model: TransformersModel,
+    small_grid: Grid,
+    old: str,
+    new: str,
+    sentence: str,
+) -> None:
+    own.write_text(OWN.replace(old, new))
+    with pytest.raises(pn.PersonaError, match=sentence):
+        run(own, model, small_grid, store=tmp_path / "s.zarr")
+
+
+def test_a_model_from_elsewhere_is_refused(tmp_path: Path, small_grid: Grid) -> None:
+    with pytest.raises(pn.UsageError, match=r"load it with pn\.load_model"):
+        run("localized_positions", object(), small_grid, store=tmp_path / "s.zarr")  # type: ignore[arg-type]

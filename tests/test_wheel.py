@@ -1,0 +1,59 @@
+"""The wheel, installed elsewhere, lists and runs every experiment."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden" / "qwen2"
+
+
+def _call(*command: str | Path, cwd: Path) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+    answer = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ``persona-nns`` of a new environment that holds the wheel, and our dependencies."""
+    folder = tmp_path_factory.mktemp("wheel")
+    _call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, cwd=ROOT)
+    (wheel,) = folder.glob("*.whl")
+    _call(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
+    python = folder / "venv" / "bin" / "python"
+    _call(
+        sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel, cwd=folder
+    )
+    # What the wheel needs is taken from here; an editable install of ours is not, because
+    # .pth files are not followed from a .pth file.
+    (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "venv" / "bin" / "persona-nns"
+
+
+def test_it_is_the_wheel_that_runs(installed: Path, tmp_path: Path) -> None:
+    where = "import persona_nns; print(persona_nns.__file__)"
+    place = _call(installed.with_name("python"), "-c", where, cwd=tmp_path)
+    assert place.startswith(str(installed.parents[1]))
+
+
+def test_it_lists_models_and_runs_every_experiment(installed: Path, tmp_path: Path) -> None:
+    listed = [
+        line.split()[0]
+        for line in _call(installed, "experiments", cwd=tmp_path).splitlines()
+        if not line.startswith(" ")
+    ]
+    assert listed == sorted(file.stem for file in (ROOT / "experiments").glob("*.py"))
+    assert "organism-qwen2" in _call(installed, "models", cwd=tmp_path)
+    for name in listed:
+        request = ["run", name, "--model", GOLDEN, "--grid", "short", "--cells", "yoda/haiku"]
+        printed = _call(installed, *request, "--store", "s.zarr", cwd=tmp_path)
+        assert "Stored in s.zarr" in printed
