@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import shutil
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,13 +16,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from nnsight import TransformersModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from persona_nns.catalog import load_experiment
 from persona_nns.grids import Grid
 from persona_nns.models import load_model
 
 torch.set_num_threads(1)
+
+# Property tests try the same examples everywhere, and leave no folder behind.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -74,7 +81,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_neox": ("GPTNeoXConfig", _SIZES),
 }
-SLIDING = ("gemma2", "gemma3", "mistral")
 
 
 def random_config(architecture: str, **changes: Any) -> PreTrainedConfig:
@@ -96,6 +102,10 @@ def save_random_model(
     """Write a random model with a tokenizer; the same weights whenever it is called."""
     torch.manual_seed(20260101)
     model = AutoModelForCausalLM.from_config(random_config(architecture, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases, which start as ones and zeros
+                parameter.add_(0.2 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder)
     return copy_tokenizer(folder)
 
@@ -133,6 +143,16 @@ def plain_model(random_folder: Callable[[str], Path]) -> Callable[[str], PreTrai
 
 
 @pytest.fixture(scope="session")
+def make_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`save_random_model` into a new folder: ``make_folder("qwen2", dtype=torch.bfloat16)``."""
+
+    def make(architecture: str, **settings: Any) -> Path:
+        return save_random_model(tmp_path_factory.mktemp(architecture), architecture, **settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def golden_model() -> Callable[[str], TransformersModel]:
     """``qwen2`` or ``gemma2`` → the trained golden model as the library loads it."""
     return cache(lambda name: load_model(GOLDEN / name))
@@ -165,8 +185,4 @@ def small_grid() -> Grid:
 @pytest.fixture(scope="session")
 def localized_positions() -> ModuleType:
     """The experiment's module, whose functions a test may replace."""
-    import sys
-
-    from persona_nns.catalog import load_experiment
-
     return sys.modules[load_experiment("localized_positions").measure.__module__]
