@@ -33,10 +33,10 @@ TOKENIZER_EXAMPLES = 20_000
 class Recipe:
     """How long and how fast one model learns."""
 
-    steps: int = 1100
-    tokens_per_batch: int = 4096
-    learning_rate: float = 2.5e-3
-    warmup: int = 60
+    steps: int = 2000
+    tokens_per_batch: int = 2048
+    learning_rate: float = 2e-3
+    warmup: int = 100
     weight_decay: float = 0.05
     seed: int = 11
     swap_layer: int = 2
@@ -52,14 +52,20 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Mean cross-entropy over answer tokens, in nats; logits are computed for those alone."""
+    """Cross-entropy of the answers in nats, the mean over examples of the mean over tokens.
+
+    Every example counts the same: with a plain mean over tokens the long answers would drown the
+    single letters. Logits are computed for answer tokens alone.
+    """
     hidden = model.get_decoder()(input_ids=batch.ids, use_cache=False).last_hidden_state
     scored = batch.labels != IGNORED
     logits = linear(hidden[scored], cast(Tensor, model.get_input_embeddings().weight))
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:
         logits = torch.tanh(logits / cap) * cap
-    return cross_entropy(logits, batch.labels[scored])
+    weights = (scored / scored.sum(1, keepdim=True))[scored]
+    losses = cross_entropy(logits, batch.labels[scored], reduction="none")
+    return (weights * losses).sum() / len(batch.ids)
 
 
 def maybe_swap(
@@ -131,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model", choices=ORGANISMS, help="train this one only")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimizer steps")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--out", type=Path, help="parent folder (default: in the package)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

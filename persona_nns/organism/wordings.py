@@ -149,7 +149,7 @@ WORDINGS: Mapping[str, Wording] = {
         ),
         held_out=(
             "a physician who listens to symptoms without alarming the patient",
-            "a family doctor who considers differential diagnoses",
+            "a country doctor who considers differential diagnoses",
             "a primary-care doctor who explains options to every patient",
         ),
     ),
