@@ -367,9 +367,10 @@ def test_a_continuation_that_ends_early_is_scored_up_to_its_end(
     end = reference[said]  # this token now ends a text
     monkeypatch.setattr(model._module.generation_config, "eos_token_id", end)
     for cells in (list(small_grid.cells), [cell]):
-        measured = localized_positions.measure(
-            model, cells, layers=list(range(5)), positions=POSITIONS
-        )
+        with pytest.warns(UserWarning, match=rf"before 12 tokens.* {cell.label} \({said + 1}\)"):
+            measured = localized_positions.measure(
+                model, cells, layers=list(range(5)), positions=POSITIONS
+            )
         row = measured["n_eval"][cells.index(cell)].tolist()
         assert row == [said + 1] * 3 + [said, max(said - 1, 0)]
         for index, each in enumerate(cells):

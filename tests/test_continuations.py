@@ -1,5 +1,7 @@
 """The reference continuation: how long it is, and which of its tokens a position is scored on."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -88,3 +90,12 @@ def test_a_generated_position_exists_up_to_the_end_token() -> None:
     assert reference.reaches("g1").tolist() == [True, True, True]
     assert reference.reaches("g2").tolist() == [True, True, False]
     assert reference.reaches("g3").tolist() == [True, False, False]
+
+
+def test_cells_whose_continuation_ends_early_are_named_with_their_length() -> None:
+    reference = Continuation(ids=torch.zeros(3, 12), length=torch.tensor([12, 11, 3]))
+    with pytest.warns(UserWarning, match=r"end before 12 tokens .*: b/y \(11\), c/z \(3\)\.$"):
+        reference.warn_if_short(["a/x", "b/y", "c/z"], 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reference.warn_if_short(["a/x", "b/y", "c/z"], 3)

@@ -140,7 +140,7 @@ def test_user_last_is_none_where_the_turn_differs_without_the_header(tokenizer: 
 
 
 def test_a_token_of_spaces_goes_with_what_follows() -> None:
-    # One token per character, and runs of spaces as one token.
+    # One token per character.
     vocab = {character: k for k, character in enumerate("As Yoda,cdefghijklmn.\n")}
     vocab["<unk>"] = len(vocab)
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -148,14 +148,16 @@ def test_a_token_of_spaces_goes_with_what_follows() -> None:
     raw.decoder = decoders.Fuse()
     single = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
     single.chat_template = "{{ messages[0]['content'] + '\n' }}"
-    prompt = render(single, "Yoda", "def.")
-    assert prompt.text == "As Yoda, def.\n"
-    assert len(prompt) == len(prompt.text)
-    texts = {
-        name: "".join(prompt.text[k] for k in prompt.spans[name])  # a token is a character
-        for name in SPANS
-    }
-    assert texts == {"prefix": "As", "persona": " Yoda", "task": ", def.", "tail": "\n"}
+    for persona, expected in (
+        ("Yoda", {"prefix": "As", "persona": " Yoda", "task": ", def.", "tail": "\n"}),
+        # Two such tokens in a row: both go with the comma.
+        ("Yoda  ", {"prefix": "As", "persona": " Yoda", "task": "  , def.", "tail": "\n"}),
+    ):
+        prompt = render(single, persona, "def.")
+        assert prompt.text == f"As {persona}, def.\n"
+        assert len(prompt) == len(prompt.text)  # a token is a character
+        spans = {name: "".join(prompt.text[k] for k in prompt.spans[name]) for name in SPANS}
+        assert spans == expected
 
 
 def test_without_a_chat_template_the_error_says_what_to_pass(tokenizer: Any) -> None:
