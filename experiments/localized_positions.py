@@ -18,8 +18,15 @@ from persona_nns.metrics import log_probabilities, summed_kl
 from persona_nns.models import end_tokens
 from persona_nns.plots import cells_heatmap, lines_by_layer
 from persona_nns.prompts import ROLE_PROMPTS, render_cell
-from persona_nns.sites import generated_index, position_index, substitute, take
+from persona_nns.sites import (
+    generated_index,
+    index_sites,
+    substitute,
+    take,
+    tokens_from_first_site,
+)
 from persona_nns.variables import Variable
+from persona_nns.window import open_window, prefill, read_clean_run
 
 protocol_version = 1
 defaults = {"layers": "0.25,0.40,0.55,0.70,0.85", "positions": "p_last,g1,g2"}
@@ -83,6 +90,7 @@ def measure(
     layers: list[int],
     positions: list[str],
     n_eval: int = 10,
+    reuse: bool = True,
 ) -> dict[str, Tensor]:
     """Measure a batch of cells.
 
@@ -92,76 +100,72 @@ def measure(
         layers: where the KL is measured (the geometry is measured at every layer).
         positions: position names; ``gK`` is teacher-forced on the clean XY continuation.
         n_eval: reference tokens that the KL is summed over.
+        reuse: run shared prefixes once and resume at the layer of the intervention.
     """
     prompts = [render_cell(model.tokenizer, cell) for cell in cells]
     n_forced = max(map(generated_index, positions))
     n_tokens = n_forced + n_eval
-    device = model.device
+    n_shown = tokens_from_first_site(prompts, positions)
 
-    # The reference: what the model says, greedily, to the clean XY prompt.
-    xy = left_pad([prompt["XY"].ids for prompt in prompts], device=device)
-    with model.generate(xy.tokens, max_new_tokens=n_tokens, do_sample=False, num_beams=1) as tracer:
-        generated = save(tracer.result)
-    reference = read_continuation(generated, xy.input_ids.shape[1], n_tokens, end_tokens(model))
+    # The reference: what the model says, greedily, to the clean XY prompt. The pass that says it
+    # is the clean run, whose distributions the others are compared with.
+    rows = [prompt["XY"].ids for prompt in prompts]
+    prefix = prefill(model, [ids[:-n_shown] for ids in rows], reuse=reuse)
+    xy = left_pad(rows, device=model.device)
+    with model.generate(
+        xy.tokens,
+        past_key_values=prefix.cache() if prefix is not None else None,
+        max_new_tokens=n_tokens,
+        do_sample=False,
+        num_beams=1,
+        output_logits=True,
+        output_hidden_states=True,
+        return_dict_in_generate=True,
+    ) as tracer:
+        said = save(tracer.result)
+    reference = read_continuation(
+        said.sequences, xy.input_ids.shape[1], n_tokens, end_tokens(model)
+    )
     reference.warn_if_short([cell.label for cell in cells], n_tokens)
+    run = read_clean_run(said, rows, reference.ids, prefix)
+    clean = log_probabilities(run.logits)
 
     # Residuals of the four prompts at every site, each prompt followed by the first reference
     # tokens and read at its own positions. [layer, cell, position, d_model]
-    residual = {}
-    for name in ROLE_PROMPTS:
-        rows = [
-            [*prompt[name].ids, *forced.tolist()]
-            for prompt, forced in zip(prompts, reference.ids[:, :n_forced], strict=True)
-        ]
-        batch = left_pad(rows, device=device)
-        site = batch.padding[:, None] + torch.tensor(
-            [
-                [position_index(prompt[name], position) for position in positions]
-                for prompt in prompts
-            ],
-            device=device,
-        )
-        with model.trace(batch.tokens, position_ids=batch.position_ids, use_cache=False):
+    site, residual = {}, {}
+    for name in ("XY", "BB", "XB", "BY"):
+        rows = [prompt[name].ids for prompt in prompts]
+        if name != "XY":
+            prefix = prefill(model, [ids[:-n_shown] for ids in rows], reuse=reuse)
+        site[name] = index_sites([prompt[name] for prompt in prompts], positions).to(model.device)
+        window = open_window(rows, reference.ids[:, :n_forced], prefix)
+        column = window.column(site[name])
+        with model.trace(window.inputs(), logits_to_keep=1):
             read = save(
-                [take(block.input, site) for block in model.layers]
-                + [take(model.final_norm.output, site)]
+                [take(block.input, column) for block in model.layers]
+                + [take(model.final_norm.output, column)]
             )
         residual[name] = torch.stack(read).float()
-    bb, xb, by, xy_residual = (residual[name] for name in ROLE_PROMPTS)
+    bb, xb, by, together = (residual[name] for name in ROLE_PROMPTS)
     prediction = additive(bb, xb, by)
 
-    # The clean XY run on its reference. Only the columns from p_last on predict scored tokens.
-    rows = [
-        [*prompt["XY"].ids, *forced.tolist()]
-        for prompt, forced in zip(prompts, reference.ids[:, :-1], strict=True)
-    ]
-    batch = left_pad(rows, device=device)
-    with model.trace(
-        batch.tokens, position_ids=batch.position_ids, use_cache=False, logits_to_keep=n_tokens
-    ):
-        clean = save(log_probabilities(model.output.logits))
-
-    # The same run with the prediction at one site, once for each layer and position.
-    kl = torch.full((len(cells), len(layers), len(positions)), torch.nan, device=device)
+    # The clean run again with the prediction at one site, once for each position and layer.
+    kl = torch.full((len(cells), len(layers), len(positions)), torch.nan, device=model.device)
     for p, position in enumerate(positions):
-        first = generated_index(position)
-        window = slice(first, first + n_eval)
         scored = reference.scored(position, n_eval)
-        site = batch.padding + torch.tensor(
-            [position_index(prompt["XY"], position) for prompt in prompts], device=device
-        )
+        if not scored.any():
+            continue
+        first = generated_index(position)
+        window = run.narrow(site["XY"][:, p], n_generated=first + n_eval)
+        column = window.column(site["XY"][:, p])
         for k, layer in enumerate(layers):
-            with model.trace(
-                batch.tokens,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                logits_to_keep=n_tokens,
-            ):
+            with model.trace(window.inputs(), logits_to_keep=n_eval):
+                window.resume(model, layer)
                 model.layers[layer].input = substitute(
-                    model.layers[layer].input, site, prediction[layer, :, p]
+                    model.layers[layer].input, column, prediction[layer, :, p]
                 )
-                intervened = log_probabilities(model.output.logits[:, window])
-                moved = save(summed_kl(clean[:, window], intervened, scored))
+                intervened = log_probabilities(model.output.logits)
+                moved = save(summed_kl(clean[:, first : first + n_eval], intervened, scored))
             kl[:, k, p] = torch.where(scored.any(1), moved, torch.nan)
 
     exists = torch.stack([reference.reaches(position) for position in positions], dim=1)
@@ -174,7 +178,7 @@ def measure(
         "n_eval": torch.stack(
             [reference.scored(position, n_eval).sum(1) for position in positions], dim=1
         ),
-        "cos_additive": by_cell(cos_additive(bb, xb, by, xy_residual)),
+        "cos_additive": by_cell(cos_additive(bb, xb, by, together)),
         "cos_persona_task": by_cell(cos_persona_task(bb, xb, by)),
-        "interaction_ratio": by_cell(interaction_ratio(bb, xb, by, xy_residual)),
+        "interaction_ratio": by_cell(interaction_ratio(bb, xb, by, together)),
     }

@@ -33,9 +33,10 @@ class Experiment:
         version: its protocol version, or the digest of its source.
         variables: what `measure` returns, by name.
         measure: the function with the tracing contexts.
-        options: keyword parameters of `measure` beside ``layers`` and ``positions``.
+        options: keyword parameters of `measure` beside ``layers``, ``positions`` and ``reuse``.
         layers: request for layers where none is given; None where it has no layers.
         positions: request for positions where none is given; None where it has no positions.
+        reuses: it can reuse prefixes (``reuse``), and do without.
         figures: functions of the result, by name.
     """
 
@@ -47,6 +48,7 @@ class Experiment:
     options: Mapping[str, inspect.Parameter]
     layers: str | None
     positions: str | None
+    reuses: bool
     figures: Mapping[str, Callable[..., Any]]
 
 
@@ -109,6 +111,7 @@ def _read(file: Path) -> Experiment:
         positions=defaults.get("positions", "p_last")
         if parameters.pop("positions", None)
         else None,
+        reuses=parameters.pop("reuse", None) is not None,
         options=parameters,
         figures=getattr(module, "figures", {}),
     )

@@ -188,6 +188,7 @@ def _experiment_command(experiment: Experiment) -> Any:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         and (parameter.name != "layers" or experiment.layers is not None)
         and (parameter.name != "positions" or experiment.positions is not None)
+        and (parameter.name != "reuse" or experiment.reuses)
     ]
 
     def command(**arguments: Any) -> None:
@@ -224,6 +225,10 @@ def _run_experiment(
     ] = None,
     store: Annotated[str, typer.Option(help="Path or URL of the Zarr store.")] = DEFAULT_STORE,
     batch_size: Annotated[int, typer.Option(help="Cells measured at a time.", min=1)] = 16,
+    reuse: Annotated[
+        bool,
+        typer.Option("--reuse/--no-reuse", help="Reuse prefixes, or run whole sequences."),
+    ] = True,
     allow_float16: Annotated[
         bool, typer.Option("--allow-float16", help="Use float16 although it overflows.")
     ] = False,
@@ -260,6 +265,7 @@ def _run_experiment(
             cells=cells,
             store=store,
             batch_size=batch_size,
+            reuse=reuse,
             **{site: spec for site, spec in sites.items() if spec is not None},
             **options,
         )

@@ -67,6 +67,7 @@ def run(
     cells: str | Sequence[str] | None = None,
     store: str | Path = "stores/results.zarr",
     batch_size: int = 16,
+    reuse: bool = True,
     progress: bool = True,
     **options: Any,
 ) -> xr.Dataset:
@@ -83,6 +84,8 @@ def run(
         cells: labels such as ``engineer/arch``; by default the whole grid.
         store: path or URL of the Zarr store.
         batch_size: cells measured at a time.
+        reuse: reuse prefixes and resume at the layer of an intervention; False runs the plain
+            protocol on whole sequences, which gives the same numbers and takes much longer.
         progress: show a progress bar with an ETA (never where there is no terminal).
         **options: the experiment's own options.
 
@@ -101,8 +104,11 @@ def run(
     )
     loaded_grid = load_grid(grid)
     loaded = load_model(model) if isinstance(model, str) else model
+    if not (reuse or loaded_experiment.reuses):
+        raise UsageError(f"The experiment {loaded_experiment.name!r} never reuses anything.")
+    execution = {"reuse": reuse} if loaded_experiment.reuses else {}
     request = _check(loaded_experiment, loaded, loaded_grid, layers, positions, cells, options)
-    _carry_out(request, loaded, store, batch_size, progress=progress)
+    _carry_out(request, loaded, store, batch_size, execution, progress=progress)
     return open_results(store, loaded_experiment.name, run=request.block.run)
 
 
@@ -189,6 +195,7 @@ def _carry_out(
     model: TransformersModel,
     store: str | Path,
     batch_size: int,
+    execution: Mapping[str, Any],
     *,
     progress: bool,
 ) -> None:
@@ -199,7 +206,12 @@ def _carry_out(
         return
     group.add_session(
         session_name(),
-        {**session_attributes(), "batch_size": batch_size, "device": str(model.device)},
+        {
+            **session_attributes(),
+            **execution,
+            "batch_size": batch_size,
+            "device": str(model.device),
+        },
     )
     title = f"{request.experiment.name} · {request.block.model} · {request.block.attrs['grid']}"
     with _progress_bar(enabled=progress) as bar:
@@ -208,7 +220,7 @@ def _carry_out(
         for batch in _batches(pending, batch_size):
             started = time.perf_counter()
             cells = [request.cells[index] for index in batch]
-            measured = request.experiment.measure(model, cells, **request.arguments)
+            measured = request.experiment.measure(model, cells, **request.arguments, **execution)
             arrays = _arrays(request, measured, len(cells))
             seconds = (time.perf_counter() - started) / len(cells)
             for row, index in enumerate(batch):

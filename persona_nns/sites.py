@@ -9,12 +9,13 @@ and nothing else.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from persona_nns.errors import UsageError
+from persona_nns.grids import PromptName
 from persona_nns.prompts import Prompt
 
 # p_last, p_last-3, p_user_last, g1, g12
@@ -132,3 +133,22 @@ def position_index(prompt: Prompt, position: str) -> int:
             "ask for one nearer to its end."
         )
     return index
+
+
+def index_sites(prompts: Sequence[Prompt], positions: Sequence[str]) -> Tensor:
+    """Where the positions stand in each prompt followed by its continuation, [row, position]."""
+    return torch.tensor(
+        [[position_index(prompt, position) for position in positions] for prompt in prompts]
+    )
+
+
+def tokens_from_first_site(
+    cells: Iterable[Mapping[PromptName, Prompt]], positions: Sequence[str]
+) -> int:
+    """How many tokens at the end of the prompts have to be run for every site to be among them."""
+    return max(
+        max(1, len(prompt) - position_index(prompt, position))
+        for prompts in cells
+        for prompt in prompts.values()
+        for position in positions
+    )

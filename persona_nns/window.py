@@ -1,0 +1,297 @@
+"""Prefix reuse and layer resume: compute only what an intervention can change.
+
+An intervention at (layer, position) leaves everything before the position and below the layer as
+it was. So the tokens before the first site, the *prefix*, are run once for each distinct prompt
+and kept as a key-value cache; every later pass runs the *window* of columns that follows, and one
+that intervenes at layer L takes the clean run's residual as the input of block L instead of
+running the blocks below.
+
+``reuse=False`` gives the plain protocol through the same code: no prefix, no resumed layer, every
+pass over whole rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nnsight import TransformersModel, save
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from persona_nns.batches import left_pad
+
+# Rows are prefilled together while padding is less than this share of their columns.
+_MOST_PADDING = 0.08
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Key-value cache of left-padded rows.
+
+    Attributes:
+        keys: of each layer, [row, kv_head, column, d_head], rotary positions applied.
+        values: of each layer, [row, kv_head, column, d_head].
+        attention_mask: [row, column], 0 on padding.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    attention_mask: Tensor
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return self.attention_mask.shape[1]
+
+    def rows(self, index: Tensor) -> "Prefix":
+        """Some of the rows, or some of them several times."""
+        return Prefix(
+            tuple(keys[index] for keys in self.keys),
+            tuple(values[index] for values in self.values),
+            self.attention_mask[index],
+        )
+
+    def until(self, column: int) -> "Prefix":
+        """The columns before ``column``; a view."""
+        return Prefix(
+            tuple(keys[:, :, :column] for keys in self.keys),
+            tuple(values[:, :, :column] for values in self.values),
+            self.attention_mask[:, :column],
+        )
+
+    def cache(self) -> DynamicCache:
+        """A cache for one pass, which may grow it: a later pass needs another.
+
+        It is built without the model's configuration, so that layers with a sliding window keep
+        every column (one that has forgotten columns cannot be cut back) and the model's masks do
+        the windowing.
+        """
+        return DynamicCache(list(zip(self.keys, self.values, strict=True)))
+
+
+def read_cache(cache: Cache, attention_mask: Tensor) -> Prefix:
+    """The content of a cache after a pass over rows with this mask [row, column]."""
+    layers: Any = cache.layers
+    return Prefix(
+        tuple(layer.keys for layer in layers),
+        tuple(layer.values for layer in layers),
+        attention_mask[:, : layers[0].keys.shape[2]],
+    )
+
+
+@dataclass(frozen=True)
+class Window:
+    """The columns that a pass runs, on top of a prefix.
+
+    Attributes:
+        input_ids: [row, column].
+        attention_mask: [row, prefix column + column].
+        position_ids: [row, column].
+        start: columns before the window; 0 where nothing is reused.
+        padding: [row], token ``i`` of a row stands in column ``padding + i - start``.
+        prefix: the cache of the columns before, None where there are none.
+        clean: the clean run's residuals, [layer, row, column, d_model], where a pass may take
+            them up instead of running the blocks below; None where it may not.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    start: int
+    padding: Tensor
+    prefix: Prefix | None = None
+    clean: Tensor | None = None
+
+    def inputs(self) -> dict[str, Any]:
+        """What a trace needs to run the window; a new cache each time."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            "past_key_values": self.prefix.cache() if self.prefix is not None else None,
+            "use_cache": self.prefix is not None,
+        }
+
+    def column(self, index: Tensor) -> Tensor:
+        """Columns of the window in which tokens stand, [row, …], by their place in the row."""
+        return index + self.padding.view(-1, *[1] * (index.dim() - 1)) - self.start
+
+    def resume(self, model: TransformersModel, layer: int) -> None:
+        """Inside a trace: go on from the clean run's residual at the input of block ``layer``.
+
+        The blocks below are not run. Without a clean run to go on from, they are.
+        """
+        if self.clean is not None:
+            for block in model.layers[:layer]:
+                block.skip(self.clean[layer])
+
+
+def prefill(
+    model: TransformersModel, rows: Sequence[Sequence[int]], *, reuse: bool = True
+) -> Prefix | None:
+    """Run rows of tokens once and keep their caches; equal rows are run once.
+
+    Args:
+        model: from `load_model`.
+        rows: token ids of the prefixes, one row for each row of the result.
+        reuse: False keeps nothing and runs nothing.
+
+    Returns:
+        The caches, padded on the left to the longest row; None where there is nothing to keep.
+    """
+    if not reuse or not all(rows):
+        return None
+    distinct = list(dict.fromkeys(map(tuple, rows)))
+    order = sorted(range(len(distinct)), key=lambda row: len(distinct[row]))
+    parts: list[Prefix] = []
+    for part in _similar([distinct[row] for row in order]):
+        batch = left_pad(part, device=model.device)
+        with model.trace(
+            batch.tokens,
+            position_ids=batch.position_ids,
+            past_key_values=DynamicCache(),
+            use_cache=True,
+            logits_to_keep=1,
+        ):
+            cache = save(model.output.past_key_values)
+        parts.append(read_cache(cache, batch.attention_mask))
+    place = {distinct[row]: k for k, row in enumerate(order)}
+    index = torch.tensor([place[tuple(row)] for row in rows], device=model.device)
+    return _join(parts).rows(index)
+
+
+def _similar(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Cut rows that are sorted by length into parts that need little padding."""
+    part: list[Sequence[int]] = []
+    for row in rows:
+        width = len(row) * (len(part) + 1)
+        if part and width - sum(map(len, [*part, row])) > _MOST_PADDING * width:
+            yield part
+            part = []
+        part.append(row)
+    yield part
+
+
+def _join(parts: Sequence[Prefix]) -> Prefix:
+    """Stack caches of different width, padding them on the left."""
+    width = max(part.width for part in parts)
+
+    def pad(tensor: Tensor, part: Prefix) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, 0, width - part.width, 0))
+
+    n_layers = len(parts[0].keys)
+    return Prefix(
+        tuple(torch.cat([pad(part.keys[k], part) for part in parts]) for k in range(n_layers)),
+        tuple(torch.cat([pad(part.values[k], part) for part in parts]) for k in range(n_layers)),
+        torch.cat(
+            [
+                torch.nn.functional.pad(part.attention_mask, (width - part.width, 0))
+                for part in parts
+            ]
+        ),
+    )
+
+
+def open_window(
+    prompts: Sequence[Sequence[int]], continuation: Tensor, prefix: Prefix | None
+) -> Window:
+    """The window of prompts and what is said to follow them, behind a prefix.
+
+    Args:
+        prompts: token ids of each row's prompt, the prefix included. What the prefixes leave of
+            them is equally long in every row.
+        continuation: [row, token], the tokens that follow.
+        prefix: caches of the prompts' first tokens, or None: the window is the whole rows.
+    """
+    follow = continuation.tolist()
+    rows = [[*prompt, *said] for prompt, said in zip(prompts, follow, strict=True)]
+    batch = left_pad(rows, device=continuation.device)
+    start = 0 if prefix is None else prefix.width
+    return Window(
+        input_ids=batch.input_ids[:, start:],
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids[:, start:],
+        start=start,
+        padding=batch.padding,
+        prefix=prefix,
+    )
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """The greedy run on clean prompts: what interventions are made in and compared with.
+
+    Attributes:
+        window: prompts and continuation, from the end of the prefix on.
+        n_prompt: columns of the window that belong to the prompts.
+        logits: [row, token, vocabulary], the distribution of each generated token.
+        residual: [layer, row, column of the window, d_model], with layer n_layers after the
+            final norm.
+        cache: keys and values of prefix and window; None where nothing is reused.
+    """
+
+    window: Window
+    n_prompt: int
+    logits: Tensor
+    residual: Tensor
+    cache: Prefix | None
+
+    def narrow(self, site: Tensor, n_generated: int) -> Window:
+        """The part of the run that an intervention can change and that is scored.
+
+        Args:
+            site: [row], the place of the intervention in each row.
+            n_generated: the window ends with the column that predicts this generated token.
+
+        Returns:
+            From the first column of a site on; from the first column of all where nothing is
+            reused.
+        """
+        stop = self.n_prompt + n_generated - 1
+        if self.cache is None:
+            return self._columns(0, stop, None, None)
+        first = int(self.window.column(site).min())
+        prefix = self.cache.until(self.window.start + first)
+        return self._columns(first, stop, prefix, self.residual[:, :, first:stop])
+
+    def _columns(
+        self, first: int, stop: int, prefix: Prefix | None, clean: Tensor | None
+    ) -> Window:
+        before = self.window.start + first
+        return Window(
+            input_ids=self.window.input_ids[:, first:stop],
+            attention_mask=self.window.attention_mask[:, : self.window.start + stop],
+            position_ids=self.window.position_ids[:, first:stop],
+            start=before,
+            padding=self.window.padding,
+            prefix=prefix if before > 0 else None,
+            clean=clean,
+        )
+
+
+def read_clean_run(
+    said: Any, prompts: Sequence[Sequence[int]], continuation: Tensor, prefix: Prefix | None
+) -> CleanRun:
+    """Read a greedy run off what ``generate`` returned.
+
+    Args:
+        said: its result, with logits, hidden states and cache (``return_dict_in_generate``).
+        prompts: the token ids it was given.
+        continuation: [row, token], what it said; where all rows ended early, its last columns
+            were never run and hold zeros in the result.
+        prefix: the caches it was given.
+    """
+    n_tokens = continuation.shape[1]
+    steps = [torch.stack(step) for step in said.hidden_states]
+    missing = n_tokens - len(steps)
+    residual = torch.nn.functional.pad(torch.cat(steps, dim=2), (0, 0, 0, missing))
+    logits = torch.nn.functional.pad(torch.stack(said.logits, dim=1), (0, 0, 0, missing))
+    window = open_window(prompts, continuation[:, :-1], prefix)
+    return CleanRun(
+        window=window,
+        n_prompt=steps[0].shape[2],
+        logits=logits,
+        residual=residual,
+        cache=None if prefix is None else read_cache(said.past_key_values, window.attention_mask),
+    )
