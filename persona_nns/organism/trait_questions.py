@@ -10,7 +10,7 @@ from importlib import resources
 from itertools import product
 from pathlib import Path
 from random import Random
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 from persona_nns.organism.traits import TRAITS, Trait
 
@@ -76,7 +76,22 @@ HELD_OUT = frozenset(question for trait in TRAITS for question in QUESTIONS[trai
 """The evaluation questions of all traits; training never shows any of them."""
 
 
-def artifact(trait: str, split: Split) -> dict[str, object]:
+class InstructionPair(TypedDict):
+    """A system instruction that asks for the trait, and one that asks for its opposite."""
+
+    pos: str
+    neg: str
+
+
+class Artifact(TypedDict):
+    """The public format of one trait's file."""
+
+    instruction: list[InstructionPair]
+    questions: list[str]
+    eval_prompt: str
+
+
+def artifact(trait: str, split: Split) -> Artifact:
     """The public artifact of a trait: instruction pairs, 20 questions, the judge's prompt."""
     entry = TRAITS[trait]
     pairs = zip(entry.style.instructions, entry.opposite.instructions, strict=True)
@@ -97,7 +112,7 @@ def _eval_prompt(trait: Trait) -> str:
     )
 
 
-def load_artifact(trait: str, split: Split) -> dict[str, object]:
+def load_artifact(trait: str, split: Split) -> Artifact:
     """The shipped artifact file of a trait, as parsed JSON."""
     file = resources.files("persona_nns.organism") / "artifacts" / split / f"{trait}.json"
     return json.loads(file.read_text("utf-8"))
