@@ -69,8 +69,9 @@ variables = {
 
 
 def beyond_embedding(results: xr.Dataset) -> xr.Dataset:
-    """Layers from 1 on: in the embedding all four prompts have the same token at each position."""
-    return results.sel(layer=slice(1, None))
+    """Without layer 0 where all four prompts are equal there (one token, no learned position)."""
+    embedding = results.interaction_ratio.sel(layer=0)
+    return results if bool((embedding > 0).any()) else results.sel(layer=slice(1, None))
 
 
 figures = {

@@ -7,6 +7,7 @@ changes nothing, and writing something else changes the output.
 
 import torch
 from nnsight import TransformersModel, save
+from nnsight.intervention.interleaver import OutOfOrderError
 
 from persona_nns.batches import left_pad
 from persona_nns.errors import PersonaError
@@ -31,15 +32,28 @@ def check_model(model: TransformersModel, shown: str) -> None:
     device = next(model._module.parameters()).device
     probe = left_pad([[7, 3, 11, 5]], device=device)
 
-    with model.trace(
-        probe.tokens, position_ids=probe.position_ids, use_cache=False, output_hidden_states=True
-    ):
-        read = save([layer.input.clone() for layer in model.layers])
-        normed = save(model.final_norm.output)
-        expected = save(model.output.hidden_states)
-        clean = save(model.output.logits)
+    try:
+        with model.trace(
+            probe.tokens,
+            position_ids=probe.position_ids,
+            use_cache=False,
+            output_hidden_states=True,
+        ):
+            read = save([layer.input.clone() for layer in model.layers])
+            normed = save(model.final_norm.output)
+            expected = save(model.output.hidden_states)
+            clean = save(model.output.logits)
+    except OutOfOrderError as error:
+        raise PersonaError(
+            f"The model {shown!r} is not supported: not every block of it is run, in order."
+        ) from error
 
     for layer, (ours, theirs) in enumerate(zip([*read, normed], expected, strict=True)):
+        if not torch.isfinite(theirs).all():
+            raise PersonaError(
+                f"The residual stream of {shown!r} is not finite at layer {layer}; its precision "
+                "may be too small for it (use bfloat16 or float32), or its weights are damaged."
+            )
         if not torch.equal(ours, theirs):
             raise PersonaError(
                 f"The model {shown!r} is not supported: the residual read at layer {layer} is not "

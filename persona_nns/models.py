@@ -12,16 +12,18 @@ GPT-2 and GPT-NeoX. Another decoder is loaded if it passes the same checks.
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from nnsight import TransformersModel
-from transformers import AutoConfig, PreTrainedConfig
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from persona_nns.checks import check_model
 from persona_nns.errors import PersonaError, UsageError
@@ -121,20 +123,25 @@ def load_model(
     chat_template = read_template(template) if template is not None else None
     place = _choose_device(device)
     try:
-        model = TransformersModel(
-            source,
-            task="text-generation",
-            dispatch=True,
-            dtype=_DTYPES[precision],
-            attn_implementation="eager",
-            device=place,
-            rename=STANDARD_NAMES,
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=_DTYPES[precision], attn_implementation="eager", output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+        module, loading = loaded
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
         raise PersonaError(
             f"The model {shown!r} could not be loaded: {_one_line(error)}"
         ) from error
-    model._module.requires_grad_(requires_grad=False)
+    _check_complete(shown, loading)
+    module.eval().requires_grad_(requires_grad=False).to(place)
+    try:
+        model = TransformersModel(
+            module, task="text-generation", tokenizer=tokenizer, rename=STANDARD_NAMES
+        )
+    except ValueError as error:
+        raise PersonaError(
+            f"The model {shown!r} ({type(module).__name__}) is not supported: {_one_line(error)}"
+        ) from error
     if chat_template is not None:
         assert model.tokenizer is not None
         model.tokenizer.chat_template = chat_template
@@ -194,7 +201,7 @@ def _find(name: str) -> tuple[str, str]:
     if name in bundled:
         return str(bundled[name]), name
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if not (folder / "config.json").exists():
             raise UsageError(f"The folder {name!r} holds no model: it has no config.json.")
         return str(folder), folder.resolve().name
@@ -232,6 +239,17 @@ def _choose_dtype(
     return "float32" if config.model_type == "gemma2" or own != "bfloat16" else "bfloat16"
 
 
+def _check_complete(shown: str, loading: Mapping[str, Any]) -> None:
+    """See that every weight came from the checkpoint: transformers invents what is missing."""
+    for what in ("missing_keys", "mismatched_keys"):
+        if loading[what]:
+            names = ", ".join(sorted(map(str, loading[what]))[:3])
+            raise PersonaError(
+                f"The checkpoint of {shown!r} does not fit its config.json: "
+                f"{len(loading[what])} {what.replace('_', ' ')}, such as {names}."
+            )
+
+
 def _choose_device(device: str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -264,4 +282,4 @@ def _digest(files: Iterable[Path]) -> str:
 def _one_line(error: BaseException) -> str:
     """The first line of an error's message, with a full stop."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(". ") + "."
+    return lines[0].rstrip(".: ") + "."

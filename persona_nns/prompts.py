@@ -67,7 +67,9 @@ def render(tokenizer: PreTrainedTokenizerBase, persona: str | None, task: str) -
     """
     content = task if persona is None else f"As {persona}, {task}"
     text = apply_template(tokenizer, content, header=True)
-    start = text.rfind(content)
+    turn = apply_template(tokenizer, content, header=False)
+    # A short text may stand in the generation header too, which comes after the user's turn.
+    start = text.rfind(content, 0, len(turn) if text.startswith(turn) else len(text))
     if start < 0:
         raise PersonaError(
             f"The chat template changes the prompt {content!r}, so its spans cannot be found; "
@@ -90,7 +92,7 @@ def render(tokenizer: PreTrainedTokenizerBase, persona: str | None, task: str) -
         text=text,
         ids=tuple(encoded["input_ids"]),
         spans=spans,
-        user_last=_user_last(tokenizer, content, text, encoded["offset_mapping"]),
+        user_last=_user_last(text, turn, encoded["offset_mapping"]),
     )
 
 
@@ -155,10 +157,7 @@ def _first_characters(text: str, offsets: list[tuple[int, int]]) -> list[int]:
     return firsts[::-1]
 
 
-def _user_last(
-    tokenizer: PreTrainedTokenizerBase, content: str, text: str, offsets: list[tuple[int, int]]
-) -> int | None:
-    turn = apply_template(tokenizer, content, header=False)
+def _user_last(text: str, turn: str, offsets: list[tuple[int, int]]) -> int | None:
     if not text.startswith(turn):
         return None
     return sum(start < len(turn) for start, _ in offsets) - 1

@@ -56,7 +56,7 @@ def parse_layers(spec: str | Sequence[int], n_layers: int) -> list[int]:
 
     Args:
         spec: ``all`` (0 … n_layers-1), layers such as ``6,10,14``, depths such as
-            ``0.25,0.40`` (times n_layers, rounded), or a sequence of layers.
+            ``0.25,0.40`` (times n_layers, rounded, the last block at most), or a sequence.
         n_layers: number of decoder blocks.
 
     Raises:
@@ -73,7 +73,7 @@ def parse_layers(spec: str | Sequence[int], n_layers: int) -> list[int]:
 
 def _layer(text: str, n_layers: int) -> int:
     if re.fullmatch(r"0?\.\d+", text):
-        return round(float(text) * n_layers)
+        return min(round(float(text) * n_layers), n_layers - 1)
     if not re.fullmatch(r"-?\d+", text):
         raise UsageError(
             f"{text!r} is not a layer; use 'all', numbers such as 6,10,14, or depths such as 0.5."

@@ -1,6 +1,7 @@
 """Figures show the numbers of the result: medians and quartiles of the values themselves."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_a_band_reaches_from_the_lower_to_the_upper_quartile(results: xr.Dataset
 
 def test_a_heatmap_cell_is_the_median_over_the_cells_of_a_persona(results: xr.Dataset) -> None:
     figure = cells_heatmap(results, "kl", "persona")
-    panel = figure.axes[3].collections[0].get_array()  # second model, second position
+    panel: Any = figure.axes[3].collections[0].get_array()  # second model, second position
     expected = (
         results.kl.sel(model="n", position="g1", layer=[1, 2])
         .groupby("persona")

@@ -110,9 +110,6 @@ def test_a_bare_prompt_is_the_task_alone_without_a_persona(tokenizer: Any) -> No
     assert span_text(tokenizer, prompt, "task") == "\nWrite a haiku."
 
 
-@pytest.mark.xfail(
-    strict=True, reason="render takes the last occurrence, which here is in the generation header"
-)
 @pytest.mark.parametrize("task", ["a", "s", "assistant"])
 def test_a_bare_task_that_stands_in_the_template_too_is_found_in_the_users_turn(
     tokenizer: Any, task: str

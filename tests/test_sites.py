@@ -73,9 +73,6 @@ def test_no_layer_at_all_is_refused() -> None:
         parse_layers([], 6)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_layer does not check the range of depths: 0.95 of 6 layers is layer 6"
-)
 @pytest.mark.parametrize("depth", ["0.95", "0.99", ".999"])
 def test_a_depth_that_rounds_to_the_final_norm_is_not_a_layer_to_overwrite(depth: str) -> None:
     try:
