@@ -153,14 +153,21 @@ def plot(
     run: RunChoice = None,
 ) -> None:
     """Draw an experiment's figures."""
-    from persona_nns.demo import draw
-    from persona_nns.plots import check_format
+    from persona_nns.plots import check_format, draw, save_figure
 
     if output is not None:
         check_format(output)
     results = _open(store, experiment, grid, run)
-    for path in draw(results, experiment, store, output):
-        _out.print(path, soft_wrap=True)
+    beside = Path() if "://" in store else Path(store).parent
+    prefix = f"{Path(experiment).stem}-{results.attrs['grid']}"
+    for index, (name, figure) in enumerate(draw(results, experiment).items()):
+        if output is None:
+            written = save_figure(figure, beside / f"{prefix}-{name}.png", pdf=True)
+        else:
+            file = output if index == 0 else output.with_stem(f"{output.stem}-{name}")
+            written = save_figure(figure, file)
+        for path in written:
+            _out.print(path, soft_wrap=True)
 
 
 def _open(store: str, experiment: str, grid: str | None, run: list[str] | None) -> "xr.Dataset":
@@ -224,7 +231,9 @@ def _run_experiment(
         typer.Option("--as", help="Label of the model in the results; one for each --model."),
     ] = None,
     store: Annotated[str, typer.Option(help="Path or URL of the Zarr store.")] = DEFAULT_STORE,
-    batch_size: Annotated[int, typer.Option(help="Cells measured at a time.", min=1)] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Cells at a time; by default what fits.", min=1)
+    ] = None,
     reuse: Annotated[
         bool,
         typer.Option("--reuse/--no-reuse", help="Reuse prefixes, or run whole sequences."),

@@ -18,6 +18,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from persona_nns.catalog import bundled_experiments, load_experiment
 from persona_nns.errors import UsageError
 
 QUARTILES = ("pi", 50)  # 25–75 % of the cells
@@ -106,6 +107,26 @@ def cells_heatmap(results: xr.Dataset, name: str, by: str) -> Figure:
         figure.colorbar(axes[0, 0].collections[0], ax=axes, label=label, extend="min")
         figure.suptitle(_title(results, f"median over the cells of each {by}"), fontsize="medium")
     return figure
+
+
+def draw(results: xr.Dataset, experiment: str) -> dict[str, Figure]:
+    """An experiment's figures by name.
+
+    Args:
+        results: what to draw.
+        experiment: its name or its file, which says what to draw; the results of one that is
+            unknown here are drawn in a plain way.
+
+    Raises:
+        UsageError: there is nothing to draw.
+    """
+    known = experiment in bundled_experiments() or experiment.endswith(".py")
+    functions = load_experiment(experiment).figures if known else {}
+    figures = {name: function(results) for name, function in functions.items()}
+    figures = figures or default_figures(results)
+    if not figures:
+        raise UsageError(f"{experiment!r} has no numbers over layers, so there is nothing to draw.")
+    return figures
 
 
 def default_figures(results: xr.Dataset) -> dict[str, Figure]:

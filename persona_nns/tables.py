@@ -74,12 +74,17 @@ def _quartiles(values: np.ndarray[tuple[int], np.dtype[np.floating]]) -> str:
     if not present.size:
         return "–"
     low, median, high = np.percentile(present, [25, 50, 75])
-    return f"{median:.3f} [dim]\\[{_short(low)},{_short(high)}][/dim]"
+    return f"{number(median)} [dim]\\[{_short(low)},{_short(high)}][/dim]"
+
+
+def number(value: float) -> str:
+    """Three decimals; what rounds to zero has no sign."""
+    return f"{value:.3f}".replace("-0.000", "0.000")
 
 
 def _short(value: float) -> str:
     """Three significant places without the leading zero, as the paper's tables have it."""
-    text = f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    text = number(value) if abs(value) < 10 else f"{value:.1f}"
     return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
 

@@ -201,7 +201,7 @@ def test_every_token_of_every_prompt_counts_for_the_identity(
 def test_the_group_tells_where_its_numbers_come_from(
     own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
 ) -> None:
-    ds = run(own, model, small_grid, store=tmp_path / "s.zarr")
+    ds = run(own, model, small_grid, store=tmp_path / "s.zarr", batch_size=3)
     group = f"counting/{ds.attrs['run']}"
     attrs = xr.open_zarr(tmp_path / "s.zarr", group=group, consolidated=False).attrs
     assert attrs["tasks"]["haiku"] == "Write a haiku about Monday mornings."
@@ -215,7 +215,7 @@ def test_the_group_tells_where_its_numbers_come_from(
         tmp_path / "s.zarr", engine="zarr", group=f"{group}/sessions", consolidated=False
     )
     (session,) = sessions.children.values()
-    assert session.attrs["batch_size"] == 16
+    assert session.attrs["batch_size"] == 3
 
 
 @pytest.mark.parametrize(
@@ -273,3 +273,61 @@ def test_a_result_of_the_wrong_shape_is_refused(
 def test_a_model_from_elsewhere_is_refused(tmp_path: Path, small_grid: Grid) -> None:
     with pytest.raises(pn.UsageError, match=r"load it with pn\.load_model"):
         run("localized_positions", object(), small_grid, store=tmp_path / "s.zarr")  # type: ignore[arg-type]
+
+
+FULL = """
+    if len(cells) > {limit}:
+        raise {error}
+    calls.append"""
+
+
+def test_a_batch_that_does_not_fit_is_retried_at_half_its_size(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    full = FULL.format(limit=1, error="torch.OutOfMemoryError('CUDA out of memory')")
+    own.write_text(OWN.replace("\n    calls.append", full))
+    experiment = load_experiment(own)
+    with pytest.warns(UserWarning, match="4 cells at a time do not fit into memory.* with 2"):
+        ds = run(experiment, model, small_grid, store=tmp_path / "s.zarr")
+    assert [len(call) for call in experiment.measure.__globals__["calls"]] == [1, 1, 1, 1]
+    assert bool(ds.completed.all())
+
+
+@pytest.mark.filterwarnings("ignore:.*cells at a time")
+def test_a_cell_that_does_not_fit_is_one_sentence(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    error = "RuntimeError('DefaultCPUAllocator: cannot allocate memory')"
+    own.write_text(OWN.replace("\n    calls.append", FULL.format(limit=0, error=error)))
+    with pytest.raises(pn.PersonaError, match="A single cell does not fit into memory"):
+        run(own, model, small_grid, store=tmp_path / "s.zarr")
+
+
+def test_the_default_batch_fits_into_a_share_of_memory(
+    monkeypatch: pytest.MonkeyPatch, model: TransformersModel, small_grid: Grid
+) -> None:
+    from persona_nns import memory
+    from persona_nns.prompts import render_cell
+
+    prompts = [p for c in small_grid.cells for p in render_cell(model.tokenizer, c).values()]
+    per_token = 2 * 5 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
+    per_cell = 6 * ((max(map(len, prompts)) + 16) * per_token + 16 * 1024 * 4)
+    monkeypatch.setattr(memory, "_memory_to_use", lambda _device: 3.5 * per_cell)
+    assert memory.fitting_batch_size(model, prompts) == 3
+    monkeypatch.setattr(memory, "_memory_to_use", lambda _device: 0.0)
+    assert memory.fitting_batch_size(model, prompts) == 1
+    monkeypatch.setattr(memory, "_memory_to_use", lambda _device: 1e12)
+    assert memory.fitting_batch_size(model, prompts) == 32
+
+
+def test_the_plain_protocol_is_the_same_run(
+    tmp_path: Path, model: TransformersModel, small_grid: Grid, own: Path
+) -> None:
+    settings: dict[str, Any] = {"layers": "2", "positions": "p_last"}
+    name = "localized_positions"
+    reused = run(name, model, small_grid, store=tmp_path / "a.zarr", **settings)
+    plain = run(name, model, small_grid, store=tmp_path / "b.zarr", reuse=False, **settings)
+    assert reused.attrs["identity"] == plain.attrs["identity"]
+    np.testing.assert_allclose(reused.kl, plain.kl, rtol=1e-3, atol=1e-5)
+    with pytest.raises(pn.UsageError, match="'counting' never reuses anything"):
+        run(own, model, small_grid, store=tmp_path / "c.zarr", reuse=False)

@@ -1,0 +1,127 @@
+"""A request for a run, checked before anything is computed or written."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nnsight import TransformersModel
+
+from persona_nns.catalog import Experiment
+from persona_nns.errors import UsageError
+from persona_nns.grids import Cell, Grid, PromptName
+from persona_nns.models import ModelRecord, record_of
+from persona_nns.prompts import ROLE_PROMPTS, Prompt, render_cell
+from persona_nns.provenance import identity, run_attributes, run_name
+from persona_nns.sites import parse_layers, parse_positions, position_index
+from persona_nns.store import Block
+
+_PROMPTS: tuple[PromptName, ...] = (*ROLE_PROMPTS, "BARE")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request: nothing in it can still be a usage error.
+
+    Attributes:
+        experiment: what to measure.
+        cells: the cells asked for, and their place in the grid.
+        prompts: every prompt of the grid.
+        arguments: keyword arguments of `measure`.
+        block: the group the results go to.
+    """
+
+    experiment: Experiment
+    cells: Mapping[int, Cell]
+    prompts: tuple[Prompt, ...]
+    arguments: Mapping[str, Any]
+    block: Block
+
+
+def check_request(
+    experiment: Experiment,
+    model: TransformersModel,
+    grid: Grid,
+    layers: str | Sequence[int] | None,
+    positions: str | Sequence[str] | None,
+    cells: str | Sequence[str] | None,
+    options: Mapping[str, Any],
+) -> Request:
+    """Check a request against the experiment, the model and the grid.
+
+    Raises:
+        UsageError: something in it is wrong; the message says what, and what to do.
+    """
+    record = record_of(model)
+    sites = _sites(experiment, record, layers, positions)
+    arguments = {**sites, **_check_options(experiment, options)}
+    labels = cells.split(",") if isinstance(cells, str) else cells
+    asked = grid.cells if labels is None else grid.select_cells(label.strip() for label in labels)
+    place = {cell.label: index for index, cell in enumerate(grid.cells)}
+    prompts = {cell.label: render_cell(model.tokenizer, cell, _PROMPTS) for cell in grid.cells}
+    for of_cell in prompts.values():
+        for name in ROLE_PROMPTS:
+            for position in sites.get("positions", []):
+                position_index(of_cell[name], position)
+    digest = identity(experiment, record, prompts, arguments)
+    template = model.tokenizer.chat_template
+    every = any(variable.every_layer for variable in experiment.variables.values())
+    block = Block(
+        experiment=experiment.name,
+        run=run_name(record.label, grid, digest),
+        model=record.label,
+        n_layers=record.n_layers,
+        precision=record.precision,
+        cells=[(cell.persona, cell.task) for cell in grid.cells],
+        layers=list(range(record.n_layers + 1)) if every else sites.get("layers", []),
+        positions=sites.get("positions", []),
+        variables=experiment.variables,
+        attrs=run_attributes(experiment, record, grid, arguments, digest, template),
+    )
+    return Request(
+        experiment=experiment,
+        cells={place[cell.label]: cell for cell in asked},
+        prompts=tuple(prompt for of_cell in prompts.values() for prompt in of_cell.values()),
+        arguments=arguments,
+        block=block,
+    )
+
+
+def _sites(
+    experiment: Experiment,
+    record: ModelRecord,
+    layers: str | Sequence[int] | None,
+    positions: str | Sequence[str] | None,
+) -> dict[str, Any]:
+    """The layers and positions to measure at, where the experiment has them."""
+    sites: dict[str, Any] = {}
+    for name, asked, default in (
+        ("layers", layers, experiment.layers),
+        ("positions", positions, experiment.positions),
+    ):
+        if default is None and asked is not None:
+            raise UsageError(f"The experiment {experiment.name!r} has no {name} to choose.")
+    if experiment.layers is not None:
+        spec = experiment.layers if layers is None else layers
+        sites["layers"] = parse_layers(spec, record.n_layers)
+    if experiment.positions is not None:
+        spec = experiment.positions if positions is None else positions
+        sites["positions"] = parse_positions(spec)
+    return sites
+
+
+def _check_options(experiment: Experiment, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The experiment's own options, defaults filled in."""
+    for name in options:
+        if name not in experiment.options:
+            known = ", ".join(experiment.options) or "none"
+            raise UsageError(
+                f"The experiment {experiment.name!r} has no option {name!r}; its options: {known}."
+            )
+    filled = {
+        name: options.get(name, parameter.default) for name, parameter in experiment.options.items()
+    }
+    for name, value in filled.items():
+        if value is inspect.Parameter.empty:
+            raise UsageError(f"The experiment {experiment.name!r} needs the option {name!r}.")
+    return filled

@@ -1,0 +1,65 @@
+"""What an experiment returned, as arrays of the shapes that it declared."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from persona_nns.errors import PersonaError
+from persona_nns.request import Request
+from persona_nns.variables import FILL
+
+
+def declared_arrays(
+    request: Request, measured: Mapping[str, Any], n_cells: int
+) -> dict[str, np.ndarray[Any, Any]]:
+    """What `measure` returned, as arrays of the declared shapes.
+
+    Raises:
+        PersonaError: `measure` did not return what its file declares.
+    """
+    declared = request.experiment.variables
+    if set(measured) != set(declared):
+        raise PersonaError(
+            f"measure() of {request.experiment.name!r} returned {sorted(measured)}, but its file "
+            f"declares {sorted(declared)}."
+        )
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for name, variable in declared.items():
+        value = measured[name]
+        array = (
+            value.detach().cpu().float().numpy()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+            else np.asarray(value, dtype=object if variable.kind == "text" else None)
+        )
+        array = _spread_layers(request, name, array)
+        sizes = [len(request.block.labels(variable, axis)) for axis in variable.axes[1:]]
+        shape = (n_cells, *sizes)
+        if array.shape != shape:
+            raise PersonaError(
+                f"measure() of {request.experiment.name!r} returned {name!r} of shape "
+                f"{array.shape}; its dims ({variable.dims}) need {shape}."
+            )
+        arrays[name] = array
+    return arrays
+
+
+def _spread_layers(
+    request: Request, name: str, array: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """Put an array over the layers asked for onto the layer axis of the block."""
+    variable = request.experiment.variables[name]
+    if "layer" not in variable.axes or variable.every_layer:
+        return array
+    axis, asked = variable.axes.index("layer"), request.arguments["layers"]
+    if array.ndim <= axis or array.shape[axis] != len(asked):
+        return array
+    labels = list(request.block.layers)
+    if labels == asked:
+        return array
+    wide = list(array.shape)
+    wide[axis] = len(labels)
+    spread = np.full(wide, FILL[variable.kind], dtype=array.dtype)
+    spread[(slice(None),) * axis + ([labels.index(layer) for layer in asked],)] = array
+    return spread
