@@ -1,0 +1,193 @@
+"""How much prefix reuse and layer resume save, side by side in one run.
+
+    python tests/benchmarks/reuse.py small       the bundled model, long grid, all layers
+    python tests/benchmarks/reuse.py large       24 layers, 896 wide (random), short grid, 5 layers
+    python tests/benchmarks/reuse.py growth      time against cells, layers, positions and length
+    python tests/benchmarks/reuse.py memory      memory over 200 batches
+
+Ratios of medians; every schedule of a comparison runs in the same process, in turns.
+"""
+
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnsight import TransformersModel
+from paper_schedule import paper_schedule
+from rich.console import Console
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from persona_nns.catalog import load_experiment
+from persona_nns.grids import Cell, load_grid
+from persona_nns.models import load_model
+from persona_nns.prompts import ROLE_PROMPTS, render_cell
+from persona_nns.sites import parse_layers
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "qwen2"
+POSITIONS = ["p_last", "g1", "g2"]
+DEPTHS = "0.25,0.40,0.55,0.70,0.85"
+N_SAID = 12  # reference tokens: ten scored, and two that g1 and g2 are forced on
+
+console = Console()
+measure = load_experiment("localized_positions").measure
+
+
+def small() -> None:
+    """The bundled model on the long grid at all layers."""
+    model = load_model("organism-qwen2")
+    compare(model, list(load_grid("long").cells), parse_layers("all", len(model.layers)), pairs=3)
+
+
+def large() -> None:
+    """A random model of 24 layers on the short grid (and the long) at five layers."""
+    model = random_model()
+    layers = parse_layers(DEPTHS, 24)
+    compare(model, list(load_grid("short").cells), layers, pairs=3, slow=1)
+    # Long prompts: one persona on all six tasks.
+    cells = [cell for cell in load_grid("long").cells if cell.persona in {"engineer", "chef"}]
+    compare(model, cells, layers, pairs=3, slow=1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    weights = sum(p.numel() * p.element_size() for p in model._module.parameters()) / 2**30
+    console.print(f"peak memory of the process {peak:.2f} GiB, weights {weights:.2f} GiB")
+
+
+def compare(
+    model: TransformersModel, cells: list[Cell], layers: list[int], pairs: int, slow: int = 1
+) -> None:
+    """Reuse against the paper's schedule, against batches without reuse, and the floor."""
+    sites: dict[str, Any] = {"layers": layers, "positions": POSITIONS}
+    plain = model._module
+    measure(model, cells[:2], **sites)
+    reused, batched, paper = [], [], []
+    for turn in range(pairs):
+        reused.append(timed(lambda: measure(model, cells, **sites)))
+        if turn < slow:
+            batched.append(timed(lambda: measure(model, cells, **sites, reuse=False)))
+            paper.append(
+                timed(lambda: paper_schedule(plain, model.tokenizer, cells, layers, POSITIONS))
+            )
+    ours = measure(model, cells, **sites)["kl"][:, : len(layers)]
+    theirs = paper_schedule(plain, model.tokenizer, cells[:1], layers, POSITIONS)
+    median = statistics.median(reused)
+    floor = least_multiply_adds(model, cells, layers) / matmul_rate(model.config.hidden_size)
+    console.print(
+        f"{model.config.num_hidden_layers} layers, {len(cells)} cells, {len(layers)} layers asked, "
+        f"{len(POSITIONS)} positions: reuse {median:.2f} s of {[round(t, 2) for t in reused]}; "
+        f"paper's schedule {paper[0]:.1f} s = {paper[0] / median:.1f} x; "
+        f"batches without reuse {batched[0]:.1f} s = {batched[0] / median:.1f} x; "
+        f"floor {floor:.2f} s, reuse is {median / floor:.2f} x; "
+        f"largest difference of the first cell's KL {float((ours[0] - theirs[0]).abs().max()):.1e}"
+    )
+
+
+def growth() -> None:
+    """Time for one more layer, cell and position, and for longer prompts."""
+    model = random_model()
+    cells = list(load_grid("short").cells)
+    more = [replace(cell, persona=f"{cell.persona}{k}") for k in range(8) for cell in cells]
+    measure(model, cells, layers=[8], positions=["p_last"])
+    long = list(load_grid("long").cells)[:12]
+    cases: dict[str, tuple[list[Cell], list[int], list[str]]] = {
+        "12 cells": (more[:12], [8], ["p_last"]),
+        "48 cells": (more[:48], [8], ["p_last"]),
+        "96 cells": (more[:96], [8], ["p_last"]),
+        "12 cells, 2 layers": (cells, [8, 9], ["p_last"]),
+        "12 cells, 5 layers": (cells, [8, 9, 10, 11, 12], ["p_last"]),
+        "12 cells, 2 positions": (cells, [8], ["p_last", "g1"]),
+        "12 cells of the long grid": (long, [8], ["p_last"]),
+    }
+    for name, (asked, layers, positions) in cases.items():
+        with counted(model) as work:
+            measure(model, asked, layers=layers, positions=positions)
+        seconds = statistics.median(
+            timed(
+                lambda case=cases[name]: measure(model, case[0], layers=case[1], positions=case[2])
+            )
+            for _ in range(3)
+        )
+        each = 1e6 * seconds / work[0]
+        console.print(f"{name}: {seconds:.2f} s, {work[0]} token-layers, {each:.1f} µs each")
+
+
+def memory() -> None:
+    """Resident memory over 200 batches of a small model."""
+    model = load_model(GOLDEN)
+    cells = list(load_grid("short").cells)
+    for batch in range(201):
+        measure(model, cells, layers=[2, 4], positions=["p_last", "g1"])
+        if batch % 50 == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            console.print(f"after batch {batch}: {pages * 4096 / 2**20:.0f} MiB")
+
+
+def counted(model: TransformersModel) -> Any:
+    """Count token-layers (the context manager of the tests)."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from test_window import counted_work
+
+    return counted_work(model)
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Wall-clock seconds of a call."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def random_model() -> TransformersModel:
+    """24 layers, 896 wide, 0.36 billion parameters, random, with the golden tokenizer."""
+    folder = Path(tempfile.mkdtemp())
+    config = Qwen2Config(
+        vocab_size=1024,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        eos_token_id=2,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(GOLDEN).save_pretrained(folder)
+    return load_model(folder, label="random-24x896")
+
+
+def least_multiply_adds(
+    model: TransformersModel, cells: Sequence[Cell], layers: list[int]
+) -> float:
+    """Multiply-adds of the linear layers that the protocol cannot do without."""
+    config = model.config
+    d, n = config.hidden_size, config.num_hidden_layers
+    kv = config.num_key_value_heads * d // config.num_attention_heads
+    block = 2 * d * d + 2 * d * kv + 3 * d * config.intermediate_size
+    prompts = [render_cell(model.tokenizer, cell) for cell in cells]
+    distinct = {prompt[name].ids for prompt in prompts for name in ROLE_PROMPTS}
+    clean = (sum(map(len, distinct)) + len(cells) * (N_SAID - 1 + 3 * 2)) * n * block
+    moved = len(cells) * len(POSITIONS) * sum(10 * (n - layer) for layer in layers) * block
+    scored = len(cells) * (N_SAID + 10 * len(POSITIONS) * len(layers)) * d * config.vocab_size
+    return clean + moved + scored
+
+
+def matmul_rate(width: int) -> float:
+    """Multiply-adds a second of a float32 matrix product of the model's shape, median of nine."""
+    a, b = torch.randn(512, width), torch.randn(width, 4 * width)
+    times = [timed(lambda: a @ b) for _ in range(9)]
+    return a.shape[0] * a.shape[1] * b.shape[1] / statistics.median(times)
+
+
+if __name__ == "__main__":
+    wanted = {"small": small, "large": large, "growth": growth, "memory": memory}
+    if len(sys.argv) != 2 or sys.argv[1] not in wanted:
+        sys.exit(f"usage: reuse.py {'|'.join(wanted)}")
+    wanted[sys.argv[1]]()
