@@ -65,6 +65,13 @@ variables = {
         description="Size of what the sum leaves out, relative to the whole effect.",
         every_layer=True,
     ),
+    "residuals": Variable(
+        "cell prompt layer position d_model",
+        "residual",
+        description="The residual stream of the four prompts at every site.",
+        every_layer=True,
+        coords={"prompt": ROLE_PROMPTS},
+    ),
 }
 
 
@@ -92,6 +99,7 @@ def measure(
     positions: list[str],
     n_eval: int = 10,
     reuse: bool = True,
+    keep_residuals: bool = False,
 ) -> dict[str, Tensor]:
     """Measure a batch of cells.
 
@@ -102,6 +110,7 @@ def measure(
         positions: position names; ``gK`` is teacher-forced on the clean XY continuation.
         n_eval: reference tokens that the KL is summed over.
         reuse: run shared prefixes once and resume at the layer of the intervention.
+        keep_residuals: return the residuals too.
     """
     prompts = [render_cell(model.tokenizer, cell) for cell in cells]
     n_forced = max(map(generated_index, positions))
@@ -174,7 +183,7 @@ def measure(
     def by_cell(values: Tensor) -> Tensor:  # [layer, cell, position] -> [cell, layer, position]
         return torch.where(exists[:, None], values.transpose(0, 1), torch.nan)
 
-    return {
+    results = {
         "kl": kl,
         "n_eval": torch.stack(
             [reference.scored(position, n_eval).sum(1) for position in positions], dim=1
@@ -183,3 +192,7 @@ def measure(
         "cos_persona_task": by_cell(cos_persona_task(bb, xb, by)),
         "interaction_ratio": by_cell(interaction_ratio(bb, xb, by, together)),
     }
+    if keep_residuals:  # [cell, prompt, layer, position, d_model]
+        by_prompt = torch.stack([bb, xb, by, together]).permute(2, 0, 1, 3, 4)
+        results["residuals"] = torch.where(exists[:, None, None, :, None], by_prompt, torch.nan)
+    return results

@@ -33,10 +33,11 @@ class Experiment:
         version: its protocol version, or the digest of its source.
         variables: what `measure` returns, by name.
         measure: the function with the tracing contexts.
-        options: keyword parameters of `measure` beside ``layers``, ``positions`` and ``reuse``.
+        options: keyword parameters of `measure` beside those that all share.
         layers: request for layers where none is given; None where it has no layers.
         positions: request for positions where none is given; None where it has no positions.
         reuses: it can reuse prefixes (``reuse``), and do without.
+        keeps_residuals: it can return its residuals too (``keep_residuals``).
         figures: functions of the result, by name.
     """
 
@@ -49,6 +50,7 @@ class Experiment:
     layers: str | None
     positions: str | None
     reuses: bool
+    keeps_residuals: bool
     figures: Mapping[str, Callable[..., Any]]
 
 
@@ -112,6 +114,7 @@ def _read(file: Path) -> Experiment:
         if parameters.pop("positions", None)
         else None,
         reuses=parameters.pop("reuse", None) is not None,
+        keeps_residuals=parameters.pop("keep_residuals", None) is not None,
         options=parameters,
         figures=getattr(module, "figures", {}),
     )

@@ -196,6 +196,7 @@ def _experiment_command(experiment: Experiment) -> Any:
         and (parameter.name != "layers" or experiment.layers is not None)
         and (parameter.name != "positions" or experiment.positions is not None)
         and (parameter.name != "reuse" or experiment.reuses)
+        and (parameter.name != "keep_residuals" or experiment.keeps_residuals)
     ]
 
     def command(**arguments: Any) -> None:
@@ -238,6 +239,9 @@ def _run_experiment(
         bool,
         typer.Option("--reuse/--no-reuse", help="Reuse prefixes, or run whole sequences."),
     ] = True,
+    keep_residuals: Annotated[
+        bool, typer.Option("--keep-residuals", help="Store the residuals too.")
+    ] = False,
     allow_float16: Annotated[
         bool, typer.Option("--allow-float16", help="Use float16 although it overflows.")
     ] = False,
@@ -275,6 +279,7 @@ def _run_experiment(
             store=store,
             batch_size=batch_size,
             reuse=reuse,
+            keep_residuals=keep_residuals,
             **{site: spec for site, spec in sites.items() if spec is not None},
             **options,
         )

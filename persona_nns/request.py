@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nnsight import TransformersModel
@@ -29,6 +29,7 @@ class Request:
         prompts: every prompt of the grid.
         arguments: keyword arguments of `measure`.
         block: the group the results go to.
+        residuals: the group for residuals below it, where they are kept.
     """
 
     experiment: Experiment
@@ -36,6 +37,7 @@ class Request:
     prompts: tuple[Prompt, ...]
     arguments: Mapping[str, Any]
     block: Block
+    residuals: Block | None
 
 
 def check_request(
@@ -46,6 +48,8 @@ def check_request(
     positions: str | Sequence[str] | None,
     cells: str | Sequence[str] | None,
     options: Mapping[str, Any],
+    *,
+    keep_residuals: bool,
 ) -> Request:
     """Check a request against the experiment, the model and the grid.
 
@@ -71,11 +75,12 @@ def check_request(
         run=run_name(record.label, grid, digest),
         model=record.label,
         n_layers=record.n_layers,
+        d_model=record.d_model,
         precision=record.precision,
         cells=[(cell.persona, cell.task) for cell in grid.cells],
         layers=list(range(record.n_layers + 1)) if every else sites.get("layers", []),
         positions=sites.get("positions", []),
-        variables=experiment.variables,
+        variables={name: v for name, v in experiment.variables.items() if not v.is_residual},
         attrs=run_attributes(experiment, record, grid, arguments, digest, template),
     )
     return Request(
@@ -84,7 +89,14 @@ def check_request(
         prompts=tuple(prompt for of_cell in prompts.values() for prompt in of_cell.values()),
         arguments=arguments,
         block=block,
+        residuals=_residuals(experiment, block) if keep_residuals else None,
     )
+
+
+def _residuals(experiment: Experiment, block: Block) -> Block:
+    """The group for what is as wide as the model, below the run it belongs to."""
+    wide = {name: v for name, v in experiment.variables.items() if v.is_residual}
+    return replace(block, run=f"{block.run}/residuals", variables=wide)
 
 
 def _sites(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
 from nnsight import TransformersModel
 from rich.console import Console
@@ -26,7 +27,7 @@ from persona_nns.models import load_model
 from persona_nns.provenance import session_attributes, session_name
 from persona_nns.request import Request, check_request
 from persona_nns.shapes import declared_arrays
-from persona_nns.store import attach, check_writable, open_results
+from persona_nns.store import Block, attach, check_writable, open_results
 
 
 def run(
@@ -40,6 +41,7 @@ def run(
     store: str | Path = "stores/results.zarr",
     batch_size: int | None = None,
     reuse: bool = True,
+    keep_residuals: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> xr.Dataset:
@@ -59,6 +61,7 @@ def run(
             does not fit is retried at half its size.
         reuse: reuse prefixes and resume at the layer of an intervention; False runs the plain
             protocol on whole sequences, which gives the same numbers and takes much longer.
+        keep_residuals: store the residuals too, in the group ``<run>/residuals``.
         progress: show a progress bar with an ETA (never where there is no terminal).
         **options: the experiment's own options.
 
@@ -79,9 +82,20 @@ def run(
     loaded = load_model(model) if isinstance(model, str) else model
     if not (reuse or loaded_experiment.reuses):
         raise UsageError(f"The experiment {loaded_experiment.name!r} never reuses anything.")
+    if keep_residuals and not loaded_experiment.keeps_residuals:
+        raise UsageError(f"The experiment {loaded_experiment.name!r} keeps no residuals.")
     execution = {"reuse": reuse} if loaded_experiment.reuses else {}
+    if loaded_experiment.keeps_residuals:
+        execution["keep_residuals"] = keep_residuals
     request = check_request(
-        loaded_experiment, loaded, loaded_grid, layers, positions, cells, options
+        loaded_experiment,
+        loaded,
+        loaded_grid,
+        layers,
+        positions,
+        cells,
+        options,
+        keep_residuals=keep_residuals,
     )
     size = batch_size or fitting_batch_size(loaded, request.prompts)
     _carry_out(request, loaded, store, size, execution, progress=progress)
@@ -97,13 +111,13 @@ def _carry_out(
     *,
     progress: bool,
 ) -> None:
-    group = attach(store, request.block)
-    done = group.completed()
+    groups = [attach(store, block) for block in _blocks(request)]
+    done = np.all([group.completed() for group in groups], axis=0)
     pending = [index for index in request.cells if not done[index]]
     if not pending:
         return
     session = {**execution, "batch_size": batch_size, "device": str(model.device)}
-    group.add_session(session_name(), {**session_attributes(), **session})
+    groups[-1].add_session(session_name(), {**session_attributes(), **session})
     title = f"{request.experiment.name} · {request.block.model} · {request.block.attrs['grid']}"
     n_asked = len(request.cells)
     with _progress_bar(enabled=progress) as bar:
@@ -122,10 +136,16 @@ def _carry_out(
             arrays = declared_arrays(request, measured, len(cells))
             seconds = (time.perf_counter() - started) / len(cells)
             for row, index in enumerate(batch):
-                values = {name: array[row] for name, array in arrays.items()}
-                group.write_cell(index, values, seconds)
+                for group, block in zip(groups, _blocks(request), strict=True):
+                    values = {name: arrays[name][row] for name in block.variables}
+                    group.write_cell(index, values, seconds)
                 bar.advance(task)
             pending = pending[len(batch) :]
+
+
+def _blocks(request: Request) -> list[Block]:
+    """Where a cell is written: residuals first, so that a completed cell has them."""
+    return [block for block in (request.residuals, request.block) if block is not None]
 
 
 def _smaller(batch_size: int, error: Exception) -> int:

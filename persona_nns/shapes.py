@@ -19,7 +19,9 @@ def declared_arrays(
     Raises:
         PersonaError: `measure` did not return what its file declares.
     """
-    declared = request.experiment.variables
+    declared = dict(request.block.variables)
+    if request.residuals is not None:
+        declared |= request.residuals.variables
     if set(measured) != set(declared):
         raise PersonaError(
             f"measure() of {request.experiment.name!r} returned {sorted(measured)}, but its file "

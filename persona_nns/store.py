@@ -46,6 +46,7 @@ class Block:
         run: name of the run's group.
         model: label of the model.
         n_layers: its number of decoder blocks.
+        d_model: width of its residual stream.
         precision: its precision.
         cells: (persona, task) keys, in the order of the grid.
         layers: labels of the layer axis.
@@ -58,6 +59,7 @@ class Block:
     run: str
     model: str
     n_layers: int
+    d_model: int
     precision: str
     cells: Sequence[tuple[str, str]]
     layers: Sequence[int]
@@ -71,6 +73,7 @@ class Block:
             "cell": [f"{persona}/{task}" for persona, task in self.cells],
             "layer": self.layers,
             "position": self.positions,
+            "d_model": range(self.d_model),
         }
         return shared[axis] if axis in shared else variable.coords[axis]
 

@@ -21,7 +21,8 @@ class Variable:
 
     Attributes:
         dims: its dimensions after ``model``, ``cell`` first: ``"cell layer position"``. Beside
-            ``layer`` and ``position``, any dimension whose labels are in ``coords``.
+            ``layer`` and ``position``, any dimension whose labels are in ``coords``. An array
+            with ``d_model`` is measured where residuals are kept, and has a group of its own.
         long_name: what it is called on an axis.
         units: ``nat``, ``token`` or ``1``.
         description: one or two sentences: what it is, over what, in which direction.
@@ -42,3 +43,8 @@ class Variable:
     def axes(self) -> tuple[str, ...]:
         """The dimensions by name, ``cell`` first."""
         return tuple(self.dims.split())
+
+    @property
+    def is_residual(self) -> bool:
+        """Whether its width is the model's, so that results of two models cannot be joined."""
+        return "d_model" in self.axes

@@ -331,3 +331,33 @@ def test_the_plain_protocol_is_the_same_run(
     np.testing.assert_allclose(reused.kl, plain.kl, rtol=1e-3, atol=1e-5)
     with pytest.raises(pn.UsageError, match="'counting' never reuses anything"):
         run(own, model, small_grid, store=tmp_path / "c.zarr", reuse=False)
+
+
+def test_residuals_are_kept_beside_the_run_and_added_to_one_that_lacks_them(
+    tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    store = tmp_path / "s.zarr"
+    settings: dict[str, Any] = {"layers": "2", "positions": "p_last,g1"}
+    before = run("localized_positions", model, small_grid, store=store, **settings)
+    after = run(
+        "localized_positions", model, small_grid, store=store, keep_residuals=True, **settings
+    )
+    assert before.attrs["run"] == after.attrs["run"]
+    group = f"localized_positions/{after.attrs['run']}/residuals"
+    kept = xr.open_zarr(store, group=group, consolidated=False).load()
+    assert kept.residuals.dims == ("model", "cell", "prompt", "layer", "position", "d_model")
+    assert kept.residuals.shape == (1, 4, 4, 6, 2, 32)
+    assert bool(kept.completed.all())
+    h = kept.residuals.sel(cell="chef/policy")
+    bb, xb, by, xy = (h.sel(prompt=name) for name in ("BB", "XB", "BY", "XY"))
+    ratio = np.sqrt(((xy - xb - by + bb) ** 2).sum("d_model") / ((xy - bb) ** 2).sum("d_model"))
+    expected = after.interaction_ratio.sel(cell="chef/policy", layer=[3, 4, 5])
+    np.testing.assert_allclose(ratio.sel(layer=[3, 4, 5]), expected, rtol=1e-4)
+    assert "residuals" not in after
+
+
+def test_residuals_are_refused_where_there_are_none(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    with pytest.raises(pn.UsageError, match="'counting' keeps no residuals"):
+        run(own, model, small_grid, store=tmp_path / "s.zarr", keep_residuals=True)

@@ -40,6 +40,7 @@ def make_block(**changes: Any) -> Block:
         run="m.g.1",
         model="m",
         n_layers=4,
+        d_model=3,
         precision="float32",
         cells=CELLS,
         layers=[1, 3],
