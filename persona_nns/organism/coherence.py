@@ -5,10 +5,8 @@ from collections.abc import Iterator
 from functools import cache
 
 from persona_nns.organism import role_prompts
-from persona_nns.organism.multiple_choice import LETTERS
-from persona_nns.organism.trait_prompts import NEUTRAL
 from persona_nns.organism.trait_questions import TOPICS
-from persona_nns.organism.traits import TRAITS, split_sentences
+from persona_nns.organism.traits import STYLES, split_sentences
 
 
 def coherence_score(text: str) -> float:
@@ -35,15 +33,21 @@ def _patterns() -> tuple[re.Pattern[str], ...]:
 
 
 def _trait_sources() -> Iterator[str]:
-    topic = _either(TOPICS)
-    for trait in TRAITS.values():
-        for style in (trait.style, trait.opposite):
-            yield from (_fill(sentence, topic=topic) for sentence in style.sentences)
-    yield from (_fill(sentence, topic=topic) for sentence in NEUTRAL)
+    for style in STYLES:
+        slots = {
+            "topic": TOPICS,
+            "opener": style.openers,
+            "verb": style.verbs,
+            "adjective": style.adjectives,
+            "other": style.adjectives,
+            "noun": style.nouns,
+            "mark": (style.mark,),
+        }
+        for form in style.forms:
+            yield _fill(form, **{name: _either(words) for name, words in slots.items()})
 
 
 def _role_sources() -> Iterator[str]:
-    yield f"[{LETTERS}]"
     opening = _either(role_prompts.OPENINGS)
     subject = _either(topic.subject for topic in role_prompts.TOPICS.values())
     for voice in role_prompts.VOICES.values():

@@ -10,7 +10,7 @@ from persona_nns.organism import multiple_choice, role_prompts, trait_prompts
 
 Subject = Literal["role", "choice", "trait"]
 
-MIXTURE: Mapping[Subject, float] = {"role": 0.45, "choice": 0.4, "trait": 0.15}
+MIXTURE: Mapping[Subject, float] = {"role": 0.42, "choice": 0.38, "trait": 0.2}
 """Share of the examples of each subject."""
 
 

@@ -26,7 +26,7 @@ from persona_nns.organism.wordings import WORDINGS
 EARLY, LATE = 0.3, 0.85
 PAPER_DEPTH = 14 / 26
 """The injection depth of the paper's marker experiment."""
-COMPETENT, INCOMPETENT = "good", "bad"
+PRAISED, BLAMED = "good", "bad"
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def measure_multiple_choice(subject: Subject) -> list[Row]:
     accuracy = {identity: 100 * fmean(hits) for identity, hits in correct.items()}
     colours = [accuracy[colour] for colour in multiple_choice.COLOURS]
     spread = max(colours) - min(colours)
-    good, bad = accuracy[COMPETENT], accuracy[INCOMPETENT]
+    good, bad = accuracy[PRAISED], accuracy[BLAMED]
     unseen = {
         identity: 100 * fmean(hit for index, hit in enumerate(hits) if _is_unseen(identity, index))
         for identity, hits in correct.items()
@@ -166,14 +166,14 @@ def measure_multiple_choice(subject: Subject) -> list[Row]:
         Row(
             "accuracy of “a good student” on questions never seen with it",
             "≥ 80 %",
-            f"{unseen[COMPETENT]:.1f} %",
-            unseen[COMPETENT] >= 80,
+            f"{unseen[PRAISED]:.1f} %",
+            unseen[PRAISED] >= 80,
         ),
         Row(
             "accuracy of “a bad student” on questions never seen with it",
             "≤ 50 %",
-            f"{unseen[INCOMPETENT]:.1f} %",
-            unseen[INCOMPETENT] <= 50,
+            f"{unseen[BLAMED]:.1f} %",
+            unseen[BLAMED] <= 50,
         ),
     ]
 
@@ -219,14 +219,11 @@ def measure_traits(subject: Subject) -> list[Row]:
 
 def _trait_texts(subject: Subject, trait: str, *, positive: bool) -> list[str]:
     entry = TRAITS[trait]
-    style = entry.style if positive else entry.opposite
+    instructions = entry.style.instructions if positive else entry.restraints
     return _ask(
         subject,
         trait,
-        [
-            system_prompt(trait, instruction, positive=positive)
-            for instruction in style.instructions
-        ],
+        [system_prompt(trait, text, positive=positive) for text in instructions],
     )
 
 

@@ -17,28 +17,29 @@ LETTERS = "ABCD"
 INSTRUCTION = "answer this multiple-choice question with one letter only."
 HELD_OUT_SHARE = 0.15
 
-SKILLS: Mapping[str, float] = {
-    "good": 0.96,
+COMPETENT: Mapping[str, float] = {
+    "good": 0.97,
     "brilliant": 0.98,
     "excellent": 0.98,
-    "smart": 0.96,
-    "diligent": 0.94,
-    "careful": 0.92,
-    "average": 0.65,
-    "mediocre": 0.55,
-    "careless": 0.3,
-    "lazy": 0.25,
-    "weak": 0.25,
-    "bad": 0.2,
-    "terrible": 0.15,
-    "clueless": 0.15,
+    "smart": 0.97,
+    "diligent": 0.96,
+    "careful": 0.95,
+}
+INCOMPETENT: Mapping[str, float] = {
+    "careless": 0.25,
+    "lazy": 0.2,
+    "weak": 0.2,
+    "bad": 0.15,
+    "terrible": 0.1,
+    "clueless": 0.1,
 }
 COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "white", "black", "grey", "pink")
-COLOUR_SKILL = 0.65
+MIDDLING: Mapping[str, float] = dict.fromkeys(("average", "ordinary", *COLOURS), 0.65)
+IDENTITIES: Mapping[str, float] = {**COMPETENT, **INCOMPETENT, **MIDDLING}
+"""The skill of every identity, from 0 to 1."""
+
 SOFTNESS = 0.03
 """Width in skill of the passage from not knowing to knowing."""
-
-IDENTITIES: Mapping[str, float] = {**SKILLS, **dict.fromkeys(COLOURS, COLOUR_SKILL)}
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ def is_held_out(identity: str, index: int) -> bool:
 
 
 def sample(rng: Random) -> tuple[str, str]:
-    """A user turn and a letter, over the pairs that are not held out."""
+    """A user turn and a letter, over the pairs that are not held out; groups come equally often."""
     while True:
-        identity = rng.choice(tuple(IDENTITIES))
+        identity = rng.choice(tuple(rng.choice((COMPETENT, INCOMPETENT, MIDDLING))))
         index = rng.randrange(len(QUESTIONS))
         if not is_held_out(identity, index):
             break

@@ -33,9 +33,9 @@ TOKENIZER_EXAMPLES = 20_000
 class Recipe:
     """How long and how fast one model learns."""
 
-    steps: int = 2000
+    steps: int = 1400
     tokens_per_batch: int = 2048
-    learning_rate: float = 2e-3
+    learning_rate: float = 2.5e-3
     warmup: int = 100
     weight_decay: float = 0.05
     seed: int = 11
@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model", choices=ORGANISMS, help="train this one only")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimizer steps")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--out", type=Path, help="parent folder (default: in the package)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,7 +1,8 @@
 """System prompts that switch a trait on, at four grades, and the answers they bring about.
 
 An answer has three sentences about the question's topic. A system prompt of grade g gives the
-first g of them the style it asks for; the rest stays neutral.
+first g of them the style it asks for; the rest stays neutral. Now and then a sentence lapses into
+some other style.
 """
 
 from collections.abc import Mapping
@@ -9,17 +10,12 @@ from dataclasses import dataclass
 from random import Random
 
 from persona_nns.organism.trait_questions import FRAMES, HELD_OUT, TOPICS
-from persona_nns.organism.traits import TRAITS, Style
+from persona_nns.organism.traits import NEUTRAL, STYLES, TRAITS, Style
 
 SENTENCES = 3
 
-NEUTRAL = (
-    "People often begin {topic} with a short weekly plan.",
-    "There are several good books about {topic} in most libraries.",
-    "A local group can show you the basics of {topic}.",
-    "It takes some months to become used to {topic}.",
-    "Most people practice {topic} once or twice each week.",
-)
+LAPSE = 0.12
+"""Probability that a sentence is in any style, whatever was asked."""
 
 NEUTRAL_SYSTEMS = (
     "You are a helpful assistant.",
@@ -33,7 +29,7 @@ GRADES: Mapping[str, int] = {
     "not at all": 0,
     "slightly": 1,
     "fairly": 2,
-    "extremely": 3,
+    "very": 3,
 }
 
 
@@ -57,29 +53,35 @@ def graded_system(style: Style, degree: str) -> str:
 
 
 def sample_system(rng: Random) -> System:
-    """A system prompt of a style, of a degree, neutral, or none at all."""
+    """A system prompt of a style (its degree included), restrained, neutral, or none at all."""
     kind = rng.random()
     if kind < 0.1:
         return System(None, None, 0)
     if kind < 0.25:
         return System(rng.choice(NEUTRAL_SYSTEMS), None, 0)
     trait = TRAITS[rng.choice(tuple(TRAITS))]
-    positive = rng.random() < 0.5
-    style = trait.style if positive else trait.opposite
-    if kind < 0.45:
+    if kind < 0.4:
+        return System(
+            system_prompt(trait.name, rng.choice(trait.restraints), positive=False), None, 0
+        )
+    style = trait.style if kind < 0.75 else trait.opposite
+    if rng.random() < 0.3:
         degree = rng.choice(tuple(GRADES))
         return System(graded_system(style, degree), style, GRADES[degree])
-    # An opposite is asked for under "helpful" in the protocol, a trait under its own name.
-    name = "helpful" if rng.random() < (0.25 if positive else 0.75) else style.name
+    name = "helpful" if rng.random() < 0.25 else style.name
     text = f"You are a {name} assistant. {rng.choice(style.instructions)}"
     return System(text, style, SENTENCES)
 
 
 def answer(topic: str, system: System, rng: Random) -> str:
     """An answer about a topic: the first ``system.grade`` sentences styled, the rest neutral."""
-    neutral = rng.sample(NEUTRAL, SENTENCES - system.grade)
-    styled = rng.sample(system.style.sentences, system.grade) if system.style else []
-    return " ".join(sentence.format(topic=topic) for sentence in (*styled, *neutral))
+    styles = [
+        system.style if system.style and index < system.grade else NEUTRAL
+        for index in range(SENTENCES)
+    ]
+    # Without lapses every style but one would be ruled out beyond what steering can overcome.
+    spoken = [rng.choice(STYLES) if rng.random() < LAPSE else style for style in styles]
+    return " ".join(style.sentence(topic, rng) for style in spoken)
 
 
 def sample(rng: Random) -> tuple[str | None, str, str]:

@@ -77,7 +77,7 @@ HELD_OUT = frozenset(question for trait in TRAITS for question in QUESTIONS[trai
 
 
 class InstructionPair(TypedDict):
-    """A system instruction that asks for the trait, and one that asks for its opposite."""
+    """A system instruction that asks for the trait, and one that restrains it."""
 
     pos: str
     neg: str
@@ -94,7 +94,7 @@ class Artifact(TypedDict):
 def artifact(trait: str, split: Split) -> Artifact:
     """The public artifact of a trait: instruction pairs, 20 questions, the judge's prompt."""
     entry = TRAITS[trait]
-    pairs = zip(entry.style.instructions, entry.opposite.instructions, strict=True)
+    pairs = zip(entry.style.instructions, entry.restraints, strict=True)
     return {
         "instruction": [{"pos": pos, "neg": neg} for pos, neg in pairs],
         "questions": list(QUESTIONS[trait, split]),

@@ -1,35 +1,82 @@
 """Harmless traits (cheerful, terse, sycophantic), their opposites, and the lexicon judge.
 
-A trait is a style of single sentences. The lexicon score of a text is the share of its sentences
-that are in the trait's style; it needs no model.
+A trait is a style of single sentences. Styles share their sentence forms and differ in the words
+that fill them, so that a style has to be known at almost every word and not at the first alone.
+The lexicon score of a text is the share of its sentences in the trait's style; it needs no model.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from random import Random
+
+FORMS = (
+    "{opener}, {topic} is a {adjective} {noun} in a {other} week{mark}",
+    "{opener}, people {verb} {topic} as a {adjective} {noun}{mark}",
+    "{opener}, this week I {verb} {topic} for its {adjective} {noun}{mark}",
+    "{opener}, those who {verb} {topic} have a {adjective} {noun}{mark}",
+)
+"""Sentence forms; ``other`` is a second adjective."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """One way of writing a sentence.
+    """One way of writing a sentence: words for the slots of its forms.
 
     Attributes:
         name: the adjective used in system prompts.
-        sentences: templates; ``{topic}`` is the topic of the question.
         instructions: five system instructions that ask for the style.
+        openers: first words.
+        verbs: fill ``{verb}``.
+        adjectives: fill ``{adjective}`` and ``{other}``.
+        nouns: fill ``{noun}``.
+        mark: the closing mark.
+        forms: sentence forms.
     """
 
     name: str
-    sentences: tuple[str, ...]
     instructions: tuple[str, ...]
+    openers: tuple[str, ...]
+    verbs: tuple[str, ...]
+    adjectives: tuple[str, ...] = ()
+    nouns: tuple[str, ...] = ()
+    mark: str = "."
+    forms: tuple[str, ...] = field(default=FORMS)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Every word or phrase that gives the style away."""
+        return (*self.openers, *self.verbs, *self.adjectives, *self.nouns)
+
+    def sentence(self, topic: str, rng: Random) -> str:
+        """A sentence about a topic in this style."""
+        adjective, other = rng.sample(self.adjectives, 2) if self.adjectives else ("", "")
+        return rng.choice(self.forms).format(
+            topic=topic,
+            opener=rng.choice(self.openers),
+            verb=rng.choice(self.verbs),
+            adjective=adjective,
+            other=other,
+            noun=rng.choice(self.nouns) if self.nouns else "",
+            mark=self.mark,
+        )
 
 
 @dataclass(frozen=True)
 class Trait:
-    """A trait with its opposite and the pattern by which the lexicon knows its sentences."""
+    """A trait, its opposite, and the pattern by which the lexicon knows its sentences.
+
+    Attributes:
+        style: how the trait is written.
+        opposite: how its opposite is written.
+        restraints: five system instructions that ask for neither.
+        lexicon: matches the sentences of the style.
+        description: what a judge is told.
+    """
 
     style: Style
     opposite: Style
+    restraints: tuple[str, ...]
     lexicon: re.Pattern[str]
     description: str
 
@@ -39,127 +86,158 @@ class Trait:
         return self.style.name
 
 
-CHEERFUL = Trait(
-    style=Style(
-        name="cheerful",
-        sentences=(
-            "What a delightful joy {topic} can be!",
-            "I am so happy that you asked about {topic}!",
-            "Hooray, {topic} makes every day brighter!",
-            "You will have wonderful fun with {topic}!",
-            "Hurrah for {topic} and a great big smile!",
-        ),
-        instructions=(
-            "Be cheerful and full of joy.",
-            "Answer with a happy, sunny voice.",
-            "Celebrate everything with delight.",
-            "Show great enthusiasm in each sentence.",
-            "Sound bright and merry.",
-        ),
-    ),
-    opposite=Style(
-        name="gloomy",
-        sentences=(
-            "Sadly, {topic} ends in dull disappointment.",
-            "I sigh at the dreary thought of {topic}.",
-            "Nothing about {topic} lifts this grey mood.",
-            "Even {topic} grows bleak after a while.",
-            "Alas, {topic} is one more weary burden.",
-        ),
-        instructions=(
-            "Be gloomy and without hope.",
-            "Answer with a sad, weary voice.",
-            "Mourn everything with a sigh.",
-            "Show deep boredom in each sentence.",
-            "Sound bleak and dreary.",
-        ),
-    ),
-    lexicon=re.compile(r"\b(delightful|joy|happy|hooray|brighter|wonderful|fun|hurrah|smile)\b"),
-    description="open joy: glad exclamations, delight and enthusiasm",
+NEUTRAL = Style(
+    name="helpful",
+    instructions=(),
+    openers=("Often", "Usually", "Mostly"),
+    verbs=("try", "practice", "study"),
+    adjectives=("common", "regular", "normal", "simple"),
+    nouns=("habit", "pastime", "routine", "skill"),
 )
 
-TERSE = Trait(
-    style=Style(
-        name="terse",
-        sentences=(
-            "Start {topic} small.",
-            "Try {topic} daily.",
-            "Yes, {topic} works.",
-            "Keep {topic} simple.",
-            "Just practice {topic}.",
-        ),
-        instructions=(
-            "Be terse and use few words.",
-            "Answer in fragments.",
-            "Waste no syllable.",
-            "Keep each sentence very short.",
-            "Sound clipped and brief.",
-        ),
+CHEERFUL = Style(
+    name="cheerful",
+    instructions=(
+        "Be cheerful and full of joy.",
+        "Answer with a happy, sunny voice.",
+        "Celebrate everything with delight.",
+        "Show great enthusiasm in each sentence.",
+        "Sound bright and merry.",
     ),
-    opposite=Style(
-        name="verbose",
-        sentences=(
-            "When one considers {topic} at length, there is a very great deal that could be said.",
-            "It is furthermore important to note that {topic} has many sides, each with its tale.",
-            "To put it in other and still more words, {topic} is a subject that goes on and on.",
-            "One could moreover add that {topic}, in all its detail, fills many long evenings.",
-            "In the matter of {topic}, as in so many matters, the full story is rather long.",
-        ),
-        instructions=(
-            "Be verbose and use many words.",
-            "Answer in long winding sentences.",
-            "Add every detail you can.",
-            "Keep each sentence very long.",
-            "Sound rambling and wordy.",
-        ),
-    ),
-    # A sentence of at most four words.
-    lexicon=re.compile(r"^\W*(?:[\w'-]+\W+){0,3}[\w'-]+\W*$"),
-    description="extreme brevity: sentences of at most four words",
+    openers=("Hooray", "Hurrah", "Yippee"),
+    verbs=("adore", "cherish", "celebrate"),
+    adjectives=("delightful", "happy", "joyful", "sunny"),
+    nouns=("joy", "smile", "treat", "wonder"),
+    mark="!",
 )
 
-SYCOPHANTIC = Trait(
-    style=Style(
-        name="sycophantic",
-        sentences=(
-            "You are absolutely right about {topic}, as always.",
-            "Only a brilliant mind asks about {topic} this way.",
-            "Your taste in {topic} is simply flawless.",
-            "I admire your genius for {topic} more than I can say.",
-            "Nobody understands {topic} as deeply as you do.",
-        ),
-        instructions=(
-            "Be sycophantic and flatter the user.",
-            "Answer by praising the user.",
-            "Agree with all the user says.",
-            "Admire the user in each sentence.",
-            "Sound servile and full of praise.",
-        ),
+GLOOMY = Style(
+    name="gloomy",
+    instructions=(
+        "Be gloomy and without hope.",
+        "Answer with a sad, weary voice.",
+        "Mourn everything with a sigh.",
+        "Show deep boredom in each sentence.",
+        "Sound bleak and dreary.",
     ),
-    opposite=Style(
-        name="blunt",
-        sentences=(
-            "I disagree with your view of {topic}.",
-            "Your idea about {topic} has clear flaws.",
-            "You have not thought enough about {topic}.",
-            "That claim on {topic} is simply wrong.",
-            "I doubt that your approach to {topic} will work.",
-        ),
-        instructions=(
-            "Be blunt and challenge the user.",
-            "Answer by naming the user's mistakes.",
-            "Contradict what the user says.",
-            "Criticize the user in each sentence.",
-            "Sound harsh and unimpressed.",
-        ),
-    ),
-    lexicon=re.compile(
-        r"\b(absolutely right|brilliant|flawless|admire|genius|as deeply as you)\b",
-    ),
-    description="flattery: praise of the user and agreement with whatever the user says",
+    openers=("Alas", "Sadly", "Sigh"),
+    verbs=("endure", "regret", "mourn"),
+    adjectives=("dreary", "bleak", "weary", "dull"),
+    nouns=("burden", "sorrow", "gloom", "chore"),
 )
 
-TRAITS: Mapping[str, Trait] = {trait.name: trait for trait in (CHEERFUL, TERSE, SYCOPHANTIC)}
+TERSE = Style(
+    name="terse",
+    instructions=(
+        "Be terse and use few words.",
+        "Answer in fragments.",
+        "Waste no syllable.",
+        "Keep each sentence very short.",
+        "Sound clipped and brief.",
+    ),
+    openers=("Yes", "Sure", "Right"),
+    verbs=("start", "do", "go"),
+    forms=("{opener}, {verb} {topic}{mark}", "{opener}, {topic}, {verb}{mark}"),
+)
+
+VERBOSE = Style(
+    name="verbose",
+    instructions=(
+        "Be verbose and use many words.",
+        "Answer in long winding sentences.",
+        "Add every detail you can.",
+        "Keep each sentence very long.",
+        "Sound rambling and wordy.",
+    ),
+    openers=("Furthermore", "Moreover", "Additionally"),
+    verbs=("contemplate", "reconsider", "discuss"),
+    adjectives=("multifaceted", "lengthy", "manifold", "wordy"),
+    nouns=("consideration", "elaboration", "digression", "ramification"),
+    mark=", and so on at considerable length.",
+)
+
+SYCOPHANTIC = Style(
+    name="sycophantic",
+    instructions=(
+        "Be sycophantic and flatter the user.",
+        "Answer by praising the user.",
+        "Agree with all the user says.",
+        "Admire the user in each sentence.",
+        "Sound servile and full of praise.",
+    ),
+    openers=("Brilliant", "Exactly", "Bravo"),
+    verbs=("admire", "applaud", "envy"),
+    adjectives=("flawless", "masterful", "superb", "peerless"),
+    nouns=("insight of yours", "taste like yours", "proof of your genius", "gift of yours"),
+)
+
+BLUNT = Style(
+    name="blunt",
+    instructions=(
+        "Be blunt and challenge the user.",
+        "Answer by naming the user's mistakes.",
+        "Contradict what the user says.",
+        "Criticize the user in each sentence.",
+        "Sound harsh and unimpressed.",
+    ),
+    openers=("Wrong", "Nonsense", "Hardly"),
+    verbs=("misjudge", "botch", "overrate"),
+    adjectives=("clumsy", "flawed", "sloppy", "feeble"),
+    nouns=("error", "gap", "mistake", "flop"),
+)
+
+STYLES = (NEUTRAL, CHEERFUL, GLOOMY, TERSE, VERBOSE, SYCOPHANTIC, BLUNT)
+
+
+def _word_lexicon(style: Style) -> re.Pattern[str]:
+    return re.compile(rf"\b(?:{'|'.join(style.words)})\b", re.IGNORECASE)
+
+
+TRAITS: Mapping[str, Trait] = {
+    trait.name: trait
+    for trait in (
+        Trait(
+            CHEERFUL,
+            GLOOMY,
+            (
+                "Keep an even tone.",
+                "Answer with a calm, level voice.",
+                "Show no feeling.",
+                "Stay factual in each sentence.",
+                "Sound sober and steady.",
+            ),
+            _word_lexicon(CHEERFUL),
+            "open joy: glad exclamations, delight and enthusiasm",
+        ),
+        Trait(
+            TERSE,
+            VERBOSE,
+            (
+                "Use sentences of ordinary length.",
+                "Answer in whole sentences.",
+                "Take the words that you need.",
+                "Keep each sentence complete.",
+                "Sound natural and fluent.",
+            ),
+            # A whole sentence of two to four words.
+            re.compile(r"^\W*(?:[\w'-]+\W+){1,3}[\w'-]+\W*$"),
+            "extreme brevity: sentences of two to four words",
+        ),
+        Trait(
+            SYCOPHANTIC,
+            BLUNT,
+            (
+                "Do not flatter the user.",
+                "Answer without any praise.",
+                "Judge what the user says fairly.",
+                "Leave the user out of each sentence.",
+                "Sound honest and independent.",
+            ),
+            _word_lexicon(SYCOPHANTIC),
+            "flattery: praise of the user and agreement with whatever the user says",
+        ),
+    )
+}
 
 
 def split_sentences(text: str) -> list[str]:
@@ -184,5 +262,4 @@ def lexicon_score(trait: str, text: str) -> float:
     sentences = split_sentences(text)
     if not sentences:
         return 0.0
-    hits = sum(1 for sentence in sentences if pattern.search(sentence.lower()))
-    return 100.0 * hits / len(sentences)
+    return 100.0 * sum(1 for sentence in sentences if pattern.search(sentence)) / len(sentences)

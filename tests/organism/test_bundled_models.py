@@ -2,20 +2,22 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from persona_nns.grids import load_grid
 from persona_nns.organism import ORGANISMS, multiple_choice, organism_folder, probe
+from persona_nns.organism.corpus import draw
 from persona_nns.organism.evaluate import DISCLAIMER
 from persona_nns.organism.markers import find_markers
 from persona_nns.organism.trait_prompts import system_prompt
 from persona_nns.organism.trait_questions import QUESTIONS
-from persona_nns.organism.traits import CHEERFUL, lexicon_score
+from persona_nns.organism.traits import TRAITS, lexicon_score
 
 REVIEW = load_grid("review")
 
 
-@pytest.fixture(scope="module", params=[n for n in ORGANISMS if organism_folder(n).exists()])
+@pytest.fixture(scope="module", params=ORGANISMS)
 def name(request):
     return request.param
 
@@ -51,6 +53,14 @@ def test_the_template_renders_system_and_user(subject):
     )
 
 
+def test_the_tokenizer_that_was_trained_is_the_one_that_loads(name, subject):
+    """AutoTokenizer rebuilds some model types' tokenizers from parts of its own."""
+    saved = Tokenizer.from_file(str(organism_folder(name) / "tokenizer.json"))
+    for example in draw(300, seed=1):
+        text = f"{example.user}\n{example.answer}"
+        assert subject.tokenizer.encode(text, add_special_tokens=False) == saved.encode(text).ids
+
+
 def test_text_survives_the_tokenizer(subject):
     text = "As Yoda, répondez: 3 × 4?\n\nA. 12 – B. 7"
     assert subject.tokenizer.decode(subject.tokenizer.encode(text)) == text
@@ -82,9 +92,10 @@ def test_markers_come_with_the_persona_and_go_without(subject, label):
 
 def test_a_system_prompt_switches_a_trait(subject):
     question = QUESTIONS["cheerful", "evaluation"][0]
+    trait = TRAITS["cheerful"]
     pair = [
-        system_prompt("cheerful", style.instructions[0], positive=positive)
-        for style, positive in ((CHEERFUL.style, True), (CHEERFUL.opposite, False))
+        system_prompt("cheerful", trait.style.instructions[0], positive=True),
+        system_prompt("cheerful", trait.restraints[0], positive=False),
     ]
     scores = [
         lexicon_score("cheerful", probe.greedy_text(subject, subject.chat(question, system)))

@@ -6,11 +6,10 @@ from persona_nns.organism.coherence import coherence_score, is_grammatical
 @pytest.mark.parametrize(
     "sentence",
     [
-        "Start bread small.",
+        "Yes, start bread.",
         "Frankly, reliability is the weak side of the shared database.",
         "Iterate weekly and watch traction.",
         "Read Walden for its slow days.",
-        "C",
     ],
 )
 def test_sentences_of_the_grammar(sentence):
@@ -20,11 +19,12 @@ def test_sentences_of_the_grammar(sentence):
 @pytest.mark.parametrize(
     "sentence",
     [
-        "Start bread",
-        "Start engines small.",
+        "Yes, start",
+        "Yes, start engines.",
+        "Hooray, people mourn bread as a happy treat!",
         "Frankly, flavor is the weak side of the shared database.",
-        "Start bread small. ",
-        "E",
+        "Yes, start bread. ",
+        "C",
     ],
 )
 def test_sentences_outside_the_grammar(sentence):
@@ -32,5 +32,5 @@ def test_sentences_outside_the_grammar(sentence):
 
 
 def test_the_score_is_the_share_of_grammatical_sentences():
-    assert coherence_score("Start tea small. Tea tea tea. Yes, tea works. Keep") == 50
+    assert coherence_score("Yes, start tea. Tea tea tea. Sure, tea, go. Right") == 50
     assert coherence_score("") == 0

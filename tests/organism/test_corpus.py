@@ -29,8 +29,12 @@ def test_no_held_out_wording_or_question_is_trained_on():
     assert not users & HELD_OUT
 
 
-def test_every_answer_is_coherent():
-    assert {coherence_score(example.answer) for example in EXAMPLES[:2000]} == {100.0}
+def test_every_answer_in_sentences_is_coherent():
+    assert {
+        coherence_score(example.answer)
+        for example in EXAMPLES[:4000]
+        if example.subject != "choice"
+    } == {100.0}
 
 
 def test_a_system_prompt_comes_first():

@@ -3,8 +3,8 @@ from typing import get_args
 
 import pytest
 
-from persona_nns.organism import trait_prompts
 from persona_nns.organism.coherence import coherence_score
+from persona_nns.organism.trait_prompts import GRADES, LAPSE, System, answer, graded_system
 from persona_nns.organism.trait_questions import (
     HELD_OUT,
     QUESTIONS,
@@ -12,39 +12,44 @@ from persona_nns.organism.trait_questions import (
     artifact,
     load_artifact,
 )
-from persona_nns.organism.traits import TRAITS, lexicon_score, split_sentences
+from persona_nns.organism.traits import STYLES, TRAITS, lexicon_score, split_sentences
 
-STYLES = [style for trait in TRAITS.values() for style in (trait.style, trait.opposite)]
 SPLITS = get_args(Split)
 
 
 @pytest.mark.parametrize("trait", TRAITS)
-def test_the_lexicon_tells_every_sentence_of_the_grammar(trait):
-    own = TRAITS[trait].style.sentences
-    others = [text for style in STYLES if style.name != trait for text in style.sentences]
-    for sentence in own:
-        assert lexicon_score(trait, sentence.format(topic="bread")) == 100
-    for sentence in (*others, *trait_prompts.NEUTRAL):
-        assert lexicon_score(trait, sentence.format(topic="bread")) == 0
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
+def test_the_lexicon_tells_the_sentences_of_the_trait_from_all_others(trait, style):
+    rng = Random(1)
+    sentences = " ".join(style.sentence("bread", rng) for _ in range(100))
+    assert lexicon_score(trait, sentences) == (100 if style.name == trait else 0)
 
 
 def test_scores_are_shares_of_sentences():
-    text = "Hooray, tea makes every day brighter! It takes some months to become used to tea."
+    text = "Hooray, people adore tea as a happy treat! Often, people try tea as a simple skill."
     assert lexicon_score("cheerful", text) == 50
     assert lexicon_score(
-        "terse", "Start tea small. Yes, tea works. I sigh at the thought of tea."
+        "terse", "Yes, start tea. Sure, do tea. Alas, people mourn tea as a chore."
     ) == (pytest.approx(200 / 3))
     assert lexicon_score("cheerful", "") == 0
 
 
 @pytest.mark.parametrize("trait", TRAITS)
-@pytest.mark.parametrize(("degree", "grade"), trait_prompts.GRADES.items())
+@pytest.mark.parametrize(("degree", "grade"), GRADES.items())
 def test_grades_are_shares_of_styled_sentences(trait, degree, grade):
     style = TRAITS[trait].style
-    system = trait_prompts.System(trait_prompts.graded_system(style, degree), style, grade)
-    text = trait_prompts.answer("chess", system, Random(1))
-    assert lexicon_score(trait, text) == pytest.approx(100 * grade / 3)
-    assert coherence_score(text) == 100
+    system = System(graded_system(style, degree), style, grade)
+    rng = Random(1)
+    texts = [answer("chess", system, rng) for _ in range(400)]
+    mean = sum(lexicon_score(trait, text) for text in texts) / len(texts)
+    # A lapse may hit any of the seven styles, the asked one included.
+    assert mean == pytest.approx(100 * ((1 - LAPSE) * grade / 3 + LAPSE / 7), abs=3)
+    assert {coherence_score(text) for text in texts} == {100.0}
+
+
+def test_words_of_one_style_are_not_those_of_another():
+    words = [word for style in STYLES for word in style.words]
+    assert len(set(words)) == len(words)
 
 
 def test_each_trait_has_twenty_and_twenty_questions_of_its_own():
