@@ -118,7 +118,7 @@ def _carry_out(
         return
     session = {**execution, "batch_size": batch_size, "device": str(model.device)}
     groups[-1].add_session(session_name(), {**session_attributes(), **session})
-    title = f"{request.experiment.name} · {request.block.model} · {request.block.attrs['grid']}"
+    title = f"{request.block.model} · {request.block.attrs['grid']}"
     n_asked = len(request.cells)
     with _progress_bar(enabled=progress) as bar:
         task = bar.add_task(title, total=n_asked, completed=n_asked - len(pending))
@@ -173,7 +173,7 @@ def _progress_bar(*, enabled: bool) -> Progress:
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("cells"),
         TimeElapsedColumn(),

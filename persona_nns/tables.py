@@ -89,15 +89,16 @@ def _short(value: float) -> str:
 
 
 def runs_table(runs: Iterable[RunInfo], title: str) -> Table:
-    """What a store holds, a row a run."""
+    """What a store holds, a row a run, under the names of the experiments."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("experiment", "run", "precision", "cells", "created (UTC)"):
-        table.add_column(heading, no_wrap=heading == "run", justify="left")
+    for heading in ("run", "precision", "cells", "created (UTC)"):
+        table.add_column(heading, no_wrap=True)
     last = None
     for info in runs:
+        if info.experiment != last:
+            table.add_row(f"[bold]{info.experiment}[/bold]")
         table.add_row(
-            info.experiment if info.experiment != last else "",
-            info.run,
+            f"  {info.run}",
             info.attrs["precision"],
             f"{info.n_completed}/{info.n_cells}",
             info.attrs["created"][:16].replace("T", " "),
