@@ -14,7 +14,6 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,9 +26,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from persona_nns.checks import check_model
 from persona_nns.errors import PersonaError, UsageError
+from persona_nns.organism import ORGANISMS, organism_folder
 from persona_nns.prompts import read_template
 
-BUNDLED_MODELS = ("organism-qwen2", "organism-gemma2")
 BACKENDS = ("local",)
 
 STANDARD_NAMES = {
@@ -191,8 +190,7 @@ def end_tokens(model: TransformersModel) -> list[int]:
 
 def bundled_models() -> dict[str, Path]:
     """The models shipped with the package and their folders."""
-    root = Path(str(resources.files("persona_nns"))) / "organism"
-    return {name: root / name for name in BUNDLED_MODELS if (root / name / "config.json").exists()}
+    return {name: organism_folder(name) for name in ORGANISMS}
 
 
 def _find(name: str) -> tuple[str, str]:
