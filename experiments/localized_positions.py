@@ -5,9 +5,12 @@ give ΔX, ΔY and ΔXY. How well does ΔX + ΔY point along ΔXY? And if h_BB + 
 residual of XY at that one site, how far do the next ten tokens move from where they were?
 """
 
+from typing import Annotated
+
 import torch
 import xarray as xr
 from nnsight import TransformersModel, save
+from pydantic import Field
 from torch import Tensor
 
 from persona_nns.batches import left_pad
@@ -97,7 +100,7 @@ def measure(
     *,
     layers: list[int],
     positions: list[str],
-    n_eval: int = 10,
+    n_eval: Annotated[int, Field(ge=1)] = 10,
     reuse: bool = True,
     keep_residuals: bool = False,
 ) -> dict[str, Tensor]:

@@ -21,6 +21,14 @@ from persona_nns.errors import PersonaError, UsageError
 from persona_nns.variables import Variable
 
 _PACKAGE = Path(__file__).parent
+_RESERVED_VARIABLES = {
+    *("model", "cell", "layer", "position", "persona", "task", "depth", "n_layers"),
+    *("precision", "seconds", "completed"),
+}
+_RESERVED_OPTIONS = {
+    *("experiment", "model", "grid", "cells", "backend", "dtype", "device", "template", "as_"),
+    *("store", "batch_size", "allow_float16", "progress"),
+}
 
 
 @dataclass(frozen=True)
@@ -94,13 +102,8 @@ def _read(file: Path) -> Experiment:
             f"{str(file)!r} is not an experiment: it has to define 'variables' (name to Variable) "
             "and a function 'measure(model, cells, *, layers, positions)'."
         )
-    for name, variable in variables.items():
-        if not isinstance(variable, Variable) or variable.axes[:1] != ("cell",):
-            raise PersonaError(
-                f"The variable {name!r} of {str(file)!r} has to be a Variable whose dims begin "
-                "with 'cell'."
-            )
     parameters = dict(list(inspect.signature(measure, eval_str=True).parameters.items())[2:])
+    _check_declarations(file, variables, parameters)
     defaults = getattr(module, "defaults", {})
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     return Experiment(
@@ -120,6 +123,38 @@ def _read(file: Path) -> Experiment:
     )
 
 
+def _check_declarations(
+    file: Path, variables: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]
+) -> None:
+    """See that variables and options are such that the store and the command line can take them.
+
+    Raises:
+        PersonaError: one of them is not.
+    """
+    for name, variable in variables.items():
+        if not isinstance(variable, Variable) or variable.axes[:1] != ("cell",):
+            raise PersonaError(
+                f"The variable {name!r} of {str(file)!r} has to be a Variable whose dims begin "
+                "with 'cell'."
+            )
+        if name in _RESERVED_VARIABLES:
+            raise PersonaError(f"{str(file)!r} cannot call a variable {name!r}: the store does.")
+        known = {"cell", "d_model", *variable.coords}
+        known |= {dim for dim in ("layer", "position") if f"{dim}s" in parameters}
+        for axis in variable.axes:
+            if axis not in known:
+                raise PersonaError(
+                    f"The variable {name!r} of {str(file)!r} has a dimension {axis!r} without "
+                    "labels: give them in its coords (layer and position get theirs from "
+                    "measure's arguments 'layers' and 'positions')."
+                )
+    for option in parameters:
+        if option in _RESERVED_OPTIONS:
+            raise PersonaError(
+                f"{str(file)!r} cannot call an option of measure {option!r}: every run has it."
+            )
+
+
 def _execute(file: Path) -> Any:
     name = f"persona_nns_experiment_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
@@ -127,10 +162,13 @@ def _execute(file: Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    sys.path.insert(0, str(file.parent.resolve()))  # as for a script: what lies beside it
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise PersonaError(
             f"The experiment file {str(file)!r} does not run: {type(error).__name__}: {error}."
         ) from error
+    finally:
+        sys.path.pop(0)
     return module

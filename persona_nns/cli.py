@@ -6,6 +6,7 @@ its `measure`. Heavy imports wait until a command needs them.
 
 import inspect
 import re
+import shlex
 import sys
 import traceback
 import warnings
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from persona_nns.catalog import Experiment, bundled_experiments, load_experiment, summary_of
 from persona_nns.errors import PersonaError, UsageError
@@ -79,7 +82,7 @@ def demo(
     """Run the main experiment on the bundled models: results, figures, and a table."""
     from persona_nns.demo import run_demo
 
-    run_demo(store, figures, _out)
+    run_demo(store, figures.expanduser(), _out)
 
 
 @app.command()
@@ -158,7 +161,7 @@ def plot(
     if output is not None:
         check_format(output)
     results = _open(store, experiment, grid, run)
-    beside = Path() if "://" in store else Path(store).parent
+    beside = Path() if "://" in store else Path(store).expanduser().parent
     prefix = f"{Path(experiment).stem}-{results.attrs['grid']}"
     for index, (name, figure) in enumerate(draw(results, experiment).items()):
         if output is None:
@@ -167,13 +170,14 @@ def plot(
             file = output if index == 0 else output.with_stem(f"{output.stem}-{name}")
             written = save_figure(figure, file)
         for path in written:
-            _out.print(path, soft_wrap=True)
+            _say(path)
 
 
 def _open(store: str, experiment: str, grid: str | None, run: list[str] | None) -> "xr.Dataset":
     from persona_nns.store import open_results
 
-    return open_results(store, Path(experiment).stem, grid=grid, run=run or None)
+    name = Path(experiment).stem if experiment.endswith(".py") else experiment
+    return open_results(store, name, grid=grid, run=run or None)
 
 
 def _experiment_command(experiment: Experiment) -> Any:
@@ -248,18 +252,20 @@ def _run_experiment(
     **options: Any,
 ) -> None:
     from persona_nns.grids import load_grid
-    from persona_nns.models import load_model
+    from persona_nns.models import count_layers, load_model, load_tokenizer
+    from persona_nns.request import check_sites, render_grid
     from persona_nns.runs import run
-    from persona_nns.sites import parse_positions
     from persona_nns.store import check_writable, open_results
     from persona_nns.tables import measured, result_table
 
     labels = _labels(model, as_ or [])
     check_writable(store)
     loaded_grid = load_grid(grid)
-    loaded_grid.select_cells(cells.split(",") if cells else [])
-    parse_positions(positions or "p_last")
-    sites = {"layers": layers, "positions": positions}
+    loaded_grid.select_cells(cells)
+    # What is wrong with the last model is said before the first one is run.
+    for name in model:
+        sites = check_sites(experiment, count_layers(name), layers, positions)
+        render_grid(load_tokenizer(name, template), loaded_grid, sites.get("positions", []))
     names: list[str] = []
     for name, label in zip(model, labels, strict=True):
         loaded = load_model(
@@ -280,18 +286,16 @@ def _run_experiment(
             batch_size=batch_size,
             reuse=reuse,
             keep_residuals=keep_residuals,
-            **{site: spec for site, spec in sites.items() if spec is not None},
+            layers=layers,
+            positions=positions,
             **options,
         )
         names.append(results.attrs["run"])
     results = open_results(store, experiment.name, run=names)
     for name in measured(results)[:1]:
         _out.print(result_table(results, name))
-    _out.print(
-        f"Stored in {store}: {', '.join(names)}\n"
-        f"All of it: persona-nns show {store} {experiment.name}",
-        soft_wrap=True,
-    )
+    _say(f"Stored in {store}: {', '.join(names)}")
+    _say(f"All of it: persona-nns show {shlex.quote(store)} {experiment.name}")
 
 
 def _labels(models: list[str], given: list[str]) -> list[str]:
@@ -334,10 +338,14 @@ def main() -> None:
     warnings.showwarning = _show_warning
     try:
         code = app(
-            [argument for argument in arguments if argument != "--debug"], standalone_mode=True
+            [argument for argument in arguments if argument != "--debug"], standalone_mode=False
         )
     except PersonaError as error:
         _fail(str(error), debug=debug, code=error.exit_code)
+    except TyperException as error:
+        # A missing or unknown option; the bare command without anything shows its help.
+        message = getattr(error, "format_message", lambda: "")() or str(error)
+        _fail(message, debug=debug, code=2)
     except KeyboardInterrupt:
         _fail(
             "Interrupted; completed cells are kept, the same command goes on.",
@@ -348,22 +356,20 @@ def main() -> None:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         _fail(f"{reason} (--debug shows the traceback)", debug=debug, code=1)
     else:
-        sys.exit(code)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(text: str) -> None:
+    """Print a line as it is: names and paths may look like markup, and are not to be broken."""
+    _out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _fail(message: str, *, debug: bool, code: int) -> None:
     if debug:
         traceback.print_exc()
-    _err.print(f"[bold red]error:[/bold red] {_escape(message)}", highlight=False, soft_wrap=True)
+    _err.print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(code)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _err.print(
-        f"[yellow]warning:[/yellow] {_escape(str(message))}", highlight=False, soft_wrap=True
-    )
-
-
-def _escape(text: str) -> str:
-    """Text in which square brackets are not taken for markup."""
-    return text.replace("[", r"\[")
+    _err.print(f"[yellow]warning:[/yellow] {escape(str(message))}", highlight=False, soft_wrap=True)

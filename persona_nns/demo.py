@@ -1,5 +1,6 @@
 """The demo: local additivity on the bundled models, from model to figure."""
 
+import shlex
 from pathlib import Path
 
 import xarray as xr
@@ -43,9 +44,12 @@ def run_demo(store: str, figures: Path, console: Console) -> None:
         for name, figure in draw(results, experiment.name).items():
             drawn += save_figure(figure, figures / f"{grid}-{name}.png", pdf=True)
     console.print(CAVEAT, style="italic")
-    console.print(f"\nResults: {store}", soft_wrap=True)
-    console.print(f"Figures: {len(drawn)} files in {figures}, such as {drawn[0]}", soft_wrap=True)
-    console.print(f"Look at them: persona-nns show {store} {experiment.name} --grid long")
+    closing = (
+        f"Results: {store}\n"
+        f"Figures: {len(drawn)} files in {figures}, such as {drawn[0]}\n"
+        f"More: persona-nns show {shlex.quote(store)} {experiment.name} --grid long"
+    )
+    console.print(closing, markup=False, highlight=False, soft_wrap=True)
 
 
 def _summary(results: xr.Dataset) -> Table:

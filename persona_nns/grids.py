@@ -86,18 +86,26 @@ class Grid:
 
     @property
     def digest(self) -> str:
-        """Hash of keys and texts: two grids with one digest ask the same questions."""
-        texts = json.dumps([dict(self.personas), dict(self.tasks)], ensure_ascii=False)
+        """Hash of keys, texts and markers: two grids with one digest ask the same questions."""
+        tables = [dict(self.personas), dict(self.tasks), dict(self.markers)]
+        texts = json.dumps(tables, ensure_ascii=False)
         return hashlib.sha256(texts.encode()).hexdigest()
 
-    def select_cells(self, labels: Iterable[str]) -> tuple[Cell, ...]:
-        """The cells with these labels, in the order of the grid.
+    def select_cells(self, labels: str | Iterable[str] | None) -> tuple[Cell, ...]:
+        """The cells with these labels (``a/x,b/y``, or a sequence), in the order of the grid.
+
+        None asks for all of them.
 
         Raises:
-            UsageError: a label that the grid does not have.
+            UsageError: a label that the grid does not have, or none at all.
         """
+        if labels is None:
+            return self.cells
         by_label = {cell.label: cell for cell in self.cells}
-        wanted = list(labels)
+        parts = labels.split(",") if isinstance(labels, str) else labels
+        wanted = [part.strip() for part in parts if part.strip()]
+        if not wanted:
+            raise UsageError("No cell was asked for; name cells such as engineer/arch, or none.")
         for label in wanted:
             if label not in by_label:
                 raise UsageError(
@@ -158,7 +166,7 @@ def load_grid(grid: "str | Path | Grid") -> Grid:
             f"Unknown grid {str(grid)!r}; use {', '.join(BUNDLED_GRIDS)}, or a .toml file."
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"The grid file {str(path)!r} cannot be read: {error}.") from error
     return _parse(path.stem, text, str(path))
@@ -184,5 +192,9 @@ def _first(error: ValidationError) -> str:
     """The first problem of a validation, with the place where it was found."""
     problem = error.errors()[0]
     place = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    if problem["type"] == "extra_forbidden":
+        return f"it has a table {place!r}; a grid has [personas], [tasks] and [markers]"
+    if problem["type"] == "string_pattern_mismatch":
+        return f"the key {place!r} holds more than letters, digits, '_', '-' and '.'"
     message = str(problem.get("ctx", {}).get("error", problem["msg"])).rstrip(".")
     return f"{place}: {message}" if place else message

@@ -15,14 +15,22 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from nnsight import TransformersModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from persona_nns.checks import check_model
 from persona_nns.errors import PersonaError, UsageError
@@ -116,23 +124,25 @@ def load_model(
     """
     if backend not in BACKENDS:
         raise UsageError(f"Unknown backend {backend!r}; use {', '.join(BACKENDS)}.")
+    if label is not None and not label.strip():
+        raise UsageError("The label of the model is empty; give it a name, or none.")
     source, shown = _find(str(name))
     config = _read_config(source, shown)
     precision = _choose_dtype(shown, config, dtype, allow_float16=allow_float16)
-    chat_template = read_template(template) if template is not None else None
     place = _choose_device(device)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=_DTYPES[precision], attn_implementation="eager", output_loading_info=True
         )
         module, loading = loaded
-        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
         raise PersonaError(
             f"The model {shown!r} could not be loaded: {_one_line(error)}"
         ) from error
     _check_complete(shown, loading)
+    tokenizer = load_tokenizer(name, template)
     module.eval().requires_grad_(requires_grad=False).to(place)
+    _normalise_generation(module)
     try:
         model = TransformersModel(
             module, task="text-generation", tokenizer=tokenizer, rename=STANDARD_NAMES
@@ -141,9 +151,6 @@ def load_model(
         raise PersonaError(
             f"The model {shown!r} ({type(module).__name__}) is not supported: {_one_line(error)}"
         ) from error
-    if chat_template is not None:
-        assert model.tokenizer is not None
-        model.tokenizer.chat_template = chat_template
     check_model(model, shown)
     _RECORDS[model] = ModelRecord(
         label=label or shown,
@@ -156,6 +163,35 @@ def load_model(
         d_model=model.config.get_text_config().hidden_size,
     )
     return model
+
+
+def load_tokenizer(name: str | Path, template: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer, with another chat template if one is given.
+
+    Raises:
+        UsageError: unknown model, or a template that cannot be read.
+        PersonaError: the tokenizer cannot be loaded.
+    """
+    chat_template = read_template(template) if template is not None else None
+    source, shown = _find(str(name))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise PersonaError(
+            f"The tokenizer of {shown!r} could not be loaded: {_one_line(error)}"
+        ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def count_layers(name: str | Path) -> int:
+    """The number of decoder blocks, read from a model's configuration.
+
+    Raises:
+        UsageError: unknown model.
+    """
+    return _read_config(*_find(str(name))).get_text_config().num_hidden_layers
 
 
 def record_of(model: TransformersModel) -> ModelRecord:
@@ -235,6 +271,20 @@ def _choose_dtype(
     own = str(config.dtype).removeprefix("torch.")
     # Gemma-2 is published in bfloat16 and was measured in float32.
     return "float32" if config.model_type == "gemma2" or own != "bfloat16" else "bfloat16"
+
+
+def _normalise_generation(module: PreTrainedModel) -> None:
+    """Generate with a growing cache up to an end token, whatever the checkpoint prefers.
+
+    Without a cache every step gives the residuals of the whole sequence, a static cache refuses
+    one that it is given, and stop strings need more than the model. A repetition penalty and the
+    like change what is said, and stay.
+    """
+    module.config.use_cache = True
+    generation = cast(GenerationConfig, module.generation_config)
+    generation.use_cache = True
+    generation.cache_implementation = None
+    generation.stop_strings = None
 
 
 def _check_complete(shown: str, loading: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ Everything is read off the labels of the Dataset. Colours are seaborn's colour-b
 units come from the variables' attributes.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,9 @@ def cells_heatmap(results: xr.Dataset, name: str, by: str) -> Figure:
     Returns:
         The figure: a row a model, a column a position, one colour scale for all.
     """
-    measured = results[name].dropna("layer", how="all")
-    medians = measured.groupby(by).median("cell", skipna=True)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # layers of NaN only
+        medians = results[name].groupby(by).median("cell", skipna=True)
+    medians = medians.dropna("layer", how="all")
     order = list(dict.fromkeys(results[by].values.tolist()))
     positions = medians.position.values.tolist() if "position" in medians.dims else [None]
     models = medians.model.values.tolist()
@@ -199,7 +201,8 @@ def _line_panel(axis: Axes, values: xr.DataArray) -> None:
 
 def _log_scale(axis: Axes, values: xr.DataArray) -> None:
     """Make an axis logarithmic, after drawing: on one that is, seaborn averages logarithms."""
-    drawn = values.dropna("layer", how="all").quantile([0.25, 0.5], "cell")
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # layers of NaN only
+        drawn = values.quantile([0.25, 0.5], "cell")
     visible = drawn.where(drawn > 1e-7)
     axis.set_yscale("log")
     if bool(visible.notnull().any()):

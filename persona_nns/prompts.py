@@ -128,7 +128,7 @@ def read_template(template: str | Path) -> str:
     if template == "plain":
         return PLAIN_TEMPLATE
     try:
-        return Path(template).read_text(encoding="utf-8")
+        return Path(template).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"The template {str(template)!r} cannot be read ({error}); "

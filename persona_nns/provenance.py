@@ -5,14 +5,15 @@ import json
 import platform
 import secrets
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from persona_nns.catalog import Experiment
-from persona_nns.grids import Grid, PromptName
+from persona_nns.grids import Cell, Grid, PromptName
 from persona_nns.models import ModelRecord
 from persona_nns.prompts import Prompt
 
@@ -22,6 +23,7 @@ _PACKAGES = ("persona-nns", "nnsight", "torch", "transformers", "tokenizers", "x
 def identity(
     experiment: Experiment,
     record: ModelRecord,
+    cells: Iterable[Cell],
     prompts: Mapping[str, Mapping[PromptName, Prompt]],
     parameters: Mapping[str, Any],
 ) -> str:
@@ -33,7 +35,8 @@ def identity(
     Args:
         experiment: what is measured.
         record: on which model, in which precision.
-        prompts: every prompt of every cell of the grid, by cell label and prompt name.
+        cells: the cells of the grid; their texts and markers count, their order does not.
+        prompts: every prompt of every cell, by cell label and prompt name.
         parameters: layers, positions and options, complete.
     """
     determining = {
@@ -44,6 +47,7 @@ def identity(
         ],
         "precision": record.precision,
         "attn_implementation": record.attn_implementation,
+        "cells": {cell.label: asdict(cell) for cell in cells},
         "token_ids": {
             cell: {name: list(prompt.ids) for name, prompt in of_cell.items()}
             for cell, of_cell in prompts.items()
@@ -59,8 +63,9 @@ def _is_digest(version: str) -> bool:
 
 
 def run_name(label: str, grid: Grid, digest: str) -> str:
-    """The name of a run's group: readable, and different for different identities."""
-    return f"{label.replace('/', '--')}.{grid.name}.{digest[:10]}"
+    """The name of a run's group: readable, and different for each label and identity."""
+    unique = hashlib.sha256(f"{label}\n{digest}".encode()).hexdigest()
+    return f"{label.replace('/', '--')}.{grid.name}.{unique[:10]}"
 
 
 def run_attributes(

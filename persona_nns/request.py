@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nnsight import TransformersModel
+from pydantic import TypeAdapter, ValidationError
+from transformers import PreTrainedTokenizerBase
 
 from persona_nns.catalog import Experiment
 from persona_nns.errors import UsageError
 from persona_nns.grids import Cell, Grid, PromptName
-from persona_nns.models import ModelRecord, record_of
+from persona_nns.models import record_of
 from persona_nns.prompts import ROLE_PROMPTS, Prompt, render_cell
 from persona_nns.provenance import identity, run_attributes, run_name
 from persona_nns.sites import parse_layers, parse_positions, position_index
@@ -25,7 +27,7 @@ class Request:
 
     Attributes:
         experiment: what to measure.
-        cells: the cells asked for, and their place in the grid.
+        cells: the cells asked for.
         prompts: every prompt of the grid.
         arguments: keyword arguments of `measure`.
         block: the group the results go to.
@@ -33,18 +35,28 @@ class Request:
     """
 
     experiment: Experiment
-    cells: Mapping[int, Cell]
+    cells: tuple[Cell, ...]
     prompts: tuple[Prompt, ...]
     arguments: Mapping[str, Any]
     block: Block
     residuals: Block | None
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Where a cell is written: residuals first, so that a completed cell has them."""
+        return [block for block in (self.residuals, self.block) if block is not None]
+
+    def into(self, run: str) -> "Request":
+        """The same request with its results in the group of this name."""
+        residuals = self.residuals and replace(self.residuals, run=f"{run}/residuals")
+        return replace(self, block=replace(self.block, run=run), residuals=residuals)
 
 
 def check_request(
     experiment: Experiment,
     model: TransformersModel,
     grid: Grid,
-    layers: str | Sequence[int] | None,
+    layers: str | int | Sequence[int] | None,
     positions: str | Sequence[str] | None,
     cells: str | Sequence[str] | None,
     options: Mapping[str, Any],
@@ -57,17 +69,11 @@ def check_request(
         UsageError: something in it is wrong; the message says what, and what to do.
     """
     record = record_of(model)
-    sites = _sites(experiment, record, layers, positions)
+    sites = check_sites(experiment, record.n_layers, layers, positions)
     arguments = {**sites, **_check_options(experiment, options)}
-    labels = cells.split(",") if isinstance(cells, str) else cells
-    asked = grid.cells if labels is None else grid.select_cells(label.strip() for label in labels)
-    place = {cell.label: index for index, cell in enumerate(grid.cells)}
-    prompts = {cell.label: render_cell(model.tokenizer, cell, _PROMPTS) for cell in grid.cells}
-    for of_cell in prompts.values():
-        for name in ROLE_PROMPTS:
-            for position in sites.get("positions", []):
-                position_index(of_cell[name], position)
-    digest = identity(experiment, record, prompts, arguments)
+    asked = grid.select_cells(cells)
+    prompts = render_grid(model.tokenizer, grid, sites.get("positions", []))
+    digest = identity(experiment, record, grid.cells, prompts, arguments)
     template = model.tokenizer.chat_template
     every = any(variable.every_layer for variable in experiment.variables.values())
     block = Block(
@@ -85,7 +91,7 @@ def check_request(
     )
     return Request(
         experiment=experiment,
-        cells={place[cell.label]: cell for cell in asked},
+        cells=asked,
         prompts=tuple(prompt for of_cell in prompts.values() for prompt in of_cell.values()),
         arguments=arguments,
         block=block,
@@ -99,13 +105,33 @@ def _residuals(experiment: Experiment, block: Block) -> Block:
     return replace(block, run=f"{block.run}/residuals", variables=wide)
 
 
-def _sites(
+def render_grid(
+    tokenizer: PreTrainedTokenizerBase, grid: Grid, positions: Sequence[str]
+) -> dict[str, dict[PromptName, Prompt]]:
+    """Render every prompt of every cell, and see that the positions exist in them.
+
+    Raises:
+        UsageError: no chat template, or a prompt too short for a position.
+    """
+    prompts = {cell.label: render_cell(tokenizer, cell, _PROMPTS) for cell in grid.cells}
+    for of_cell in prompts.values():
+        for name in ROLE_PROMPTS:
+            for position in positions:
+                position_index(of_cell[name], position)
+    return prompts
+
+
+def check_sites(
     experiment: Experiment,
-    record: ModelRecord,
-    layers: str | Sequence[int] | None,
+    n_layers: int,
+    layers: str | int | Sequence[int] | None,
     positions: str | Sequence[str] | None,
 ) -> dict[str, Any]:
-    """The layers and positions to measure at, where the experiment has them."""
+    """The layers and positions to measure at, where the experiment has them.
+
+    Raises:
+        UsageError: not a layer or position, or the experiment has none to choose.
+    """
     sites: dict[str, Any] = {}
     for name, asked, default in (
         ("layers", layers, experiment.layers),
@@ -115,7 +141,7 @@ def _sites(
             raise UsageError(f"The experiment {experiment.name!r} has no {name} to choose.")
     if experiment.layers is not None:
         spec = experiment.layers if layers is None else layers
-        sites["layers"] = parse_layers(spec, record.n_layers)
+        sites["layers"] = parse_layers(spec, n_layers)
     if experiment.positions is not None:
         spec = experiment.positions if positions is None else positions
         sites["positions"] = parse_positions(spec)
@@ -130,10 +156,20 @@ def _check_options(experiment: Experiment, options: Mapping[str, Any]) -> dict[s
             raise UsageError(
                 f"The experiment {experiment.name!r} has no option {name!r}; its options: {known}."
             )
-    filled = {
-        name: options.get(name, parameter.default) for name, parameter in experiment.options.items()
-    }
-    for name, value in filled.items():
-        if value is inspect.Parameter.empty:
+    filled: dict[str, Any] = {}
+    for name, parameter in experiment.options.items():
+        if name not in options and parameter.default is inspect.Parameter.empty:
             raise UsageError(f"The experiment {experiment.name!r} needs the option {name!r}.")
+        filled[name] = _check_value(name, parameter, options.get(name, parameter.default))
     return filled
+
+
+def _check_value(name: str, parameter: inspect.Parameter, value: Any) -> Any:
+    """A value of the type that the option is annotated with."""
+    if parameter.annotation is inspect.Parameter.empty:
+        return value
+    try:
+        return TypeAdapter(parameter.annotation).validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise UsageError(f"The option {name!r} cannot be {value!r}: {reason}.") from error

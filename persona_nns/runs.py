@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 from nnsight import TransformersModel
 from rich.console import Console
@@ -27,15 +26,22 @@ from persona_nns.models import load_model
 from persona_nns.provenance import session_attributes, session_name
 from persona_nns.request import Request, check_request
 from persona_nns.shapes import declared_arrays
-from persona_nns.store import Block, attach, check_writable, open_results
+from persona_nns.store import (
+    RunGroup,
+    attach,
+    check_writable,
+    completed_cells,
+    find_run,
+    open_results,
+)
 
 
 def run(
     experiment: str | Path | Experiment,
-    model: TransformersModel | str,
+    model: TransformersModel | str | Path,
     grid: str | Path | Grid,
     *,
-    layers: str | Sequence[int] | None = None,
+    layers: str | int | Sequence[int] | None = None,
     positions: str | Sequence[str] | None = None,
     cells: str | Sequence[str] | None = None,
     store: str | Path = "stores/results.zarr",
@@ -79,7 +85,7 @@ def run(
         experiment if isinstance(experiment, Experiment) else load_experiment(experiment)
     )
     loaded_grid = load_grid(grid)
-    loaded = load_model(model) if isinstance(model, str) else model
+    loaded = load_model(model) if isinstance(model, str | Path) else model
     if not (reuse or loaded_experiment.reuses):
         raise UsageError(f"The experiment {loaded_experiment.name!r} never reuses anything.")
     if keep_residuals and not loaded_experiment.keeps_residuals:
@@ -97,6 +103,7 @@ def run(
         options,
         keep_residuals=keep_residuals,
     )
+    request = request.into(find_run(store, request.block) or request.block.run)
     size = batch_size or fitting_batch_size(loaded, request.prompts)
     _carry_out(request, loaded, store, size, execution, progress=progress)
     return open_results(store, loaded_experiment.name, run=request.block.run)
@@ -111,13 +118,12 @@ def _carry_out(
     *,
     progress: bool,
 ) -> None:
-    groups = [attach(store, block) for block in _blocks(request)]
-    done = np.all([group.completed() for group in groups], axis=0)
-    pending = [index for index in request.cells if not done[index]]
+    done = set.intersection(*(completed_cells(store, block) for block in request.blocks))
+    pending = [cell for cell in request.cells if cell.label not in done]
     if not pending:
         return
     session = {**execution, "batch_size": batch_size, "device": str(model.device)}
-    groups[-1].add_session(session_name(), {**session_attributes(), **session})
+    groups: list[RunGroup] = []
     title = f"{request.block.model} · {request.block.attrs['grid']}"
     n_asked = len(request.cells)
     with _progress_bar(enabled=progress) as bar:
@@ -125,27 +131,24 @@ def _carry_out(
         while pending:
             batch = pending[:batch_size]
             started = time.perf_counter()
-            cells = [request.cells[index] for index in batch]
             try:
                 measured = request.experiment.measure(
-                    model, cells, **request.arguments, **execution
+                    model, batch, **request.arguments, **execution
                 )
             except (MemoryError, RuntimeError) as error:
                 batch_size = _smaller(len(batch), error)
                 continue
-            arrays = declared_arrays(request, measured, len(cells))
-            seconds = (time.perf_counter() - started) / len(cells)
-            for row, index in enumerate(batch):
-                for group, block in zip(groups, _blocks(request), strict=True):
+            arrays = declared_arrays(request, measured, len(batch))
+            seconds = (time.perf_counter() - started) / len(batch)
+            if not groups:  # allocated only once there is something to write
+                groups = [attach(store, block) for block in request.blocks]
+                groups[-1].add_session(session_name(), {**session_attributes(), **session})
+            for row, cell in enumerate(batch):
+                for group, block in zip(groups, request.blocks, strict=True):
                     values = {name: arrays[name][row] for name in block.variables}
-                    group.write_cell(index, values, seconds)
+                    group.write_cell(cell.label, values, seconds)
                 bar.advance(task)
             pending = pending[len(batch) :]
-
-
-def _blocks(request: Request) -> list[Block]:
-    """Where a cell is written: residuals first, so that a completed cell has them."""
-    return [block for block in (request.residuals, request.block) if block is not None]
 
 
 def _smaller(batch_size: int, error: Exception) -> int:

@@ -8,7 +8,10 @@ import torch
 
 from persona_nns.errors import PersonaError
 from persona_nns.request import Request
-from persona_nns.variables import FILL
+from persona_nns.variables import FILL, Kind
+
+# Kinds of numpy arrays that a variable of each kind may be returned as.
+_KINDS: dict[Kind, str] = {"float": "fiu", "int": "iu", "bool": "b", "text": "O"}
 
 
 def declared_arrays(
@@ -35,6 +38,11 @@ def declared_arrays(
             if isinstance(value, torch.Tensor) and value.is_floating_point()
             else np.asarray(value, dtype=object if variable.kind == "text" else None)
         )
+        if array.dtype.kind not in _KINDS[variable.kind]:
+            raise PersonaError(
+                f"measure() of {request.experiment.name!r} returned {name!r} as {array.dtype}; "
+                f"its kind is {variable.kind!r}."
+            )
         array = _spread_layers(request, name, array)
         sizes = [len(request.block.labels(variable, axis)) for axis in variable.axes[1:]]
         shape = (n_cells, *sizes)

@@ -51,20 +51,24 @@ def substitute(hidden: Tensor, index: Tensor, value: Tensor) -> Tensor:
     return hidden
 
 
-def parse_layers(spec: str | Sequence[int], n_layers: int) -> list[int]:
+def parse_layers(spec: str | int | Sequence[int], n_layers: int) -> list[int]:
     """The layers that a request names, in ascending order.
 
     Args:
         spec: ``all`` (0 … n_layers-1), layers such as ``6,10,14``, depths such as
-            ``0.25,0.40`` (times n_layers, rounded, the last block at most), or a sequence.
+            ``0.25,0.40`` (times n_layers, rounded, the last block at most), a layer, or a
+            sequence of them.
         n_layers: number of decoder blocks.
 
     Raises:
         UsageError: not a layer, or out of range.
     """
-    if spec == "all":
+    if isinstance(spec, str) and spec.strip() == "all":
         return list(range(n_layers))
-    parts = spec.split(",") if isinstance(spec, str) else list(spec)
+    if isinstance(spec, str):
+        parts = spec.split(",")
+    else:
+        parts = [spec] if isinstance(spec, int) else list(spec)
     layers = sorted({_layer(str(part).strip(), n_layers) for part in parts})
     if not layers:
         raise UsageError("No layer was asked for; use 'all' or numbers such as 6,10,14.")
@@ -93,6 +97,8 @@ def parse_positions(spec: str | Sequence[str]) -> list[str]:
         UsageError: an unknown name, or one given twice.
     """
     names = [name.strip() for name in (spec.split(",") if isinstance(spec, str) else spec)]
+    if not names:
+        raise UsageError("No position was asked for; use names such as p_last,g1.")
     for name in names:
         if not _POSITION.fullmatch(name):
             raise UsageError(

@@ -83,22 +83,32 @@ class RunGroup:
 
     def __init__(self, group: zarr.Group) -> None:
         self._group = group
+        self._place: dict[str, int] | None = None
 
     @property
     def attrs(self) -> dict[str, Any]:
         """The run's provenance."""
         return dict(self._group.attrs)
 
-    def completed(self) -> NDArray[np.bool_]:
-        """Which cells are complete, [cell]."""
-        return np.asarray(self._array("completed")[0], dtype=bool)
+    def completed(self) -> set[str]:
+        """Labels of the cells that are complete."""
+        done = np.asarray(self._array("completed")[0], dtype=bool)
+        return {label for label, place in self._places().items() if done[place]}
 
-    def write_cell(self, index: int, values: Mapping[str, NDArray[Any]], seconds: float) -> None:
+    def write_cell(self, label: str, values: Mapping[str, NDArray[Any]], seconds: float) -> None:
         """Write one cell; it counts only once ``completed`` is written, which is done last."""
+        place = self._places()[label]
         for name, value in values.items():
-            self._array(name)[0, index] = value
-        self._array("seconds")[0, index] = seconds
-        self._array("completed")[0, index] = True
+            self._array(name)[0, place] = value
+        self._array("seconds")[0, place] = seconds
+        self._array("completed")[0, place] = True
+
+    def _places(self) -> dict[str, int]:
+        """Where each cell stands in this group: the order of the grid when it was allocated."""
+        if self._place is None:
+            labels = np.asarray(self._array("cell")[...]).tolist()
+            self._place = {label: index for index, label in enumerate(labels)}
+        return self._place
 
     def add_session(self, name: str, attrs: Mapping[str, Any]) -> None:
         """Note who computes cells of this run, in a sub-group of its own: writers never meet."""
@@ -128,11 +138,42 @@ def _is_zarr(path: Path) -> bool:
     return (path / "zarr.json").is_file()
 
 
+def find_run(store: str | Path, block: Block) -> str | None:
+    """The group that holds results of this identity and model label, whatever its grid's name."""
+    wanted = (block.attrs["identity"], block.model)
+    if not _exists(store):
+        return None
+    for info in list_runs(store, block.experiment):
+        if (info.attrs["identity"], info.attrs["model"]) == wanted:
+            return info.run
+    return None
+
+
+def completed_cells(store: str | Path, block: Block) -> set[str]:
+    """Labels of the cells that are complete; none where the group is not there yet."""
+    if not _exists(store):
+        return set()
+    root = zarr.open_group(_location(store), mode="r", zarr_format=3)
+    path = f"{block.experiment}/{block.run}"
+    if f"{path}/completed" not in root:
+        return set()
+    return RunGroup(cast("zarr.Group", root[path])).completed()
+
+
+def _exists(store: str | Path) -> bool:
+    """Whether there is a Zarr store."""
+    try:
+        zarr.open_group(_location(store), mode="r", zarr_format=3)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def attach(store: str | Path, block: Block) -> RunGroup:
     """Open a run's group, allocating whatever of it is not there yet.
 
     Raises:
-        PersonaError: the store cannot be written.
+        PersonaError: the store cannot be written, or the group is another run's.
     """
     try:
         root = zarr.open_group(_location(store), mode="a", zarr_format=3)
@@ -141,6 +182,10 @@ def attach(store: str | Path, block: Block) -> RunGroup:
             _allocate(group, block)
     except OSError as error:
         raise PersonaError(f"The store {str(store)!r} cannot be written: {error}.") from error
+    if group.attrs["identity"] != block.attrs["identity"]:
+        raise PersonaError(
+            f"The group {block.run!r} of {str(store)!r} holds another run; use another --store."
+        )
     return RunGroup(group)
 
 
@@ -260,8 +305,9 @@ def list_runs(store: str | Path, experiment: str | None = None) -> list[RunInfo]
             continue
         for run, block in sorted(group.groups()):
             if "completed" in block:
-                done = RunGroup(block).completed()
-                runs.append(RunInfo(name, run, dict(block.attrs), int(done.sum()), int(done.size)))
+                flags = np.asarray(cast("zarr.Array[Any]", block["completed"])[0], dtype=bool)
+                done, size = int(flags.sum()), int(flags.size)
+                runs.append(RunInfo(name, run, dict(block.attrs), done, size))
     return sorted(runs, key=lambda info: (info.experiment, info.attrs["created"], info.run))
 
 
@@ -291,6 +337,10 @@ def open_results(
     if not runs:
         raise UsageError(f"The store {str(store)!r} holds no results of {experiment!r}.")
     chosen = [info for info in runs if _matches(info, grid, run)]
+    asked = {run} if isinstance(run, str) else set(run or ())
+    if missing := asked - {info.run for info in runs}:
+        known = ", ".join(info.run for info in runs)
+        raise UsageError(f"There is no run {', '.join(sorted(missing))}; there are: {known}.")
     choices = "; ".join(info.describe() for info in runs)
     if not chosen:
         raise UsageError(f"No run of {experiment!r} matches; there are: {choices}.")
@@ -357,4 +407,5 @@ def _join(datasets: list[xr.Dataset], experiment: str) -> xr.Dataset:
     )
     # Joining may sort; cells keep the order of the grid, variables that of the experiment.
     order = list(dict.fromkeys(cell for ds in datasets for cell in ds.cell.values.tolist()))
-    return joined.sel(cell=order)[list(datasets[0].data_vars)].assign_attrs(experiment=experiment)
+    named = {"experiment": experiment, "grid": datasets[0].attrs["grid"]}
+    return joined.sel(cell=order)[list(datasets[0].data_vars)].assign_attrs(named)

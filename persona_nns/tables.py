@@ -8,65 +8,95 @@ import numpy as np
 import xarray as xr
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from persona_nns.store import RunInfo
+from persona_nns.variables import FILL
 
 # Beside the results: what the store notes about their making.
 _BOOKKEEPING = ("seconds", "completed")
 
 
 def result_table(results: xr.Dataset, name: str) -> Table:
-    """Median and quartiles of a variable over cells: a row a layer, a column a position.
+    """A variable over cells: a row a layer, a column a position (or what else it has).
+
+    Numbers are summarised by median and quartiles, truth values by their share; texts stand
+    as they are, a row a cell.
 
     Args:
         results: of one experiment.
         name: the variable.
     """
     array = results[name]
+    if array.dtype.kind == "O":
+        return _text_table(array)
     units = array.attrs.get("units", "1")
-    long_name = array.attrs.get("long_name", name)
+    title = f"{name}: {array.attrs.get('long_name', name)}"
     n_cells = int(results["completed"].any("model").sum())
+    what = "share" if array.dtype.kind == "b" else "median [25 %, 75 %]"
     table = Table(
-        title=f"{name}: {long_name}" + (f" in {units}" if units != "1" else ""),
-        caption=f"median [25 %, 75 %] over {n_cells} cells",
+        title=Text(title if units == "1" else f"{title} in {units}"),
+        caption=Text(f"{what} over {n_cells} cells"),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
     leading = [dim for dim in ("model", "layer") if dim in array.dims]
-    across = [str(dim) for dim in array.dims if dim not in ("model", "cell", "layer")]
     for dim in leading:
         table.add_column(dim, justify="left" if dim == "model" else "right")
     if "layer" in leading:
         table.add_column("depth", justify="right")
-    stacked = array.stack(column=across) if across else array.expand_dims(column=[""])
+    across = [str(dim) for dim in array.dims if dim not in ("model", "cell", "layer")]
+    present = array.where(results["completed"] & _measured(array))
+    stacked = present.stack(column=across) if across else present.expand_dims(column=[""])
     for label in stacked.column.values.tolist():
         heading = " · ".join(map(str, label)) if isinstance(label, tuple) else str(label)
-        table.add_column(heading or "median", justify="right")
-    last = None
+        table.add_column(Text(heading or what.partition(" ")[0]), justify="right")
     for model in array.model.values.tolist():
-        layers = array.layer.values.tolist() if "layer" in array.dims else [None]
+        rows = stacked.sel(model=model)
+        if "layer" in leading:
+            rows = rows.dropna("layer", how="all")
+        layers = rows.layer.values.tolist() if "layer" in leading else [None]
         for layer in layers:
-            row = stacked.sel(model=model)
-            row = row if layer is None else row.sel(layer=layer)
-            if bool(row.isnull().all()):
-                continue
-            cells = [model if model != last else ""]
-            if layer is not None:
-                cells += [str(layer), f"{float(results.depth.sel(model=model, layer=layer)):.2f}"]
-            columns = row.transpose("column", "cell").values
-            table.add_row(*cells, *map(_quartiles, columns), end_section=layer == layers[-1])
-            last = model
+            row = rows if layer is None else rows.sel(layer=layer)
+            site = [] if layer is None else [str(layer), f"{layer / int(rows.n_layers):.2f}"]
+            columns = row.transpose("column", "cell").values.astype(float)
+            summarise = _share if array.dtype.kind == "b" else _quartiles
+            head = Text(model if layer == layers[0] else "")
+            last = layer == layers[-1]
+            table.add_row(head, *site, *map(summarise, columns), end_section=last)
+    return table
+
+
+def _measured(array: xr.DataArray) -> xr.DataArray:
+    """Where something was measured: integers cannot be NaN, and hold −1 where nothing was."""
+    return array != FILL["int"] if array.dtype.kind == "i" else array.notnull()
+
+
+def _text_table(array: xr.DataArray) -> Table:
+    table = Table(title=Text(str(array.name)), title_justify="left", box=box.SIMPLE_HEAD)
+    dims = [str(dim) for dim in array.dims]
+    for heading in (*dims, str(array.name)):
+        table.add_column(Text(heading))
+    for place in np.ndindex(*array.shape):
+        if text := str(array.values[place]):
+            labels = [str(array[dim].values[k]) for dim, k in zip(dims, place, strict=True)]
+            table.add_row(*map(Text, labels), Text(text))
     return table
 
 
 def measured(results: xr.Dataset) -> list[str]:
-    """The variables that hold real numbers, the experiment's first one first."""
+    """The variables that hold numbers, the experiment's first one first."""
     return [
         str(name)
         for name, array in results.data_vars.items()
-        if array.dtype.kind == "f" and name not in _BOOKKEEPING
+        if array.dtype.kind in "fib" and name not in _BOOKKEEPING
     ]
+
+
+def _share(values: np.ndarray[tuple[int], np.dtype[np.floating]]) -> str:
+    present = values[~np.isnan(values)]
+    return f"{100 * present.mean():.1f} %" if present.size else "–"
 
 
 def _quartiles(values: np.ndarray[tuple[int], np.dtype[np.floating]]) -> str:
@@ -90,15 +120,15 @@ def _short(value: float) -> str:
 
 def runs_table(runs: Iterable[RunInfo], title: str) -> Table:
     """What a store holds, a row a run, under the names of the experiments."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("run", "precision", "cells", "created (UTC)"):
         table.add_column(heading, no_wrap=True)
     last = None
     for info in runs:
         if info.experiment != last:
-            table.add_row(f"[bold]{info.experiment}[/bold]")
+            table.add_row(Text(info.experiment, style="bold"))
         table.add_row(
-            f"  {info.run}",
+            Text(f"  {info.run}"),
             info.attrs["precision"],
             f"{info.n_completed}/{info.n_cells}",
             info.attrs["created"][:16].replace("T", " "),

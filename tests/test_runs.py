@@ -190,12 +190,12 @@ def test_every_token_of_every_prompt_counts_for_the_identity(
 
     experiment, record = load_experiment(own), record_of(model)
     prompts = {c.label: render_cell(model.tokenizer, c) for c in small_grid.cells}
-    before = identity(experiment, record, prompts, {})
+    before = identity(experiment, record, small_grid.cells, prompts, {})
     from dataclasses import replace
 
     bb = prompts["yoda/policy"]["BB"]
     prompts["yoda/policy"]["BB"] = replace(bb, ids=(*bb.ids[:-1], bb.ids[-1] + 1))
-    assert identity(experiment, record, prompts, {}) != before
+    assert identity(experiment, record, small_grid.cells, prompts, {}) != before
 
 
 def test_the_group_tells_where_its_numbers_come_from(

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -41,6 +41,10 @@ class Recipe:
     seed: int = 11
     swap_layer: int = 2
     swap_share: float = 0.5
+
+
+RECIPES = {"organism-qwen2": Recipe(), "organism-gemma2": Recipe(steps=1900)}
+"""Gemma2 learns the facts and the late interaction more slowly."""
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -136,7 +140,7 @@ def main() -> None:
     """Train the bundled models, or one of them."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model", choices=ORGANISMS, help="train this one only")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimizer steps")
+    parser.add_argument("--steps", type=int, help="optimizer steps, instead of the recipe's")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--out", type=Path, help="parent folder (default: in the package)")
     options = parser.parse_args()
@@ -144,7 +148,9 @@ def main() -> None:
     for name in [options.model] if options.model else ORGANISMS:
         folder = options.out / name if options.out else organism_folder(name)
         folder.mkdir(parents=True, exist_ok=True)
-        seconds = train(name, folder, Recipe(steps=options.steps))
+        recipe = RECIPES[name]
+        recipe = replace(recipe, steps=options.steps) if options.steps else recipe
+        seconds = train(name, folder, recipe)
         record = {"model": name, "seconds": round(seconds), "threads": options.threads}
         sys.stdout.write(json.dumps(record) + "\n")
 
