@@ -41,6 +41,26 @@ def test_localized_positions_declares_what_the_protocol_says() -> None:
             "def measure(model, cells): ...",
             "dims begin with 'cell'",
         ),
+        (
+            "from persona_nns import Variable\nvariables = {'a': Variable('cell head', 'a')}\n"
+            "def measure(model, cells): ...",
+            "has a dimension 'head' without labels",
+        ),
+        (
+            "from persona_nns import Variable\nvariables = {'a': Variable('cell layer', 'a')}\n"
+            "def measure(model, cells): ...",
+            "has a dimension 'layer' without labels",
+        ),
+        (
+            "from persona_nns import Variable\nvariables = {'depth': Variable('cell', 'a')}\n"
+            "def measure(model, cells): ...",
+            "cannot call a variable 'depth'",
+        ),
+        (
+            "from persona_nns import Variable\nvariables = {'a': Variable('cell', 'a')}\n"
+            "def measure(model, cells, *, store=1): ...",
+            "cannot call an option of measure 'store'",
+        ),
     ],
 )
 def test_a_file_that_is_no_experiment_says_why(tmp_path: Path, source: str, sentence: str) -> None:
@@ -53,3 +73,13 @@ def test_a_file_that_is_no_experiment_says_why(tmp_path: Path, source: str, sent
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match="use localized_positions"):
         load_experiment("localised_positions")
+
+
+def test_an_experiment_may_import_what_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "beside_it.py").write_text("UNITS = 'nat'")
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from beside_it import UNITS\nfrom persona_nns import Variable\n"
+        "variables = {'a': Variable('cell', 'a', units=UNITS)}\ndef measure(model, cells): ..."
+    )
+    assert load_experiment(file).variables["a"].units == "nat"

@@ -202,3 +202,89 @@ def test_debug_shows_the_traceback(command: Command) -> None:
     code, _, err = command("run", "localized_positions", *BASE, "--layers", "9", "--debug")
     assert code == 2
     assert "Traceback" in err
+
+
+CELLS = "buffett/policy,angelou/haiku"
+OWN = """
+\"\"\"Kinds of variables.\"\"\"
+import torch
+from persona_nns import Variable
+variables = {
+    "count": Variable("cell", "letters", kind="int"),
+    "long": Variable("cell", "is long", kind="bool"),
+    "text": Variable("cell", "name", kind="text"),
+}
+def measure(model, cells):
+    count = torch.tensor([len(cell.persona) - 1 for cell in cells])
+    return {"count": count, "long": count > 4, "text": [f"[{c.persona}]" for c in cells]}
+"""
+
+
+def test_counts_shares_and_texts_are_shown(command: Command) -> None:
+    Path("kinds.py").write_text(OWN)
+    code, out, _ = command(
+        "run", "kinds.py", *BASE, "--store", "x[/b] y.zarr", "--as", "*[m]", "--cells", CELLS
+    )
+    assert code == 0
+    assert "letters" in out
+    assert "6.000 [6.000,6.000]" in out  # yoda was not asked for
+    assert "persona-nns show 'x[/b] y.zarr' kinds" in out
+    code, out, _ = command("show", "x[/b] y.zarr", "kinds")
+    assert "100.0 %" in out
+    assert "*[m]" in out
+    code, out, _ = command("show", "x[/b] y.zarr", "kinds", "--variable", "text")
+    assert (code, out.count("[angelou]"), out.count("[yoda]")) == (0, 1, 0)
+    code, out, _ = command("ls", "x[/b] y.zarr")
+    assert "*[m].short." in out
+
+
+def test_the_last_model_is_checked_before_the_first_one_runs(
+    command: Command, tmp_path: Path, make_folder: Callable[..., Path]
+) -> None:
+    folder = make_folder("llama")  # 5 layers, where the golden model has 6
+    request = ["run", "localized_positions", *BASE, "--model", str(folder), "--layers", "5"]
+    code, _, err = command(*request, "--store", "s.zarr")
+    assert code == 2
+    assert "Layer 5 is out of range: the model has layers 0 to 4" in err
+    assert not (tmp_path / "s.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "localized_positions", "--grid", "short"], "Missing option '--model'"),
+        (["run", "localized_positions", *BASE, "--layer", "2"], "No such option"),
+        (
+            ["run", "localized_positions", *BASE, "--batch-size", "0"],
+            "Invalid value for '--batch-size'",
+        ),
+        (["run", "localized_positions", *BASE, "--n-eval", "0"], "greater than or equal to 1"),
+        (["run", "localized_positions", *BASE, "--as", " "], "label of the model is empty"),
+        (["shew"], "No such command 'shew'"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(
+    command: Command, arguments: list[str], sentence: str
+) -> None:
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert sentence in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_one_grid_under_two_names_is_one_result_and_can_be_drawn(
+    command: Command, grid_file: str, make_folder: Callable[..., Path]
+) -> None:
+    Path("copy.toml").write_text(Path(grid_file).read_text())
+    for model, grid in (
+        (str(GOLDEN / "qwen2"), grid_file),
+        (str(make_folder("llama")), "copy.toml"),
+    ):
+        request = ["run", "localized_positions", "--model", model, "--grid", grid]
+        assert command(*request, "--layers", "2", "--store", "s.zarr")[0] == 0
+    request = ["run", "localized_positions", *BASE[:2], "--grid", "copy.toml", "--layers", "2"]
+    assert command(*request, "--store", "s.zarr")[0] == 0
+    assert len(pn.list_runs("s.zarr")) == 2
+    code, out, err = command("plot", "s.zarr", "localized_positions")
+    assert (code, err) == (0, "")
+    assert "localized_positions-mine-kl_by_layer.png" in out

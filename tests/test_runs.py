@@ -361,3 +361,110 @@ def test_residuals_are_refused_where_there_are_none(
 ) -> None:
     with pytest.raises(pn.UsageError, match="'counting' keeps no residuals"):
         run(own, model, small_grid, store=tmp_path / "s.zarr", keep_residuals=True)
+
+
+def test_a_grid_in_another_order_is_the_same_run_and_cells_keep_their_numbers(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    by_name = OWN.replace("weight *", "len(cells[0].persona) *")
+    own.write_text(by_name)
+    settings: dict[str, Any] = {"store": tmp_path / "s.zarr", "batch_size": 1}
+    personas = dict(small_grid.personas)
+    turned = Grid("turned", dict(reversed(personas.items())), small_grid.tasks)
+    first = run(own, model, small_grid, cells="chef/haiku", **settings)
+    second = run(own, model, turned, **settings)
+    assert second.attrs["run"] == first.attrs["run"]
+    assert len(pn.list_runs(tmp_path / "s.zarr")) == 1
+    for cell in small_grid.cells:
+        assert second.text.sel(cell=cell.label).item() == cell.label
+        assert second.asked.sel(cell=cell.label, layer=1).item() == len(cell.persona)
+
+
+def test_markers_count_for_the_identity(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    marked = Grid("small", small_grid.personas, small_grid.tasks, {"yoda": ("force",)})
+    first = run(own, model, small_grid, store=tmp_path / "s.zarr")
+    second = run(own, model, marked, store=tmp_path / "s.zarr")
+    assert first.attrs["identity"] != second.attrs["identity"]
+
+
+def test_labels_that_look_alike_on_disk_have_runs_of_their_own(
+    own: Path, tmp_path: Path, random_folder: Callable[[str], Path], small_grid: Grid
+) -> None:
+    for label in ("o/x", "o--x"):
+        loaded = pn.load_model(random_folder("qwen2"), label=label)
+        assert run(own, loaded, small_grid, store=tmp_path / "s.zarr").model.item() == label
+
+
+@pytest.mark.parametrize("changes", [{"use_cache": False}, {"stop_strings": ["x"]}])
+def test_generation_settings_of_a_checkpoint_do_not_change_the_protocol(
+    make_folder: Callable[..., Path],
+    model: TransformersModel,
+    small_grid: Grid,
+    localized_positions: ModuleType,
+    changes: dict[str, Any],
+) -> None:
+    folder = make_folder("qwen2")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    settings: dict[str, Any] = {"layers": [1, 3], "positions": ["p_last", "g1"]}
+    cells = list(small_grid.cells)
+    ours = localized_positions.measure(pn.load_model(folder), cells, **settings)["kl"]
+    expected = localized_positions.measure(model, cells, **settings)["kl"]
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"n_eval": 0}, "'n_eval' cannot be 0: Input should be greater than or equal to 1"),
+        ({"n_eval": "ten"}, "'n_eval' cannot be 'ten'"),
+        ({"positions": []}, "No position was asked for"),
+        ({"cells": []}, "No cell was asked for"),
+    ],
+)
+def test_a_wrong_value_writes_nothing(
+    tmp_path: Path,
+    model: TransformersModel,
+    small_grid: Grid,
+    changes: dict[str, Any],
+    sentence: str,
+) -> None:
+    with pytest.raises(pn.UsageError, match=sentence):
+        run("localized_positions", model, small_grid, store=tmp_path / "s.zarr", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_in_the_first_batch_leaves_no_store(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    own.write_text(OWN.replace('"text": [cell', '"words": [cell'))
+    with pytest.raises(pn.PersonaError):
+        run(own, model, small_grid, store=tmp_path / "s.zarr")
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_cells_and_layers_are_taken_as_people_write_them(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    ds = run(
+        own,
+        model,
+        small_grid,
+        layers=np.array([3, 1]).tolist(),
+        cells=" chef/haiku , yoda/policy,",
+        store=tmp_path / "s.zarr",
+    )
+    done = ds.completed.sel(model="qwen2")
+    assert ds.cell[done].values.tolist() == ["chef/haiku", "yoda/policy"]
+    with pytest.raises(pn.UsageError, match="There is no run none"):
+        pn.open_results(tmp_path / "s.zarr", "counting", run=[ds.attrs["run"], "none"])
+
+
+def test_an_array_of_another_kind_is_refused(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    own.write_text(OWN.replace('"layer times weight"', '"layer", kind="int"'))
+    with pytest.raises(pn.PersonaError, match="'asked' as float32; its kind is 'int'"):
+        run(own, model, small_grid, store=tmp_path / "s.zarr")
