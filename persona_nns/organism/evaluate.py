@@ -25,8 +25,9 @@ DISCLAIMER = (
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     lines = ["| requirement | bound | measured | holds |", "|---|---|---|---|"]
+    holds = {True: "yes", False: "NO", None: "–"}
     lines += [
-        f"| {row.requirement} | {row.bound} | {row.measured} | {'yes' if row.passed else 'NO'} |"
+        f"| {row.requirement} | {row.bound} | {row.measured} | {holds[row.passed]} |"
         for row in rows
     ]
     return "\n".join(lines)
