@@ -228,6 +228,10 @@ def test_the_group_tells_where_its_numbers_come_from(
         ({"cells": "chef/opera"}, "has no cell 'chef/opera'"),
         ({"n_tokens": 3}, "has no option 'n_tokens'; its options: n_eval"),
         ({"batch_size": 0}, "batch size 0"),
+        ({"n_eval": 0}, "'n_eval' cannot be 0: Input should be greater than or equal to 1"),
+        ({"n_eval": "ten"}, "'n_eval' cannot be 'ten'"),
+        ({"positions": []}, "No position was asked for"),
+        ({"cells": []}, "No cell was asked for"),
     ],
 )
 def test_a_wrong_request_writes_nothing(
@@ -413,27 +417,6 @@ def test_generation_settings_of_a_checkpoint_do_not_change_the_protocol(
     ours = localized_positions.measure(pn.load_model(folder), cells, **settings)["kl"]
     expected = localized_positions.measure(model, cells, **settings)["kl"]
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"n_eval": 0}, "'n_eval' cannot be 0: Input should be greater than or equal to 1"),
-        ({"n_eval": "ten"}, "'n_eval' cannot be 'ten'"),
-        ({"positions": []}, "No position was asked for"),
-        ({"cells": []}, "No cell was asked for"),
-    ],
-)
-def test_a_wrong_value_writes_nothing(
-    tmp_path: Path,
-    model: TransformersModel,
-    small_grid: Grid,
-    changes: dict[str, Any],
-    sentence: str,
-) -> None:
-    with pytest.raises(pn.UsageError, match=sentence):
-        run("localized_positions", model, small_grid, store=tmp_path / "s.zarr", **changes)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_in_the_first_batch_leaves_no_store(
