@@ -285,6 +285,7 @@ FULL = """
     calls.append"""
 
 
+@pytest.mark.filterwarnings("ignore:2 cells at a time")
 def test_a_batch_that_does_not_fit_is_retried_at_half_its_size(
     own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
 ) -> None:
