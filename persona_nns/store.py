@@ -140,9 +140,9 @@ def _is_zarr(path: Path) -> bool:
 
 def find_run(store: str | Path, block: Block) -> str | None:
     """The group that holds results of this identity and model label, whatever its grid's name."""
-    wanted = (block.attrs["identity"], block.model)
-    if not _exists(store):
+    if _open_root(store) is None:
         return None
+    wanted = (block.attrs["identity"], block.model)
     for info in list_runs(store, block.experiment):
         if (info.attrs["identity"], info.attrs["model"]) == wanted:
             return info.run
@@ -151,22 +151,19 @@ def find_run(store: str | Path, block: Block) -> str | None:
 
 def completed_cells(store: str | Path, block: Block) -> set[str]:
     """Labels of the cells that are complete; none where the group is not there yet."""
-    if not _exists(store):
-        return set()
-    root = zarr.open_group(_location(store), mode="r", zarr_format=3)
+    root = _open_root(store)
     path = f"{block.experiment}/{block.run}"
-    if f"{path}/completed" not in root:
+    if root is None or f"{path}/completed" not in root:
         return set()
     return RunGroup(cast("zarr.Group", root[path])).completed()
 
 
-def _exists(store: str | Path) -> bool:
-    """Whether there is a Zarr store."""
+def _open_root(store: str | Path) -> zarr.Group | None:
+    """The root of a store for reading; None where there is no Zarr store."""
     try:
-        zarr.open_group(_location(store), mode="r", zarr_format=3)
+        return zarr.open_group(_location(store), mode="r", zarr_format=3)
     except (OSError, ValueError):
-        return False
-    return True
+        return None
 
 
 def attach(store: str | Path, block: Block) -> RunGroup:
@@ -295,10 +292,9 @@ def list_runs(store: str | Path, experiment: str | None = None) -> list[RunInfo]
     Raises:
         UsageError: there is no store there.
     """
-    try:
-        root = zarr.open_group(_location(store), mode="r", zarr_format=3)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"There is no Zarr store at {str(store)!r}.") from error
+    root = _open_root(store)
+    if root is None:
+        raise UsageError(f"There is no Zarr store at {str(store)!r}.")
     runs: list[RunInfo] = []
     for name, group in sorted(root.groups()):
         if experiment not in (None, name):

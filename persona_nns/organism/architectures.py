@@ -1,6 +1,6 @@
 """The two architectures, at a size that two cores train in minutes."""
 
-from typing import cast
+from typing import Any, cast
 
 from torch.nn import Module, ModuleList
 from transformers import (
@@ -38,41 +38,33 @@ def decoder_blocks(model: PreTrainedModel) -> list[Module]:
     return list(cast(ModuleList, model.get_decoder().layers))
 
 
+def _shared(vocabulary: int) -> dict[str, Any]:
+    """What the configurations of both models have in common."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": WIDTH,
+        "intermediate_size": FEED_FORWARD,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KEY_VALUE_HEADS,
+        "max_position_embeddings": POSITIONS,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.04,
+        "pad_token_id": PAD_ID,
+        "eos_token_id": END_ID,
+        "bos_token_id": None,
+    }
+
+
 def _qwen2(vocabulary: int) -> PreTrainedModel:
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=WIDTH,
-        intermediate_size=FEED_FORWARD,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KEY_VALUE_HEADS,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=True,
-        use_sliding_window=False,
-        initializer_range=0.04,
-        pad_token_id=PAD_ID,
-        eos_token_id=END_ID,
-        bos_token_id=None,
-    )
-    return Qwen2ForCausalLM(config)
+    return Qwen2ForCausalLM(Qwen2Config(**_shared(vocabulary), use_sliding_window=False))
 
 
 def _gemma2(vocabulary: int) -> PreTrainedModel:
     config = Gemma2Config(
-        vocab_size=vocabulary,
-        hidden_size=WIDTH,
-        intermediate_size=FEED_FORWARD,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KEY_VALUE_HEADS,
+        **_shared(vocabulary),
         head_dim=HEAD_WIDTH,
         query_pre_attn_scalar=HEAD_WIDTH,
         sliding_window=SLIDING_WINDOW,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=True,
-        initializer_range=0.04,
-        pad_token_id=PAD_ID,
-        eos_token_id=END_ID,
-        bos_token_id=None,
     )
     return Gemma2ForCausalLM(config)
