@@ -2,7 +2,7 @@
 
 An experiment is a Python file with a docstring (its first line is the summary), ``variables``
 (name → `Variable`) and ``measure(model, cells, *, layers, positions, …)``. It may set
-``defaults`` for layers and positions, ``figures`` (name → function of the result), and
+``defaults`` for layers, layer sets and positions, ``figures`` (name → function of the result), and
 ``protocol_version``, to be raised by hand whenever a change alters the numbers; without it,
 every edit of the file counts as another version.
 """
@@ -43,6 +43,7 @@ class Experiment:
         measure: the function with the tracing contexts.
         options: keyword parameters of `measure` beside those that all share.
         layers: request for layers where none is given; None where it has no layers.
+        layer_sets: request for sets of layers where none is given; None where it has none.
         positions: request for positions where none is given; None where it has no positions.
         reuses: it can reuse prefixes (``reuse``), and do without.
         keeps_residuals: it can return its residuals too (``keep_residuals``).
@@ -56,6 +57,7 @@ class Experiment:
     measure: Callable[..., dict[str, Any]]
     options: Mapping[str, inspect.Parameter]
     layers: str | None
+    layer_sets: str | None
     positions: str | None
     reuses: bool
     keeps_residuals: bool
@@ -106,16 +108,20 @@ def _read(file: Path) -> Experiment:
     _check_declarations(file, variables, parameters)
     defaults = getattr(module, "defaults", {})
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+    def site(name: str, otherwise: str) -> str | None:
+        """What is asked for by default, where `measure` has such an argument."""
+        return defaults.get(name, otherwise) if parameters.pop(name, None) else None
+
     return Experiment(
         name=file.stem,
         summary=(inspect.getdoc(module) or "").partition("\n")[0],
         version=str(getattr(module, "protocol_version", digest)),
         variables=variables,
         measure=cast("Callable[..., dict[str, Any]]", measure),
-        layers=defaults.get("layers", "all") if parameters.pop("layers", None) else None,
-        positions=defaults.get("positions", "p_last")
-        if parameters.pop("positions", None)
-        else None,
+        layers=site("layers", "all"),
+        layer_sets=site("layer_sets", "0.55"),
+        positions=site("positions", "p_last"),
         reuses=parameters.pop("reuse", None) is not None,
         keeps_residuals=parameters.pop("keep_residuals", None) is not None,
         options=parameters,

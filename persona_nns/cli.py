@@ -198,6 +198,7 @@ def _experiment_command(experiment: Experiment) -> Any:
         for parameter in shared
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         and (parameter.name != "layers" or experiment.layers is not None)
+        and (parameter.name != "layer_sets" or experiment.layer_sets is not None)
         and (parameter.name != "positions" or experiment.positions is not None)
         and (parameter.name != "reuse" or experiment.reuses)
         and (parameter.name != "keep_residuals" or experiment.keeps_residuals)
@@ -221,6 +222,7 @@ def _run_experiment(
     layers: Annotated[
         str | None, typer.Option(help="all, layers (6,10,14), or depths (0.25,0.5).")
     ] = None,
+    layer_sets: Annotated[str | None, typer.Option(help="Sets of layers, as 14;10,12,14.")] = None,
     positions: Annotated[
         str | None, typer.Option(help="p_last, p_last-1, p_user_last, g1, g2, …")
     ] = None,
@@ -264,7 +266,7 @@ def _run_experiment(
     loaded_grid.select_cells(cells)
     # What is wrong with the last model is said before the first one is run.
     for name in model:
-        sites = check_sites(experiment, count_layers(name), layers, positions)
+        sites = check_sites(experiment, count_layers(name), layers, layer_sets, positions)
         render_grid(load_tokenizer(name, template), loaded_grid, sites.get("positions", []))
     names: list[str] = []
     for name, label in zip(model, labels, strict=True):
@@ -287,6 +289,7 @@ def _run_experiment(
             reuse=reuse,
             keep_residuals=keep_residuals,
             layers=layers,
+            layer_sets=layer_sets,
             positions=positions,
             **options,
         )

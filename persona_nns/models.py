@@ -77,6 +77,7 @@ class ModelRecord:
         attn_implementation: how attention is computed.
         n_layers: number of decoder blocks.
         d_model: width of the residual stream.
+        n_heads: number of attention heads of a block.
     """
 
     label: str
@@ -87,6 +88,7 @@ class ModelRecord:
     attn_implementation: str
     n_layers: int
     d_model: int
+    n_heads: int
 
 
 _RECORDS: WeakKeyDictionary[TransformersModel, ModelRecord] = WeakKeyDictionary()
@@ -161,6 +163,7 @@ def load_model(
         attn_implementation=model.config._attn_implementation,
         n_layers=len(model.layers),
         d_model=model.config.get_text_config().hidden_size,
+        n_heads=model.config.get_text_config().num_attention_heads,
     )
     return model
 

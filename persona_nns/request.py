@@ -15,8 +15,9 @@ from persona_nns.grids import Cell, Grid, PromptName
 from persona_nns.models import record_of
 from persona_nns.prompts import ROLE_PROMPTS, Prompt, render_cell
 from persona_nns.provenance import identity, run_attributes, run_name
-from persona_nns.sites import parse_layers, parse_positions, position_index
+from persona_nns.sites import parse_layer_sets, parse_layers, parse_positions, position_index
 from persona_nns.store import Block
+from persona_nns.variables import Variable
 
 _PROMPTS: tuple[PromptName, ...] = (*ROLE_PROMPTS, "BARE")
 
@@ -57,6 +58,7 @@ def check_request(
     model: TransformersModel,
     grid: Grid,
     layers: str | int | Sequence[int] | None,
+    layer_sets: str | int | Sequence[int | Sequence[int]] | None,
     positions: str | Sequence[str] | None,
     cells: str | Sequence[str] | None,
     options: Mapping[str, Any],
@@ -69,13 +71,14 @@ def check_request(
         UsageError: something in it is wrong; the message says what, and what to do.
     """
     record = record_of(model)
-    sites = check_sites(experiment, record.n_layers, layers, positions)
+    sites = check_sites(experiment, record.n_layers, layers, layer_sets, positions)
     arguments = {**sites, **_check_options(experiment, options)}
     asked = grid.select_cells(cells)
     prompts = render_grid(model.tokenizer, grid, sites.get("positions", []))
     digest = identity(experiment, record, grid.cells, prompts, arguments)
     template = model.tokenizer.chat_template
-    every = any(variable.every_layer for variable in experiment.variables.values())
+    variables = {name: v.for_run(record, arguments) for name, v in experiment.variables.items()}
+    every = any(variable.every_layer for variable in variables.values())
     block = Block(
         experiment=experiment.name,
         run=run_name(record.label, grid, digest),
@@ -86,7 +89,7 @@ def check_request(
         cells=[(cell.persona, cell.task) for cell in grid.cells],
         layers=list(range(record.n_layers + 1)) if every else sites.get("layers", []),
         positions=sites.get("positions", []),
-        variables={name: v for name, v in experiment.variables.items() if not v.is_residual},
+        variables={name: v for name, v in variables.items() if not v.is_residual},
         attrs=run_attributes(experiment, record, grid, arguments, digest, template),
     )
     return Request(
@@ -95,13 +98,13 @@ def check_request(
         prompts=tuple(prompt for of_cell in prompts.values() for prompt in of_cell.values()),
         arguments=arguments,
         block=block,
-        residuals=_residuals(experiment, block) if keep_residuals else None,
+        residuals=_residuals(variables, block) if keep_residuals else None,
     )
 
 
-def _residuals(experiment: Experiment, block: Block) -> Block:
+def _residuals(variables: Mapping[str, Variable], block: Block) -> Block:
     """The group for what is as wide as the model, below the run it belongs to."""
-    wide = {name: v for name, v in experiment.variables.items() if v.is_residual}
+    wide = {name: v for name, v in variables.items() if v.is_residual}
     return replace(block, run=f"{block.run}/residuals", variables=wide)
 
 
@@ -125,9 +128,10 @@ def check_sites(
     experiment: Experiment,
     n_layers: int,
     layers: str | int | Sequence[int] | None,
+    layer_sets: str | int | Sequence[int | Sequence[int]] | None,
     positions: str | Sequence[str] | None,
 ) -> dict[str, Any]:
-    """The layers and positions to measure at, where the experiment has them.
+    """The layers, layer sets and positions to measure at, where the experiment has them.
 
     Raises:
         UsageError: not a layer or position, or the experiment has none to choose.
@@ -135,6 +139,7 @@ def check_sites(
     sites: dict[str, Any] = {}
     for name, asked, default in (
         ("layers", layers, experiment.layers),
+        ("layer sets", layer_sets, experiment.layer_sets),
         ("positions", positions, experiment.positions),
     ):
         if default is None and asked is not None:
@@ -142,6 +147,9 @@ def check_sites(
     if experiment.layers is not None:
         spec = experiment.layers if layers is None else layers
         sites["layers"] = parse_layers(spec, n_layers)
+    if experiment.layer_sets is not None:
+        spec = experiment.layer_sets if layer_sets is None else layer_sets
+        sites["layer_sets"] = parse_layer_sets(spec, n_layers)
     if experiment.positions is not None:
         spec = experiment.positions if positions is None else positions
         sites["positions"] = parse_positions(spec)

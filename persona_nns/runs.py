@@ -42,6 +42,7 @@ def run(
     grid: str | Path | Grid,
     *,
     layers: str | int | Sequence[int] | None = None,
+    layer_sets: str | int | Sequence[int | Sequence[int]] | None = None,
     positions: str | Sequence[str] | None = None,
     cells: str | Sequence[str] | None = None,
     store: str | Path = "stores/results.zarr",
@@ -60,6 +61,7 @@ def run(
         model: from `load_model`, or a name that it takes.
         grid: ``short``, ``long``, ``review``, a ``.toml`` file, or a `Grid`.
         layers: ``all``, layers or depths; by default the experiment's own choice.
+        layer_sets: sets of layers such as ``"14;10,12,14"``; by default the experiment's own.
         positions: position names; by default the experiment's own choice.
         cells: labels such as ``engineer/arch``; by default the whole grid.
         store: path or URL of the Zarr store.
@@ -98,6 +100,7 @@ def run(
         loaded,
         loaded_grid,
         layers,
+        layer_sets,
         positions,
         cells,
         options,

@@ -75,7 +75,7 @@ class Block:
             "position": self.positions,
             "d_model": range(self.d_model),
         }
-        return shared[axis] if axis in shared else variable.coords[axis]
+        return shared[axis] if axis in shared else variable.labels(axis)
 
 
 class RunGroup:
@@ -230,8 +230,9 @@ def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
     if "position" in axes:
         coordinates["position"] = (("position",), block.positions, "text", "position")
     for variable in block.variables.values():
-        for axis, labels in variable.coords.items():
-            kind = "text" if isinstance(labels[0], str) else "int"
+        for axis in variable.coords:
+            labels = variable.labels(axis)
+            kind = {str: "text", int: "int", float: "float"}[type(labels[0])]
             coordinates[axis] = ((axis,), labels, kind, axis)
     for name, (dims, values, kind, long_name) in coordinates.items():
         if name in group:
@@ -268,7 +269,9 @@ class RunInfo:
     def kin(self) -> str:
         """What runs of different models have in common when they can be read as one result."""
         parameters = {
-            name: value for name, value in self.attrs["parameters"].items() if name != "layers"
+            name: value
+            for name, value in self.attrs["parameters"].items()
+            if name not in ("layers", "layer_sets")
         }
         shared = [self.attrs["grid_digest"], self.attrs["protocol_version"], parameters]
         return json.dumps(shared, sort_keys=True)
@@ -283,7 +286,11 @@ class RunInfo:
 
 
 def _brief(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if not isinstance(value, list):
+        return str(value)
+    if value and isinstance(value[0], list):
+        return ";".join(map(_brief, value))
+    return ",".join(map(str, value))
 
 
 def list_runs(store: str | Path, experiment: str | None = None) -> list[RunInfo]:

@@ -1,8 +1,11 @@
 """What an experiment says about each array that it returns."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from persona_nns.models import ModelRecord
 
 Kind = Literal["float", "int", "bool", "text"]
 
@@ -13,6 +16,13 @@ FILL: dict[Kind, float | int | bool | str] = {
     "bool": False,
     "text": "",
 }
+
+
+#: Labels of a dimension, or a function that gives them for a model and the run's parameters.
+Labels = (
+    Sequence[str | int | float]
+    | Callable[["ModelRecord", Mapping[str, Any]], Sequence[str | int | float]]
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,8 @@ class Variable:
         description: one or two sentences: what it is, over what, in which direction.
         kind: what it holds; ``float`` is stored as float32.
         every_layer: it has all layers 0 … n_layers, not only those asked for.
-        coords: labels of the dimensions of its own.
+        coords: labels of the dimensions of its own; those that depend on the model or on the
+            options are given as a function of the model's record and the run's parameters.
     """
 
     dims: str
@@ -37,7 +48,7 @@ class Variable:
     description: str = ""
     kind: Kind = "float"
     every_layer: bool = False
-    coords: dict[str, Sequence[str | int]] = field(default_factory=dict[str, Sequence[str | int]])
+    coords: Mapping[str, Labels] = field(default_factory=dict[str, Labels])
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -48,3 +59,17 @@ class Variable:
     def is_residual(self) -> bool:
         """Whether its width is the model's, so that results of two models cannot be joined."""
         return "d_model" in self.axes
+
+    def labels(self, axis: str) -> Sequence[str | int | float]:
+        """Labels of one of its own dimensions, known once `for_run` has been asked."""
+        labels = self.coords[axis]
+        assert not callable(labels), f"{axis} has no labels before the model is known"
+        return labels
+
+    def for_run(self, record: "ModelRecord", parameters: Mapping[str, Any]) -> "Variable":
+        """The same variable with the labels that it has for a model and a run's parameters."""
+        labels: dict[str, Labels] = {
+            axis: labels(record, parameters) if callable(labels) else labels
+            for axis, labels in self.coords.items()
+        }
+        return replace(self, coords=labels)
