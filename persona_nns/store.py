@@ -379,7 +379,7 @@ def _open_run(store: str | Path, info: RunInfo) -> xr.Dataset:
     dataset = dataset[[*info.attrs["variables"], "seconds", "completed"]]
     done = dataset["completed"]
     for name, array in dataset.data_vars.items():
-        if name != "completed":
+        if name != "completed" and "cell" in array.dims:
             dataset[name] = array.where(done, _fill(array)).assign_attrs(array.attrs)
     return dataset
 

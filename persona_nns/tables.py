@@ -46,8 +46,11 @@ def result_table(results: xr.Dataset, name: str) -> Table:
         table.add_column(dim, justify="left" if dim == "model" else "right")
     if "layer" in leading:
         table.add_column("depth", justify="right")
+    if "statistic" in array.dims:  # median and quartiles of a five-number summary are its own
+        present = array = array.rename(statistic="cell")
+    else:
+        present = array.where(results["completed"] & _measured(array))
     across = [str(dim) for dim in array.dims if dim not in ("model", "cell", "layer")]
-    present = array.where(results["completed"] & _measured(array))
     stacked = present.stack(column=across) if across else present.expand_dims(column=[""])
     for label in stacked.column.values.tolist():
         heading = " · ".join(map(str, label)) if isinstance(label, tuple) else str(label)
