@@ -5,11 +5,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from persona_nns.errors import UsageError
 from persona_nns.store import RunInfo
 from persona_nns.variables import FILL
 
@@ -107,7 +109,7 @@ def _quartiles(values: np.ndarray[tuple[int], np.dtype[np.floating]]) -> str:
     if not present.size:
         return "–"
     low, median, high = np.percentile(present, [25, 50, 75])
-    return f"{number(median)} [dim]\\[{_short(low)},{_short(high)}][/dim]"
+    return f"{number(median)} [dim]\\[{short_number(low)},{short_number(high)}][/dim]"
 
 
 def number(value: float) -> str:
@@ -115,10 +117,24 @@ def number(value: float) -> str:
     return f"{value:.3f}".replace("-0.000", "0.000")
 
 
-def _short(value: float) -> str:
+def short_number(value: float) -> str:
     """Three significant places without the leading zero, as the paper's tables have it."""
     text = number(value) if abs(value) < 10 else f"{value:.1f}"
     return text.replace("0.", ".", 1) if abs(value) < 1 else text
+
+
+def save_csv(frame: pd.DataFrame, file: Path) -> str:
+    """Write a table; returns the path.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        frame.to_csv(file, index=False)
+    except OSError as error:
+        raise UsageError(f"The table {str(file)!r} cannot be written: {error}.") from error
+    return str(file)
 
 
 def runs_table(runs: Iterable[RunInfo], title: str) -> Table:
