@@ -199,7 +199,7 @@ def compare(
     """Put results beside the published ones: tables, CSV and a figure."""
     from persona_nns.compare import Tolerance, compare_results, match_results
     from persona_nns.compare_plots import compare_figures
-    from persona_nns.compare_tables import agreement_table, comparison_tables
+    from persona_nns.compare_tables import agreement_tables, comparison_tables
     from persona_nns.plots import save_figure
     from persona_nns.published import published_store
     from persona_nns.tables import save_csv
@@ -212,10 +212,8 @@ def compare(
     name = Path(experiment).stem if experiment.endswith(".py") else experiment
     matched = match_results(store, name, with_ or published_store(), grid=grid, run=run or None)
     compared = compare_results(matched, tolerance)
-    for table in comparison_tables(compared.side_by_side):
+    for table in comparison_tables(compared.side_by_side) + agreement_tables(compared.agreement):
         _out.print(table)
-    if not compared.agreement.empty:
-        _out.print(agreement_table(compared.agreement))
     beside = Path() if "://" in store else Path(store).expanduser().parent
     folder = (output or beside / "compare").expanduser()
     written = [save_csv(compared.side_by_side, folder / f"{name}-side_by_side.csv")]

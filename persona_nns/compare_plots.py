@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from persona_nns.compare import Matched, Row, distinct, label, records, summarise, where
+from persona_nns.compare_tables import POSITIONS
 
-POSITIONS = ("p_last", "g1", "g2")  # of Figure 1
 REFERENCE = 0.1  # nat, "essentially clean" in the paper
 _FLOOR = 1e-5
 _PUBLISHED: dict[str, Any] = {"linestyle": "--", "marker": "o", "markerfacecolor": "white"}
-_MEASURED: dict[str, Any] = {"linestyle": "-", "marker": "o"}
+_MEASURED: dict[str, Any] = {"linestyle": "-", "marker": "s"}
 
 
 def compare_figures(matched: Sequence[Matched], frame: pd.DataFrame) -> dict[str, Figure]:
@@ -101,7 +101,7 @@ def _kl_lines(axis: Axes, results: xr.Dataset, colours: dict[str, Any], *, publi
         # A median of exactly 0 (an intervention that changes nothing) has no place on a log axis.
         rows = rows.loc[rows["value"] > 0]
         depth = rows["layer"] / n_layers
-        look = _PUBLISHED if published else _MEASURED
+        look = {**_PUBLISHED, "zorder": 4} if published else _MEASURED
         axis.plot(depth, rows["value"], color=colour, markersize=4, linewidth=1.4, **look)
         low, high = rows["q25"].clip(lower=_FLOOR), rows["q75"]
         axis.fill_between(depth, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -157,6 +157,7 @@ def _bars(rows: list[Row]) -> Figure:
         axis.set_ylabel(title)
         axis.grid(visible=False, axis="x")
     axes[0].set_ylim(0, 105)
+    axes[1].margins(y=0.12)
     _legend(figure, axes[0])
     figure.suptitle(_over(rows), fontsize="medium")
     return figure
