@@ -43,8 +43,9 @@ class Tolerance:
         return abs(measured - published) <= self.absolute + self.relative * abs(published)
 
 
-#: What a faithful replication on other hardware may differ by. On the bundled models, float32 with
-#: and without reuse agree to 1e-4 relative, and bfloat16 agrees with float32 within its line here.
+#: What a faithful replication on other hardware may differ by. On the bundled models and the short
+#: grid, float32 with and without reuse agrees to 1e-4 relative, and 3,069 of 3,072 numbers in
+#: bfloat16 agree with float32 within the second line (all 480 KL).
 TOLERANCES = {"float32": Tolerance(0.02, 0.002), "bfloat16": Tolerance(0.2, 0.02)}
 EXACT = Tolerance(0, 0)
 
