@@ -161,8 +161,7 @@ def _summary(rows: list[Row], side: str) -> Text:
         return Text("–")
     (row, *_), value = rows, float(rows[0][side])
     if row["variable"] == "any_marker":
-        n = row[f"{side}_n"]
-        return Text(f"{100 * value:.1f} % ({round(value * n)}/{n})")
+        return Text(f"{round(value * row[f'{side}_n'])} ({100 * value:.1f} %)")
     if row["variable"] == "distinct_markers":
         return Text(f"{value:.2f}")
     text = Text(median_number(value))
