@@ -21,8 +21,8 @@ _LABELS = {
     "kl": "KL (nat)",
     "cos_additive": "cos(ΔXY, ΔX+ΔY)",
     "any_marker": "any marker",
-    "distinct_markers": "distinct markers",
-    "closure_of_medians": "closure of medians",
+    "distinct_markers": "distinct\nmarkers",
+    "closure_of_medians": "closure of\nmedians",
 }
 POSITIONS = ("p_last", "g1", "g2")  # of the paper's tables and figure
 _WITH_QUARTILES = ("kl", "closure")
@@ -113,8 +113,9 @@ def _table(rows: list[Row], names: Sequence[str], title: str) -> Table:
         table.add_column(site, no_wrap=True)
     _add_layer_columns(table, layer, moved=moved)
     for name in names:
-        table.add_column(f"{_LABELS.get(name, name)}\npublished", justify="right")
-        table.add_column("\nmeasured", justify="right")
+        heading = _LABELS.get(name, name)
+        table.add_column(f"{heading}\npublished", justify="right")
+        table.add_column("\n" * (heading.count("\n") + 1) + "measured", justify="right")
     for group in distinct(rows, sites[0]):
         of_group = where(rows, **{sites[0]: group})
         for here in distinct(of_group, layer):
