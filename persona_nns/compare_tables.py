@@ -162,7 +162,7 @@ def _summary(rows: list[Row], side: str) -> Text:
         return Text("–")
     (row, *_), value = rows, float(rows[0][side])
     if row["variable"] == "any_marker":
-        return Text(f"{round(value * row[f'{side}_n'])} ({100 * value:.1f} %)")
+        return Text(f"{round(value * row[f'{side}_n'])} ({100 * value:.1f}%)")
     if row["variable"] == "distinct_markers":
         return Text(f"{value:.2f}")
     text = Text(median_number(value))
