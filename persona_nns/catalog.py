@@ -2,7 +2,7 @@
 
 An experiment is a Python file with a docstring (its first line is the summary), ``variables``
 (name → `Variable`) and ``measure(model, cells, *, layers, positions, …)``. It may set
-``defaults`` for layers, layer sets and positions, ``figures`` (name → function of the result), and
+``defaults`` for grid, layers, layer sets and positions, ``figures`` (name → function of the result), and
 ``protocol_version``, to be raised by hand whenever a change alters the numbers; without it,
 every edit of the file counts as another version.
 """
@@ -42,6 +42,7 @@ class Experiment:
         variables: what `measure` returns, by name.
         measure: the function with the tracing contexts.
         options: keyword parameters of `measure` beside those that all share.
+        grid: the grid where none is given; None where one has to be.
         layers: request for layers where none is given; None where it has no layers.
         layer_sets: request for sets of layers where none is given; None where it has none.
         positions: request for positions where none is given; None where it has no positions.
@@ -56,6 +57,7 @@ class Experiment:
     variables: Mapping[str, Variable]
     measure: Callable[..., dict[str, Any]]
     options: Mapping[str, inspect.Parameter]
+    grid: str | None
     layers: str | None
     layer_sets: str | None
     positions: str | None
@@ -119,6 +121,7 @@ def _read(file: Path) -> Experiment:
         version=str(getattr(module, "protocol_version", digest)),
         variables=variables,
         measure=cast("Callable[..., dict[str, Any]]", measure),
+        grid=defaults.get("grid"),
         layers=site("layers", "all"),
         layer_sets=site("layer_sets", "0.55"),
         positions=site("positions", "p_last"),

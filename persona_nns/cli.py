@@ -194,7 +194,7 @@ def _experiment_command(experiment: Experiment) -> Any:
     ]
     shared = inspect.signature(_run_experiment).parameters.values()
     kept = [
-        parameter
+        _with_default(parameter, experiment.grid) if parameter.name == "grid" else parameter
         for parameter in shared
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         and (parameter.name != "layers" or experiment.layers is not None)
@@ -212,6 +212,11 @@ def _experiment_command(experiment: Experiment) -> Any:
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     single.command(name=experiment.name)(command)
     return typer.main.get_command(single)
+
+
+def _with_default(parameter: inspect.Parameter, default: str | None) -> inspect.Parameter:
+    """The parameter of a command with this default; without one it has to be given."""
+    return parameter.replace(default=inspect.Parameter.empty if default is None else default)
 
 
 def _run_experiment(

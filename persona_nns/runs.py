@@ -39,7 +39,7 @@ from persona_nns.store import (
 def run(
     experiment: str | Path | Experiment,
     model: TransformersModel | str | Path,
-    grid: str | Path | Grid,
+    grid: str | Path | Grid | None = None,
     *,
     layers: str | int | Sequence[int] | None = None,
     layer_sets: str | int | Sequence[int | Sequence[int]] | None = None,
@@ -59,7 +59,8 @@ def run(
     Args:
         experiment: a bundled experiment's name, the path of an experiment file, or a loaded one.
         model: from `load_model`, or a name that it takes.
-        grid: ``short``, ``long``, ``review``, a ``.toml`` file, or a `Grid`.
+        grid: ``short``, ``long``, ``review``, a ``.toml`` file, or a `Grid`; by default the
+            experiment's own choice, where it has one.
         layers: ``all``, layers or depths; by default the experiment's own choice.
         layer_sets: sets of layers such as ``"14;10,12,14"``; by default the experiment's own.
         positions: position names; by default the experiment's own choice.
@@ -86,7 +87,7 @@ def run(
     loaded_experiment = (
         experiment if isinstance(experiment, Experiment) else load_experiment(experiment)
     )
-    loaded_grid = load_grid(grid)
+    loaded_grid = _grid_for(loaded_experiment, grid)
     loaded = load_model(model) if isinstance(model, str | Path) else model
     if not (reuse or loaded_experiment.reuses):
         raise UsageError(f"The experiment {loaded_experiment.name!r} never reuses anything.")
@@ -110,6 +111,20 @@ def run(
     size = batch_size or fitting_batch_size(loaded, request.prompts)
     _carry_out(request, loaded, store, size, execution, progress=progress)
     return open_results(store, loaded_experiment.name, run=request.block.run)
+
+
+def _grid_for(experiment: Experiment, grid: str | Path | Grid | None) -> Grid:
+    """The grid that was asked for, or the experiment's own.
+
+    Raises:
+        UsageError: no such grid, or none was asked for and the experiment has no default.
+    """
+    if grid is None and experiment.grid is None:
+        raise UsageError(
+            f"The experiment {experiment.name!r} needs a grid: short, long, review, or a .toml "
+            "file."
+        )
+    return load_grid(experiment.grid if grid is None else grid)
 
 
 def _carry_out(
