@@ -8,6 +8,8 @@ out there, h_XY − ΔX; and the task alone. How often do words that give the pe
 from typing import Annotated, Any
 
 import torch
+import xarray as xr
+from matplotlib.figure import Figure
 from nnsight import TransformersModel, save
 from pydantic import Field
 
@@ -54,10 +56,15 @@ variables = {
     ),
 }
 
+
+def markers_figure(results: xr.Dataset) -> Figure:
+    """Rates and counts: by condition for an injection layer or few, by layer for many."""
+    x, hue = ("condition", "layer") if results.sizes["layer"] <= 4 else ("layer", "condition")
+    return estimates(results, {"any_marker": "mean", "distinct_markers": "mean"}, x=x, hue=hue)
+
+
 figures = {
-    "markers": lambda ds: estimates(
-        ds, {"any_marker": "mean", "distinct_markers": "mean"}, x="condition", hue="layer"
-    ),
+    "markers": markers_figure,
     "markers_by_persona": lambda ds: shares_heatmap(ds, "any_marker", "persona", "condition"),
     "markers_by_task": lambda ds: shares_heatmap(ds, "any_marker", "task", "condition"),
 }

@@ -2,9 +2,9 @@
 
 An experiment is a Python file with a docstring (its first line is the summary), ``variables``
 (name → `Variable`) and ``measure(model, cells, *, layers, positions, …)``. It may set
-``defaults`` for grid, layers, layer sets and positions, ``figures`` (name → function of the result), and
-``protocol_version``, to be raised by hand whenever a change alters the numbers; without it,
-every edit of the file counts as another version.
+``defaults`` for grid, layers, layer sets and positions, ``figures`` (name → function of the
+result), and ``protocol_version``, to be raised by hand whenever a change alters the numbers;
+without it, every edit of the file counts as another version.
 """
 
 import ast

@@ -126,6 +126,10 @@ def show(
     ] = None,
     grid: GridChoice = None,
     run: RunChoice = None,
+    bootstrap: Annotated[  # noqa: FBT002
+        bool,
+        typer.Option("--bootstrap", help="Bootstrap intervals of the medians, not quartiles."),
+    ] = False,
 ) -> None:
     """Print medians and quartiles over cells."""
     from persona_nns.tables import measured, result_table
@@ -136,7 +140,7 @@ def show(
             known = ", ".join(map(str, results.data_vars))
             raise UsageError(f"{experiment!r} has no variable {name!r}; it has {known}.")
     for name in variable or measured(results):
-        _out.print(result_table(results, name))
+        _out.print(result_table(results, name, bootstrap=bootstrap))
 
 
 @app.command()

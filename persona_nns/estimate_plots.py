@@ -16,13 +16,14 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from persona_nns.intervals import Statistic, interval
+from persona_nns.missing import measured_values
 from persona_nns.plots import axis_label
-from persona_nns.variables import FILL
 
 Summary = Literal["mean", "median"]
 
 _STATISTICS: dict[Summary, Statistic] = {"mean": np.mean, "median": np.median}
 _MARKERS = "osD^vPX*<>"
+_LONG_LABEL = 14  # labels of more characters stand at a slant
 _SPREAD = 0.5  # width that the series of one label take, of the distance between labels
 WITH_INTERVAL = "95 % bootstrap interval over cells"
 
@@ -39,11 +40,9 @@ def estimate_table(results: xr.Dataset, name: str, summary: Summary) -> pd.DataF
         A column for each dimension but ``cell``, then ``value``, ``low`` and ``high``; without
         rows where nothing was measured.
     """
-    array = results[name].where(results["completed"])
-    if results[name].dtype.kind == "i":
-        array = array.where(results[name] != FILL["int"])
+    array = measured_values(results, name)
     if results[name].dtype.kind == "b":
-        array = 100 * array.astype(float)
+        array = 100 * array
     over = [str(dim) for dim in array.dims if dim != "cell"]
     rows: list[dict[str, Any]] = []
     for place in np.ndindex(*(array.sizes[dim] for dim in over)):
@@ -63,7 +62,7 @@ def closures_of_medians(results: xr.Dataset) -> pd.DataFrame:
     The columns are those of `estimate_table`; cells are resampled with both of their KLs.
     """
     rows: list[dict[str, Any]] = []
-    kl = results["kl"].where(results["completed"])
+    kl = measured_values(results, "kl")
     for model in kl.model.values.tolist():
         for layer_set in kl.layer_set.values.tolist():
             of_set = kl.sel(model=model, layer_set=layer_set).dropna("cell")
@@ -108,7 +107,7 @@ def closure_figure(results: xr.Dataset) -> Figure:
         "median over cells": estimate_table(results, "closure", "median"),
         "of the medians": closures_of_medians(results),
     }
-    tables = {name: table[table["source"] != "none"] for name, table in tables.items()}
+    tables = {name: table.query("source != 'none'") for name, table in tables.items()}
     labels = {name: f"closure, {name}" for name in tables}
     figure = _panels(results, tables, labels, x="layer_set", hue="source")
     for axis in figure.axes:
@@ -127,7 +126,7 @@ def host_markers(results: xr.Dataset) -> Figure:
     for name in labels:
         host = estimate_table(results, name, "mean")
         clean = estimate_table(results, f"clean_{name}", "mean")
-        tables[name] = pd.concat([host, clean.assign(site="–", source="long persona")])
+        tables[name] = pd.concat([host, clean.assign(site="no injection", source="long persona")])
     return _panels(results, tables, labels, x="source", hue="site")
 
 
@@ -140,7 +139,7 @@ def shares_heatmap(results: xr.Dataset, name: str, by: str, across: str) -> Figu
         by: ``persona`` or ``task``.
         across: the dimension of the columns.
     """
-    array = results[name].where(results["completed"]).astype(float)
+    array = measured_values(results, name)
     models = results.model.values.tolist()
     order = list(dict.fromkeys(results[by].values.tolist()))
     with sns.axes_style("white"), sns.plotting_context("paper", font_scale=1.1):
@@ -191,7 +190,7 @@ def _panels(
         for row, (name, table) in enumerate(tables.items()):
             for column, model in enumerate(models):
                 axis = axes[row, column]
-                _panel(axis, table[table["model"] == model], x, hue, series)
+                _panel(axis, table.query("model == @model"), x, hue, series)
                 n_layers = int(results.n_layers.sel(model=model))
                 axis.set_title(f"{model} ({n_layers} layers)" if row == 0 else "")
                 axis.set_xlabel(x.replace("_", " ") if row == len(tables) - 1 else "")
@@ -216,7 +215,7 @@ def _panel(axis: Axes, table: pd.DataFrame, x: str, hue: str, series: list[Any])
     ticks = list(dict.fromkeys(table[x]))
     colours = sns.color_palette("colorblind", len(series))
     for k, label in enumerate(series):
-        points = table[table[hue] == label]
+        points = table.query(f"{hue} == @label")
         if points.empty:
             continue
         shift = _SPREAD * ((k + 0.5) / len(series) - 0.5)
@@ -230,7 +229,11 @@ def _panel(axis: Axes, table: pd.DataFrame, x: str, hue: str, series: list[Any])
             capsize=3,
             label=str(label),
         )
-    axis.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
+    names = [str(tick) for tick in ticks]
+    slanted = max(map(len, names), default=0) > _LONG_LABEL
+    axis.set_xticks(
+        range(len(ticks)), names, rotation=30 if slanted else 0, ha="right" if slanted else "center"
+    )
     axis.set_xlim(-0.5, len(ticks) - 0.5)
     axis.grid(visible=False, axis="x")
 

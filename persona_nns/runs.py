@@ -119,12 +119,13 @@ def _grid_for(experiment: Experiment, grid: str | Path | Grid | None) -> Grid:
     Raises:
         UsageError: no such grid, or none was asked for and the experiment has no default.
     """
-    if grid is None and experiment.grid is None:
+    asked = experiment.grid if grid is None else grid
+    if asked is None:
         raise UsageError(
             f"The experiment {experiment.name!r} needs a grid: short, long, review, or a .toml "
             "file."
         )
-    return load_grid(experiment.grid if grid is None else grid)
+    return load_grid(asked)
 
 
 def _carry_out(
