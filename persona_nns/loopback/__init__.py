@@ -1,0 +1,1 @@
+"""A server that speaks the NDIF 0.1 protocol on loopback: what ``--backend simulate`` starts."""
