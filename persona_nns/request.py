@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from nnsight import TransformersModel
@@ -13,7 +13,7 @@ from persona_nns.catalog import Experiment
 from persona_nns.errors import UsageError
 from persona_nns.grids import Cell, Grid, PromptName
 from persona_nns.models import record_of
-from persona_nns.prompts import ROLE_PROMPTS, Prompt, render_cell
+from persona_nns.prompts import ROLE_PROMPTS, Prompt, RenderedCell, render_cell
 from persona_nns.provenance import identity, run_attributes, run_name
 from persona_nns.sites import parse_layer_sets, parse_layers, parse_positions, position_index
 from persona_nns.store import Block
@@ -29,7 +29,7 @@ class Request:
     Attributes:
         experiment: what to measure.
         cells: the cells asked for.
-        prompts: every prompt of the grid.
+        prompts: every prompt of every cell of the grid, by cell label and prompt name.
         arguments: keyword arguments of `measure`.
         block: the group the results go to.
         residuals: the group for residuals below it, where they are kept.
@@ -37,7 +37,7 @@ class Request:
 
     experiment: Experiment
     cells: tuple[Cell, ...]
-    prompts: tuple[Prompt, ...]
+    prompts: Mapping[str, Mapping[PromptName, Prompt]]
     arguments: Mapping[str, Any]
     block: Block
     residuals: Block | None
@@ -46,6 +46,24 @@ class Request:
     def blocks(self) -> list[Block]:
         """Where a cell is written: residuals first, so that a completed cell has them."""
         return [block for block in (self.residuals, self.block) if block is not None]
+
+    @property
+    def every_prompt(self) -> list[Prompt]:
+        """The prompts of all cells, one after the other."""
+        return [prompt for of_cell in self.prompts.values() for prompt in of_cell.values()]
+
+    def rendered(self, cell: Cell) -> RenderedCell:
+        """A cell with its prompts, for a place that renders none itself."""
+        texts = {part.name: getattr(cell, part.name) for part in fields(Cell)}
+        return RenderedCell(**texts, prompts=self.prompts[cell.label])
+
+    def as_hosted(self, precision: str) -> "Request":
+        """The same request with the precision that a server has told of."""
+        return replace(
+            self,
+            block=_in_precision(self.block, precision),
+            residuals=self.residuals and _in_precision(self.residuals, precision),
+        )
 
     def into(self, run: str) -> "Request":
         """The same request with its results in the group of this name."""
@@ -95,11 +113,15 @@ def check_request(
     return Request(
         experiment=experiment,
         cells=asked,
-        prompts=tuple(prompt for of_cell in prompts.values() for prompt in of_cell.values()),
+        prompts=prompts,
         arguments=arguments,
         block=block,
         residuals=_residuals(variables, block) if keep_residuals else None,
     )
+
+
+def _in_precision(block: Block, precision: str) -> Block:
+    return replace(block, precision=precision, attrs={**block.attrs, "precision": precision})
 
 
 def _residuals(variables: Mapping[str, Variable], block: Block) -> Block:

@@ -85,10 +85,12 @@ def _register_own_code() -> None:
             nnsight.register(top)
 
 
-@cache
+_installed_names = cache(packages_distributions)
+
+
 def _is_installed(package: str) -> bool:
     """Whether a top-level name is Python's own or an installed package's."""
-    if package in sys.stdlib_module_names or package in packages_distributions():
+    if package in sys.stdlib_module_names or package in _installed_names():
         return True
     file = getattr(sys.modules.get(package), "__file__", None) or ""
     return file.startswith((sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")))
@@ -198,6 +200,8 @@ def _reduce_dataclass(cls: type) -> tuple[Any, ...]:
 
 def _restore_dataclass(cls: type, state: tuple[Any, ...]) -> type:
     """Give a class its methods and fields again. Runs on the server."""
+    if "__dataclass_fields__" in vars(cls):  # it came with an earlier request of this client
+        return cls
     attributes, fields, settings = state
     _class_setstate(cls, (attributes, {}))
     cls.__annotations__ = dict.fromkeys(fields, object)
