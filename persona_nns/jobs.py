@@ -103,8 +103,10 @@ class JobBook:
         if path in run:
             del run[path]
         jobs = run.get("jobs")
-        if isinstance(jobs, zarr.Group) and not list(jobs.group_keys()) and not list(
-            run.array_keys()
+        if (
+            isinstance(jobs, zarr.Group)
+            and not list(jobs.group_keys())
+            and not list(run.array_keys())
         ):
             root = open_group(self._store, "", "a")
             assert root is not None

@@ -12,7 +12,7 @@ GPT-2 and GPT-NeoX. Another decoder is loaded if it passes the same checks.
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -183,9 +183,7 @@ def load_model(
             f"The model {shown!r} ({type(module).__name__}) is not supported: {_one_line(error)}"
         ) from error
     check_model(model, shown)
-    _RECORDS[model] = _record(
-        model, label or shown, str(name), _version(source, config), precision
-    )
+    _RECORDS[model] = _record(model, label or shown, str(name), _version(source, config), precision)
     return model
 
 
@@ -267,6 +265,17 @@ def hosted_name(name: str, label: str | None) -> str:
             "add --as org/name (its configuration and tokenizer are read here)."
         )
     return label
+
+
+def check_hosting(names: Sequence[str], labels: Sequence[str] | None, backend: str) -> None:
+    """See that a backend can be asked for some models before anything runs.
+
+    Raises:
+        UsageError: no such backend, or a model that it cannot be asked for.
+    """
+    if isinstance(read_backend(backend), Host):
+        for name, label in zip(names, labels or [None] * len(names), strict=True):
+            hosted_name(name, label)
 
 
 def hosted(model: TransformersModel) -> HostedModel | None:

@@ -45,7 +45,7 @@ class LoopbackServer:
         environment = {name: text for name, text in os.environ.items() if name not in outside}
         place = str(Path(source).resolve()) if Path(source).is_dir() else source
         command = ["--model", place, "--repo-id", repo_id, "--dtype", dtype, "--until-stdin-closes"]
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - the process writes to it
         self._process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-P", str(script), *command, *options],
             cwd=tempfile.gettempdir(),

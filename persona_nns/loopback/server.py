@@ -60,7 +60,7 @@ class Host:
         self.model = TransformersModel(
             folder, task="text-generation", dispatch=True, dtype=getattr(torch, dtype)
         )
-        self.model._module.requires_grad_(False)
+        self.model._module.requires_grad_(requires_grad=False)
         key = {"repo_id": repo_id, "revision": None, "task": "text-generation"}
         self.key = f"nnsight.modeling.transformers.TransformersModel:{json.dumps(key)}"
 
@@ -192,7 +192,7 @@ class Service:
             return await asyncio.wait_for(loop.run_in_executor(self.pool, run), self.timeout)
         except TimeoutError:
             words = f"Your job exceeded the execution timeout of {self.timeout}s."
-        except Exception as error:  # noqa: BLE001 - whatever a request raises is its answer
+        except Exception as error:  # whatever a request raises is its answer
             origin = getattr(error, "__intervention_tb__", None) or error.__traceback__
             lines = traceback.format_exception(type(error), error, clean_traceback(origin))
             words = "".join(lines)

@@ -114,9 +114,7 @@ class Connection:
         """
 
         def get() -> ResponseModel | None:
-            answer = self._http.get(
-                f"{self.host.url}/response/{job}", headers=self.host.headers()
-            )
+            answer = self._http.get(f"{self.host.url}/response/{job}", headers=self.host.headers())
             if answer.status_code == 404:
                 return None
             answer.raise_for_status()
@@ -199,7 +197,7 @@ class _Wait(wait_exponential_jitter):
     """Exponential backoff with jitter, or as long as the server asks for."""
 
     def __init__(self, first: float, longest: float) -> None:
-        super().__init__(initial=first, max=longest, jitter=first)
+        super().__init__(multiplier=first, max=longest, jitter=first)
 
     def __call__(self, retry_state: RetryCallState) -> float:
         error = retry_state.outcome.exception() if retry_state.outcome else None

@@ -333,10 +333,10 @@ class Dispatcher:
 
     def _say_what_stays(self, error: BaseException) -> None:
         if self.flights and not isinstance(error, PersonaError):
+            n_jobs = len(self.flights)
+            stay = "1 job stays" if n_jobs == 1 else f"{n_jobs} jobs stay"
             warnings.warn(
-                f"{len(self.flights)} jobs stay on the server; the same command takes their "
-                "results.",
-                stacklevel=2,
+                f"{stay} on the server, and the same command takes what comes of it.", stacklevel=2
             )
 
 

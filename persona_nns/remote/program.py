@@ -53,14 +53,18 @@ def carry_out(
     tokenizer.chat_template = terms.template
     model.tokenizer = tokenizer
     check_tokens(tokenizer, cells[0], terms.shown)
-    with torch.no_grad(), growing_cache(model._module), warnings.catch_warnings(record=True) as said:
+    with (
+        torch.no_grad(),
+        growing_cache(model._module),
+        warnings.catch_warnings(record=True) as said,
+    ):
         warnings.simplefilter("always", UserWarning)
         if terms.check:
             check_model(model, terms.shown)
         measured = measure(model, list(cells), **arguments)
     return {
         "measured": {name: light(value) for name, value in measured.items()},
-        "warnings": [str(one.message) for one in said if one.category is UserWarning],
+        "warnings": [str(one.message) for one in said or [] if one.category is UserWarning],
         "seconds": time.perf_counter() - started,
         "precision": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),

@@ -21,7 +21,9 @@ class JobProgress:
     Where there is no terminal the bar is silent; the lines are not.
     """
 
-    def __init__(self, title: str, n_cells: int, n_done: int, *, enabled: bool, verbose: bool):
+    def __init__(
+        self, title: str, n_cells: int, n_done: int, *, enabled: bool, verbose: bool
+    ) -> None:
         console = Console(stderr=True)
         self._verbose = verbose
         self._bar = Progress(
