@@ -73,15 +73,12 @@ class JobBook:
 
     def waiting(self) -> list[Job]:
         """Jobs that were submitted with the same settings and whose results nobody has taken."""
-        run = open_group(self._store, self._path, "r")
-        if run is None or "jobs" not in run:
-            return []
-        found: list[Job] = []
-        for key, group in cast("zarr.Group", run["jobs"]).groups():
-            attrs = cast("dict[str, Any]", dict(group.attrs))
-            if attrs.get("state") == "waiting" and key == self.key(attrs["cells"]):
-                found.append(Job(**{**attrs, "cells": tuple(attrs["cells"])}))
-        return found
+        noted = read_jobs(self._store, self._block.experiment, self._block.run)
+        return [
+            job
+            for key, job in noted.items()
+            if job.state == "waiting" and key == self.key(job.cells)
+        ]
 
     def note(self, job: Job) -> None:
         """Write a job down, in place of an earlier one for the same cells."""
@@ -115,6 +112,22 @@ class JobBook:
     @property
     def _path(self) -> str:
         return f"{self._block.experiment}/{self._block.run}"
+
+
+def read_jobs(store: str | Path, experiment: str, run: str) -> dict[str, Job]:
+    """What is noted of a run's jobs, by key: which they were, and the bytes and seconds they took.
+
+    Args:
+        store: path or URL of the store.
+        experiment: name of the experiment.
+        run: name of the run's group.
+    """
+    jobs = open_group(store, f"{experiment}/{run}/jobs", "r")
+    noted: dict[str, Job] = {}
+    for key, group in jobs.groups() if jobs is not None else ():
+        attrs = cast("dict[str, Any]", dict(group.attrs))
+        noted[key] = Job(**{**attrs, "cells": tuple(attrs["cells"])})
+    return noted
 
 
 def accepted(job: str, host: str, cells: Sequence[str], size: int, **more: Any) -> Job:

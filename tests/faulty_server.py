@@ -101,7 +101,8 @@ async def collect(app: Any, scope: Any, receive: Any) -> tuple[Any, bytes]:
 
 if __name__ == "__main__":
     spec = importlib.util.spec_from_file_location("loopback_server", SERVER)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     server = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(server)
     server.serve(server.parse_arguments().parse_args(), Faults)

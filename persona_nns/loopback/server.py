@@ -26,7 +26,8 @@ import time
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, thread
+from types import FrameType
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from nnsight.schema.request import RequestModel
 from nnsight.schema.response import ResponseModel, Status
 from nnsight.tracing.globals import BLOCKS, SOURCES
 from nnsight.tracing.tracer import _saves, dec, inc
-from nnsight.tracing.util import clean_traceback
+from nnsight.tracing.util import clean_traceback, filter_traceback
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
@@ -86,6 +87,11 @@ class Host:
                 self.model.interleaver.cancel()
         data = buffer.getvalue()
         return zstandard.ZstdCompressor(level=3).compress(data) if envelope.compress else data
+
+
+def _is_theirs(frame: FrameType) -> bool:
+    """Whether a frame of a traceback is the request's, not the server's."""
+    return frame.f_code.co_filename not in (__file__, asyncio.tasks.__file__, thread.__file__)
 
 
 @contextlib.contextmanager
@@ -194,7 +200,8 @@ class Service:
             words = f"Your job exceeded the execution timeout of {self.timeout}s."
         except Exception as error:  # whatever a request raises is its answer
             origin = getattr(error, "__intervention_tb__", None) or error.__traceback__
-            lines = traceback.format_exception(type(error), error, clean_traceback(origin))
+            theirs = filter_traceback(clean_traceback(origin), _is_theirs)
+            lines = traceback.format_exception(type(error), error, theirs)
             words = "".join(lines)
         respond(Status.ERROR, words, meta={"runtime": round(time.monotonic() - started, 4)})
         return None

@@ -6,6 +6,7 @@ id, so that any process can ask again; a job on a websocket is lost with the con
 
 import io
 import platform
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from persona_nns.memory import says_out_of_memory
 from persona_nns.remote.hosts import Host
 
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
+_MISSING = re.compile(r"ModuleNotFoundError: (?:No module named '|import of )(?P<name>[\w.]+).*")
 _TRACEBACK = "Traceback (most recent call last)"
 # What the server says of a job that failed through no fault of its own.
 _NO_FAULT = (
@@ -231,10 +233,11 @@ def job_error(description: str) -> RemoteError:
         return JobLostError(f"The server lost a job: {last}")
     if _TRACEBACK not in text:
         return RemoteError(f"The server ended a job: {last}")
-    if last.startswith("ModuleNotFoundError"):
+    if missing := _MISSING.fullmatch(last):
         return JobFailedError(
-            f"The server lacks a package that the experiment uses in measure: {last}; import it "
-            "where it is used only here, or compute without it.",
+            f"The experiment needs {missing['name']!r} in measure, which the server does not have; "
+            "compute without it there, or, if it is code of your own, import what you need of it "
+            "by name at the top of the file.",
             text,
         )
     ours, _, sentence = last.partition(": ")

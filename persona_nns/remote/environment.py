@@ -30,7 +30,7 @@ class Environment:
         """What differs, as ``torch 2.9.0 (here 2.13.0)``."""
         ours = {name: _own(name) for name in CRITICAL}
         found = [
-            f"{name} {theirs} (here {ours[name]})"
+            f"{name} {_release(theirs)} (here {_release(ours[name])})"
             for name, theirs in self.packages.items()
             if _release(theirs) != _release(ours[name])
         ]

@@ -9,7 +9,6 @@ that the server may lack), paths, and the compiled methods that a dataclass gene
 import ast
 import dataclasses
 import hashlib
-import inspect
 import io
 import sys
 import sysconfig
@@ -34,6 +33,7 @@ from nnsight.intervention.serialization import (
     reduce_block,
 )
 from nnsight.tracing.tracer import Tracer
+from nnsight.tracing.util import SerializedFrame
 
 from persona_nns.errors import UsageError
 
@@ -104,6 +104,8 @@ class _Pickler(CustomCloudPickler):
         self.compiled: list[str] = []
 
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, SerializedFrame):  # names the file of the block
+            obj.f_code.co_filename = Path(obj.f_code.co_filename).name
         if (
             isinstance(obj, type)
             and dataclasses.is_dataclass(obj)
@@ -153,7 +155,7 @@ def _used_part(name: str, value: Any, source: str, function: str) -> Any:
         return value
     used = {
         node.attr
-        for node in ast.walk(ast.parse(inspect.cleandoc(source)))
+        for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
         and node.value.id == name
