@@ -95,10 +95,9 @@ def test_jobs_and_bytes_are_noted(
     ds = pn.run("localized_positions", model, "short", layers="2", store=store)
     run = open_group(store, f"localized_positions/{ds.attrs['run']}", "r")
     assert run is not None
-    jobs = sorted(
-        (dict(job.attrs) for _, job in run["jobs"].groups()), key=lambda j: len(j["cells"])
-    )  # type: ignore[attr-defined]
-    assert [len(job["cells"]) for job in jobs] == [4, 8]  # a first one alone, then what fits
+    noted = read_jobs(store, "localized_positions", ds.attrs["run"]).values()
+    jobs = sorted(noted, key=lambda job: len(job.cells))
+    assert [len(job.cells) for job in jobs] == [4, 8]  # a first one alone, then what fits
     assert all(0 < job.request_bytes < 1e6 and job.result_bytes > 0 for job in jobs)
     assert [job.checks_names for job in jobs] == [True, False]
     sessions = run["sessions"]
