@@ -1,7 +1,7 @@
 """Jobs on a server, noted in the store before they are waited for.
 
 Each job has a sub-group ``<experiment>/<run>/jobs/<key>``: enough to ask for its result from
-another process, on another day, and, once its cells are written, what it took. The key is a hash
+another process, on another day, and, once its units are written, what it took. The key is a hash
 of what was asked, so that a job is found again by whoever would ask the same.
 """
 
@@ -25,20 +25,20 @@ class Job:
     Attributes:
         id: the server's name for it.
         host: the server's address.
-        cells: labels of its cells, in order.
+        units: labels of its units, in order.
         compressed: its result is.
         request_bytes: sent for it, all times together.
         submitted: when, in UTC.
         submissions: how many times it was sent.
         checks_names: it checks the model's names first.
-        state: ``waiting``, or ``written`` once its cells are in the store.
+        state: ``waiting``, or ``written`` once its units are in the store.
         result_bytes: fetched for it.
         seconds: it ran on the server.
     """
 
     id: str
     host: str
-    cells: tuple[str, ...]
+    units: tuple[str, ...]
     compressed: bool
     request_bytes: int
     submitted: str
@@ -59,16 +59,16 @@ class JobBook:
             store: path or URL of the store.
             block: the run.
             host: the server's address.
-            settings: what determines the answer beside the run's identity and the cells.
+            settings: what determines the answer beside the run's identity and the units.
         """
         self._store = store
         self._block = block
         self._host = host
         self._settings = settings
 
-    def key(self, cells: Sequence[str]) -> str:
-        """Hash of what is asked for these cells."""
-        asked = [self._block.attrs["identity"], self._block.run, self._host, self._settings, cells]
+    def key(self, units: Sequence[str]) -> str:
+        """Hash of what is asked for these units."""
+        asked = [self._block.attrs["identity"], self._block.run, self._host, self._settings, units]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
     def waiting(self) -> list[Job]:
@@ -77,18 +77,18 @@ class JobBook:
         return [
             job
             for key, job in noted.items()
-            if job.state == "waiting" and key == self.key(job.cells)
+            if job.state == "waiting" and key == self.key(job.units)
         ]
 
     def note(self, job: Job) -> None:
-        """Write a job down, in place of an earlier one for the same cells."""
+        """Write a job down, in place of an earlier one for the same units."""
         run = open_group(self._store, self._path, "a")
         assert run is not None
-        group = run.require_group(f"jobs/{self.key(job.cells)}")
-        group.attrs.put({**asdict(job), "cells": list(job.cells)})
+        group = run.require_group(f"jobs/{self.key(job.units)}")
+        group.attrs.put({**asdict(job), "units": list(job.units)})
 
     def written(self, job: Job, result_bytes: int, seconds: float) -> None:
-        """Note that a job's cells are in the store, and what it took."""
+        """Note that a job's units are in the store, and what it took."""
         self.note(replace(job, state="written", result_bytes=result_bytes, seconds=seconds))
 
     def forget(self, job: Job) -> None:
@@ -96,7 +96,7 @@ class JobBook:
         run = open_group(self._store, self._path, "a")
         if run is None:
             return
-        path = f"jobs/{self.key(job.cells)}"
+        path = f"jobs/{self.key(job.units)}"
         if path in run:
             del run[path]
         jobs = run.get("jobs")
@@ -126,16 +126,16 @@ def read_jobs(store: str | Path, experiment: str, run: str) -> dict[str, Job]:
     noted: dict[str, Job] = {}
     for key, group in jobs.groups() if jobs is not None else ():
         attrs = cast("dict[str, Any]", dict(group.attrs))
-        noted[key] = Job(**{**attrs, "cells": tuple(attrs["cells"])})
+        noted[key] = Job(**{**attrs, "units": tuple(attrs["units"])})
     return noted
 
 
-def accepted(job: str, host: str, cells: Sequence[str], size: int, **more: Any) -> Job:
+def accepted(job: str, host: str, units: Sequence[str], size: int, **more: Any) -> Job:
     """A job that the server has accepted just now."""
     return Job(
         id=job,
         host=host,
-        cells=tuple(cells),
+        units=tuple(units),
         compressed=True,
         request_bytes=size,
         submitted=now(),

@@ -6,7 +6,7 @@ generation header. It is tokenised as it stands, without special tokens being ad
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +55,12 @@ class RenderedCell(Cell):
     """A cell that carries its prompts, for a place that renders none itself."""
 
     prompts: Mapping[PromptName, Prompt] = field(default_factory=dict[PromptName, Prompt])
+
+
+def with_prompts(tokenizer: PreTrainedTokenizerBase, cell: Cell) -> RenderedCell:
+    """A cell with all its prompts, for a place that renders none itself."""
+    texts = {part.name: getattr(cell, part.name) for part in fields(Cell)}
+    return RenderedCell(**texts, prompts=render_cell(tokenizer, cell, (*ROLE_PROMPTS, "BARE")))
 
 
 def render_cell(

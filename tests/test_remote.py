@@ -96,8 +96,8 @@ def test_jobs_and_bytes_are_noted(
     run = open_group(store, f"localized_positions/{ds.attrs['run']}", "r")
     assert run is not None
     noted = read_jobs(store, "localized_positions", ds.attrs["run"]).values()
-    jobs = sorted(noted, key=lambda job: len(job.cells))
-    assert [len(job.cells) for job in jobs] == [4, 8]  # a first one alone, then what fits
+    jobs = sorted(noted, key=lambda job: len(job.units))
+    assert [len(job.units) for job in jobs] == [4, 8]  # a first one alone, then what fits
     assert all(0 < job.request_bytes < 1e6 and job.result_bytes > 0 for job in jobs)
     assert [job.checks_names for job in jobs] == [True, False]
     sessions = run["sessions"]

@@ -335,7 +335,7 @@ def test_a_job_too_large_is_cut_in_half(client: Client, own: Path, expected: xr.
     own.write_text(EXAMPLE.replace(SLOW, f"    {full}\n{SLOW}"))
     with pytest.warns(UserWarning, match="did not fit.* Going on with 1 cells a job"):
         agree(client.run(own), expected)
-    assert [len(job.cells) for job in client.jobs()] == [1, 1]
+    assert [len(job.units) for job in client.jobs()] == [1, 1]
 
 
 def test_a_warning_of_the_experiment_is_heard_here(client: Client, own: Path) -> None:

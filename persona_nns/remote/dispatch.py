@@ -1,6 +1,6 @@
-"""Measure the cells of a request on a server: several in one job, several jobs at a time.
+"""Measure the units of a request on a server: several in one job, several jobs at a time.
 
-The first job goes alone. It is small, checks the model's names, and shows how long a cell takes;
+The first job goes alone. It is small, checks the model's names, and shows how long a unit takes;
 the next ones are as large as fits the budgets below. Every job is noted in the store before it is
 waited for, so that whoever asks the same again takes its result instead of running it again.
 """
@@ -27,6 +27,7 @@ from persona_nns.errors import (
 from persona_nns.grids import Cell
 from persona_nns.jobs import Job, JobBook, accepted
 from persona_nns.models import HOSTED, HostedModel
+from persona_nns.prompts import with_prompts
 from persona_nns.provenance import session_attributes, session_name
 from persona_nns.remote.connection import Connection, Patience, client_python
 from persona_nns.remote.environment import Environment, read_deployments, read_environment
@@ -35,17 +36,20 @@ from persona_nns.remote.program import Terms, carry_out
 from persona_nns.remote.progress import JobProgress
 from persona_nns.request import Request
 from persona_nns.shapes import declared_arrays
-from persona_nns.store import RunGroup, attach, completed_cells
+from persona_nns.store import RunGroup, attach, completed_units
+from persona_nns.units import Unit
 
 #: A job may take about this long, return this much, and be asked with this much.
 SECONDS_PER_JOB = 300.0
 RESULT_BYTES_PER_JOB = 64e6
 REQUEST_BYTES_PER_JOB = 900_000
-#: Cells of the first job, and of any.
-FIRST_CELLS = 4
-MOST_CELLS = 32
+#: Units of the first job, and of any.
+FIRST_UNITS = 4
+MOST_UNITS = 32
 #: Jobs that wait or run on the server at a time.
 IN_FLIGHT = 4
+#: Read by both tokenizers, which have to agree.
+SAMPLE = 'As a head chef (née Zoë), comment on 3 ways to say "no" —\n\tand why.'
 #: A batch is sent this many times at most when the server loses it.
 MOST_SUBMISSIONS = 3
 #: Answers "I do not know this job", in a row, about a job that it did know.
@@ -61,7 +65,7 @@ class _Flight:
     """A job that is waited for."""
 
     job: Job
-    cells: Sequence[Cell]
+    units: Sequence[Unit]
     due: float
     wait: float
     heard: float
@@ -83,20 +87,25 @@ class Dispatcher:
     batch_size: int | None
     patience: Patience
     progress: JobProgress
-    size: int = FIRST_CELLS
+    size: int = FIRST_UNITS
     proven: bool = False
     groups: list[RunGroup] = field(default_factory=list[RunGroup])
     flights: list[_Flight] = field(default_factory=list[_Flight])
     environment: Environment | None = None
 
     def __post_init__(self) -> None:
-        self.size = self.batch_size or FIRST_CELLS
+        self.size = self.batch_size or FIRST_UNITS
         self.connection = Connection(self.hosted.host, self.patience, self.progress.tell)
         settings = [self.hosted.key, dict(self.execution)]
         self.book = JobBook(self.store, self.request.block, self.hosted.host.url, settings)
 
-    def run(self, pending: Sequence[Cell]) -> None:
-        """Measure the cells and write them."""
+    @property
+    def noun(self) -> str:
+        """What a unit is called."""
+        return self.request.plan.noun
+
+    def run(self, pending: Sequence[Unit]) -> None:
+        """Measure the units and write them."""
         waiting = deque(self._pick_up(pending))
         try:
             while waiting or self.flights:
@@ -115,24 +124,24 @@ class Dispatcher:
         finally:
             self.connection.close()
 
-    def _pick_up(self, pending: Sequence[Cell]) -> list[Cell]:
-        """Wait for the jobs of an earlier process too; returns the cells that none is about."""
-        by_label = {cell.label: cell for cell in pending}
+    def _pick_up(self, pending: Sequence[Unit]) -> list[Unit]:
+        """Wait for the jobs of an earlier process too; returns the units that none is about."""
+        by_label = {unit.label: unit for unit in pending}
         for job in self.book.waiting():
-            if all(label in by_label for label in job.cells):
-                self.progress.tell(f"job {job.id}: picked up, {len(job.cells)} cells")
-                self._take_off(job, [by_label.pop(label) for label in job.cells])
+            if all(label in by_label for label in job.units):
+                self.progress.tell(f"job {job.id}: picked up, {len(job.units)} {self.noun}s")
+                self._take_off(job, [by_label.pop(label) for label in job.units])
         return list(by_label.values())
 
-    def _submit(self, batch: Sequence[Cell], submissions: int = 1) -> list[Cell]:
-        """Send a job for the first of some cells; returns those that did not fit into it."""
+    def _submit(self, batch: Sequence[Unit], submissions: int = 1) -> list[Unit]:
+        """Send a job for the first of some units; returns those that did not fit into it."""
         if self.environment is None:
             self.environment = read_environment(self.connection)
             for warning in self.environment.check(self.hosted.host.url):
                 warnings.warn(warning, stacklevel=2)
         checks = not self.proven
         payload = self._payload(batch, checks=checks)
-        left: list[Cell] = []
+        left: list[Unit] = []
         if len(payload.data) > REQUEST_BYTES_PER_JOB and len(batch) > 1:
             half = len(batch) // 2
             batch, left = batch[:half], list(batch[half:])
@@ -145,24 +154,35 @@ class Dispatcher:
         job = accepted(
             identifier,
             self.hosted.host.url,
-            [cell.label for cell in batch],
+            [unit.label for unit in batch],
             len(payload.data),
             submissions=submissions,
             checks_names=checks,
         )
         self.book.note(job)
-        self.progress.tell(f"job {job.id}: sent, {len(batch)} cells, {len(payload.data):,} bytes")
+        self.progress.tell(
+            f"job {job.id}: sent, {len(batch)} {self.noun}s, {len(payload.data):,} bytes"
+        )
         self._take_off(job, batch)
         return left
 
-    def _payload(self, batch: Sequence[Cell], *, checks: bool) -> Payload:
+    def _payload(self, batch: Sequence[Unit], *, checks: bool) -> Payload:
         model, measure = self.model, self.request.experiment.measure
-        cells = [self.request.rendered(cell) for cell in batch]
+        tokenizer = model.tokenizer
+        units = [
+            with_prompts(tokenizer, unit) if isinstance(unit, Cell) else unit for unit in batch
+        ]
         arguments = {**self.request.arguments, **self.execution}
-        terms = Terms(self.request.block.model, model.tokenizer.chat_template, checks)
+        terms = Terms(
+            shown=self.request.block.model,
+            template=tokenizer.chat_template,
+            sample=SAMPLE,
+            sample_ids=tuple(tokenizer(SAMPLE)["input_ids"]),
+            check=checks,
+        )
         capture = Capture()
         with model.session(backend=capture):
-            outcome = save(carry_out(model, measure, cells, arguments, terms))  # noqa: F841
+            outcome = save(carry_out(model, measure, units, arguments, terms))  # noqa: F841
         assert capture.payload is not None
         return capture.payload
 
@@ -174,13 +194,13 @@ class Dispatcher:
                 f"Python {theirs} (here {client_python()}); write it as a plain function in a file."
             )
 
-    def _take_off(self, job: Job, cells: Sequence[Cell]) -> None:
+    def _take_off(self, job: Job, units: Sequence[Unit]) -> None:
         moment = time.monotonic()
         first = self.patience.first
-        self.flights.append(_Flight(job, cells, due=moment + first, wait=first, heard=moment))
+        self.flights.append(_Flight(job, units, due=moment + first, wait=first, heard=moment))
 
-    def _look(self, flight: _Flight) -> list[Cell]:
-        """Ask about a job once; returns cells that have to be measured anew."""
+    def _look(self, flight: _Flight) -> list[Unit]:
+        """Ask about a job once; returns units that have to be measured anew."""
         try:
             response = self.connection.poll(flight.job.id)
             if response is None:
@@ -233,7 +253,7 @@ class Dispatcher:
         self._wait_longer(flight)
 
     def _fetch(self, flight: _Flight, response: ResponseModel) -> None:
-        """Take a result and write its cells."""
+        """Take a result and write its units."""
         try:
             saved, n_bytes = self.connection.download(
                 str(response.data), compressed=flight.job.compressed
@@ -249,24 +269,25 @@ class Dispatcher:
         for warning in outcome["warnings"]:
             warnings.warn(warning, stacklevel=2)
         self._check_precision(outcome["precision"])
-        arrays = declared_arrays(self.request, outcome["measured"], len(flight.cells))
-        seconds = outcome["seconds"] / len(flight.cells)
+        arrays = declared_arrays(self.request, outcome["measured"], len(flight.units))
+        seconds = outcome["seconds"] / len(flight.units)
         if not self.groups:
             self._allocate(outcome)
-        for row, cell in enumerate(flight.cells):
+        for row, unit in enumerate(flight.units):
             for group, block in zip(self.groups, self.request.blocks, strict=True):
-                values = {name: arrays[name][row] for name in block.variables}
-                group.write_cell(cell.label, values, seconds)
+                axes = {name: variable.axes for name, variable in block.variables.items()}
+                names = self.request.plan.names_written(unit, axes)
+                group.write_unit(unit, {name: arrays[name][row] for name in names}, seconds)
         self.book.written(flight.job, n_bytes, outcome["seconds"])
         self.flights.remove(flight)
         self.proven = True
         self.progress.tell(f"job {flight.job.id}: done, {n_bytes:,} bytes")
-        self.progress.advance(len(flight.cells))
+        self.progress.advance(len(flight.units))
         if self.batch_size is None:
-            self.size = _fitting(seconds, n_bytes / len(flight.cells))
+            self.size = _fitting(seconds, n_bytes / len(flight.units))
 
     def _check_precision(self, precision: str) -> None:
-        """See that the server computes as it did for the cells that are there.
+        """See that the server computes as it did for the units that are there.
 
         Raises:
             RemoteError: it does not.
@@ -293,26 +314,26 @@ class Dispatcher:
         }
         self.groups[-1].add_session(session_name(), session)
 
-    def _smaller(self, flight: _Flight, error: JobTooLargeError) -> list[Cell]:
+    def _smaller(self, flight: _Flight, error: JobTooLargeError) -> list[Unit]:
         """Cells of a job that was too large, to go into jobs of half the size."""
         self._drop(flight)
-        if len(flight.cells) == 1:
+        if len(flight.units) == 1:
             raise JobTooLargeError(
-                f"{error} It held a single cell, {flight.cells[0].label}; ask for fewer layers or "
+                f"{error} It held a single {self.noun}, {flight.units[0].label}; ask for fewer layers or "
                 "positions at a time.",
                 error.server_traceback,
             ) from error
-        self.size = len(flight.cells) // 2
-        warnings.warn(f"{error} Going on with {self.size} cells a job.", stacklevel=2)
-        return list(flight.cells)
+        self.size = len(flight.units) // 2
+        warnings.warn(f"{error} Going on with {self.size} {self.noun}s a job.", stacklevel=2)
+        return list(flight.units)
 
-    def _again(self, flight: _Flight, error: JobLostError) -> list[Cell]:
+    def _again(self, flight: _Flight, error: JobLostError) -> list[Unit]:
         """Send a lost job again."""
         self._drop(flight)
         if flight.job.submissions >= MOST_SUBMISSIONS:
             raise error
         self.progress.tell(f"{error} Sending it again.")
-        return self._submit(flight.cells, flight.job.submissions + 1)
+        return self._submit(flight.units, flight.job.submissions + 1)
 
     def _drop(self, flight: _Flight) -> None:
         self.flights.remove(flight)
@@ -341,9 +362,9 @@ class Dispatcher:
 
 
 def _fitting(seconds: float, n_bytes: float) -> int:
-    """How many cells a job may have, by what one takes."""
+    """How many units a job may have, by what one takes."""
     fitting = min(SECONDS_PER_JOB / max(seconds, 1e-3), RESULT_BYTES_PER_JOB / max(n_bytes, 1.0))
-    return min(max(1, int(fitting)), MOST_CELLS)
+    return min(max(1, int(fitting)), MOST_UNITS)
 
 
 def carry_out_remotely(
@@ -361,12 +382,12 @@ def carry_out_remotely(
     """Measure on a server what the store does not hold yet.
 
     Args:
-        request: what to measure; its run group is where cells are looked for.
+        request: what to measure; its run group is where units are looked for.
         model: the client of the hosted model.
         hosted: where it runs.
         store: path or URL of the store.
         execution: arguments of `measure` that do not change its numbers.
-        batch_size: cells in a job; None measures how many fit.
+        batch_size: units in a job; None measures how many fit.
         deadline: seconds that a job may go without news.
         progress: show a bar.
         verbose: print each event.
@@ -376,14 +397,21 @@ def carry_out_remotely(
             that it still has are taken up by the next run.
     """
     request = _known_precision(request, store)
-    done = set.intersection(*(completed_cells(store, block) for block in request.blocks))
-    pending = [cell for cell in request.cells if cell.label not in done]
+    done = set.intersection(*(completed_units(store, block) for block in request.blocks))
+    pending = [unit for unit in request.units if unit.label not in done]
     if not pending:
         return
-    n_cells = len(request.cells)
+    n_units = len(request.units)
     title = f"{request.block.model} · {request.block.attrs['grid']}"
     patience = PATIENCE if deadline is None else replace(PATIENCE, news=deadline)
-    bar = JobProgress(title, n_cells, n_cells - len(pending), enabled=progress, verbose=verbose)
+    bar = JobProgress(
+        title,
+        f"{request.plan.noun}s",
+        n_units,
+        n_units - len(pending),
+        enabled=progress,
+        verbose=verbose,
+    )
     with bar:
         dispatcher = Dispatcher(
             request=request,
@@ -400,10 +428,10 @@ def carry_out_remotely(
 
 
 def _known_precision(request: Request, store: str | Path) -> Request:
-    """The request with the precision that the store has its cells in, if it has any."""
+    """The request with the precision that the store has its units in, if it has any."""
     from persona_nns.store import list_runs
 
-    if request.block.precision != HOSTED or not completed_cells(store, request.block):
+    if request.block.precision != HOSTED or not completed_units(store, request.block):
         return request
     runs = list_runs(store, request.block.experiment)
     (info,) = [info for info in runs if info.run == request.block.run]

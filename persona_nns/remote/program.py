@@ -17,7 +17,7 @@ from nnsight import TransformersModel
 
 from persona_nns.checks import check_model
 from persona_nns.errors import PersonaError
-from persona_nns.prompts import RenderedCell, render
+from persona_nns.units import Unit
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,26 @@ class Terms:
     Attributes:
         shown: how the model is called in a message.
         template: the chat template that the client renders with.
+        sample: a text.
+        sample_ids: its token ids on the client.
         check: check the model's names and sites at every layer first.
     """
 
     shown: str
     template: str | None
+    sample: str
+    sample_ids: tuple[int, ...]
     check: bool
 
 
 def carry_out(
     model: TransformersModel,
     measure: Callable[..., Mapping[str, Any]],
-    cells: Sequence[RenderedCell],
+    units: Sequence[Unit],
     arguments: Mapping[str, Any],
     terms: Terms,
 ) -> dict[str, Any]:
-    """Measure a batch of cells on the server.
+    """Measure a batch of units on the server.
 
     Returns:
         ``measured`` (what `measure` returned, on the CPU), ``warnings``, ``seconds``, and
@@ -52,7 +56,7 @@ def carry_out(
     tokenizer = copy(model.tokenizer)
     tokenizer.chat_template = terms.template
     model.tokenizer = tokenizer
-    check_tokens(tokenizer, cells[0], terms.shown)
+    check_tokens(tokenizer, terms)
     with (
         torch.no_grad(),
         growing_cache(model._module),
@@ -61,7 +65,7 @@ def carry_out(
         warnings.simplefilter("always", UserWarning)
         if terms.check:
             check_model(model, terms.shown)
-        measured = measure(model, list(cells), **arguments)
+        measured = measure(model, list(units), **arguments)
     return {
         "measured": {name: light(value) for name, value in measured.items()},
         "warnings": [str(one.message) for one in said or [] if one.category is UserWarning],
@@ -71,17 +75,16 @@ def carry_out(
     }
 
 
-def check_tokens(tokenizer: Any, cell: RenderedCell, shown: str) -> None:
-    """See that the server's tokenizer reads a prompt as the client's did.
+def check_tokens(tokenizer: Any, terms: Terms) -> None:
+    """See that the server's tokenizer reads a text as the client's did.
 
     Raises:
         PersonaError: it does not.
     """
-    here = render(tokenizer, *cell.texts("XY"))
-    if here.ids != cell.prompts["XY"].ids:
+    if tuple(tokenizer(terms.sample)["input_ids"]) != terms.sample_ids:
         raise PersonaError(
-            f"The server's tokenizer of {shown!r} gives other tokens than the one here; load the "
-            "revision that the server hosts."
+            f"The server's tokenizer of {terms.shown!r} gives other tokens than the one here; "
+            "load the revision that the server hosts."
         )
 
 

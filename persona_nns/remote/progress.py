@@ -16,13 +16,13 @@ from rich.progress import (
 
 
 class JobProgress:
-    """A bar over cells with the state of the jobs beside it, and a line for each event if asked.
+    """A bar over units with the state of the jobs beside it, and a line for each event if asked.
 
     Where there is no terminal the bar is silent; the lines are not.
     """
 
     def __init__(
-        self, title: str, n_cells: int, n_done: int, *, enabled: bool, verbose: bool
+        self, title: str, noun: str, n_units: int, n_done: int, *, enabled: bool, verbose: bool
     ) -> None:
         console = Console(stderr=True)
         self._verbose = verbose
@@ -30,13 +30,13 @@ class JobProgress:
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("cells"),
+            TextColumn(noun),
             TimeElapsedColumn(),
             TextColumn("{task.fields[jobs]}"),
             console=console,
             disable=not (enabled and console.is_terminal),
         )
-        self._task: TaskID = self._bar.add_task(title, total=n_cells, completed=n_done, jobs="")
+        self._task: TaskID = self._bar.add_task(title, total=n_units, completed=n_done, jobs="")
         self._console = console
 
     def __enter__(self) -> "JobProgress":
@@ -58,6 +58,6 @@ class JobProgress:
         shown = ", ".join(f"{count} {state}" for state, count in counts.items())
         self._bar.update(self._task, jobs=escape(f"jobs: {shown}" if shown else ""))
 
-    def advance(self, n_cells: int) -> None:
-        """Cells are in the store."""
-        self._bar.advance(self._task, n_cells)
+    def advance(self, n_units: int) -> None:
+        """Units are in the store."""
+        self._bar.advance(self._task, n_units)
