@@ -22,6 +22,7 @@ import persona_nns as pn
 from persona_nns.catalog import bundled_experiments, load_experiment
 from persona_nns.cli import main
 from persona_nns.grids import Grid, load_grid
+from persona_nns.jobs import read_jobs
 from persona_nns.loopback import LoopbackServer
 from persona_nns.models import hosted, record_of
 from persona_nns.remote import dispatch

@@ -319,8 +319,8 @@ class Dispatcher:
         self._drop(flight)
         if len(flight.units) == 1:
             raise JobTooLargeError(
-                f"{error} It held a single {self.noun}, {flight.units[0].label}; ask for fewer layers or "
-                "positions at a time.",
+                f"{error} It held a single {self.noun}, {flight.units[0].label}; ask for fewer "
+                "layers or positions at a time.",
                 error.server_traceback,
             ) from error
         self.size = len(flight.units) // 2
