@@ -146,21 +146,21 @@ def load_model(
         UsageError: unknown model, backend, dtype or device, or float16 without being forced.
         PersonaError: the model cannot be loaded, or fails a check.
     """
-    place = read_backend(backend)
+    where = read_backend(backend)
     if label is not None and not label.strip():
         raise UsageError("The label of the model is empty; give it a name, or none.")
-    if place != "local":
+    if where != "local":
         if dtype is not None or device is not None:
             what = "dtype" if dtype is not None else "device"
             raise UsageError(
                 f"A server chooses precision and device itself; leave out --{what} with the "
                 f"backend {backend!r}."
             )
-        return _load_weightless(str(name), None if place == "simulate" else place, template, label)
+        return _load_weightless(str(name), None if where == "simulate" else where, template, label)
     source, shown = _find(str(name))
     config = _read_config(source, shown)
     precision = _choose_dtype(shown, config, dtype, allow_float16=allow_float16)
-    target = _choose_device(device)
+    place = _choose_device(device)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=_DTYPES[precision], attn_implementation="eager", output_loading_info=True
@@ -172,7 +172,7 @@ def load_model(
         ) from error
     _check_complete(shown, loading)
     tokenizer = load_tokenizer(name, template)
-    module.eval().requires_grad_(requires_grad=False).to(target)
+    module.eval().requires_grad_(requires_grad=False).to(place)
     _normalise_generation(module)
     try:
         model = TransformersModel(

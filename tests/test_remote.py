@@ -72,7 +72,7 @@ def test_every_experiment_gives_the_same_numbers_there(
     if experiment.keeps_residuals:
         chosen["keep_residuals"] = True
     grid = load_grid("short")
-    grid = replace(grid, markers={persona: ("the", "of") for persona in grid.personas})
+    grid = replace(grid, markers=dict.fromkeys(grid.personas, ("the", "of")))
     here = pn.run(experiment, random_model(family), grid, store=tmp_path / "h.zarr", **chosen)
     there = pn.run(experiment, simulated(family), grid, store=tmp_path / "t.zarr", **chosen)
     assert here.attrs["run"] == there.attrs["run"]
