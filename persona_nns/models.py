@@ -235,7 +235,7 @@ def _load_weightless(
         host = simulate(model, source, repo_id, precision)
     else:
         precision, name = HOSTED, repo_id
-        version = f"{HOSTED} {_version(source, config, weights=False)}"
+        version = f"{HOSTED} {_hosted_version(source, config)}"
     _HOSTED[model] = HostedModel(host, repo_id, model.to_model_key())
     _RECORDS[model] = _record(model, label or shown, name, version, precision)
     return model
@@ -276,6 +276,12 @@ def check_hosting(names: Sequence[str], labels: Sequence[str] | None, backend: s
     if isinstance(read_backend(backend), Host):
         for name, label in zip(names, labels or [None] * len(names), strict=True):
             hosted_name(name, label)
+
+
+def _hosted_version(source: str, config: PreTrainedConfig) -> str:
+    """What is known here of a hosted model's version: never its weights."""
+    folder = Path(source)
+    return _digest([folder / "config.json"]) if folder.is_dir() else _version(source, config)
 
 
 def hosted(model: TransformersModel) -> HostedModel | None:
@@ -427,14 +433,13 @@ def _choose_device(device: str | None) -> torch.device:
     return place
 
 
-def _version(source: str, config: PreTrainedConfig, *, weights: bool = True) -> str:
+def _version(source: str, config: PreTrainedConfig) -> str:
     folder = Path(source)
     if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None))
-    patterns = ("*.safetensors", "*.bin") if weights else ()
-    tensors = (path for pattern in patterns for path in folder.glob(pattern))
+    weights = (path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
     configs = (folder / name for name in ("config.json", "generation_config.json"))
-    return _digest([*sorted(tensors), *(path for path in configs if path.exists())])
+    return _digest([*sorted(weights), *(path for path in configs if path.exists())])
 
 
 def _digest(files: Iterable[Path]) -> str:
