@@ -31,6 +31,9 @@ from persona_nns.remote.connection import Patience
 from persona_nns.remote.environment import CRITICAL, Environment
 from persona_nns.store import open_group
 
+ON_A_GRID = [
+    name for name, file in bundled_experiments().items() if "\ndef plan(" not in file.read_text()
+]
 CELLS = "yoda/haiku,marx/policy,marx/haiku"
 
 
@@ -59,7 +62,7 @@ def haste(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Continuations that end before")
-@pytest.mark.parametrize("name", bundled_experiments())
+@pytest.mark.parametrize("name", ON_A_GRID)
 def test_every_experiment_gives_the_same_numbers_there(
     name: str,
     family: str,
