@@ -57,3 +57,10 @@ def test_it_lists_models_and_runs_every_experiment(installed: Path, tmp_path: Pa
         request = ["run", name, "--model", GOLDEN, "--grid", "short", "--cells", "yoda/haiku"]
         printed = _call(installed, *request, "--store", "s.zarr", cwd=tmp_path)
         assert "Stored in s.zarr" in printed
+
+
+def test_an_experiment_runs_on_a_server_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    request = ["run", "localized_positions", "--model", GOLDEN, "--grid", "short"]
+    rest = ["--cells", "yoda/haiku", "--layers", "2", "--backend", "simulate"]
+    printed = _call(installed, *request, *rest, "--store", "s.zarr", cwd=tmp_path)
+    assert "Stored in s.zarr" in printed
