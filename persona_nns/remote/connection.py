@@ -231,8 +231,6 @@ def job_error(description: str) -> RemoteError:
         return NotHostedError(f"The server does not host the model: {text}")
     if any(text.startswith(words) for words in _NO_FAULT):
         return JobLostError(f"The server lost a job: {last}")
-    if _TRACEBACK not in text:
-        return RemoteError(f"The server ended a job: {last}")
     if missing := _MISSING.fullmatch(last):
         return JobFailedError(
             f"The experiment needs {missing['name']!r} in measure, which the server does not have; "
@@ -240,6 +238,8 @@ def job_error(description: str) -> RemoteError:
             "by name at the top of the file.",
             text,
         )
+    if _TRACEBACK not in text:
+        return RemoteError(f"The server ended a job: {last}")
     ours, _, sentence = last.partition(": ")
     if ours.rpartition(".")[2] in ("PersonaError", "UsageError") and sentence:
         return JobFailedError(sentence, text)

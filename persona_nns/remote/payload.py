@@ -81,7 +81,8 @@ def _register_own_code() -> None:
     nnsight.register("persona_nns")
     for name, module in list(sys.modules.items()):
         top = name.partition(".")[0]
-        if getattr(module, "__file__", None) and not _is_installed(top):
+        ours = top.startswith("persona_nns")  # experiments too, which a wheel installs
+        if getattr(module, "__file__", None) and (ours or not _is_installed(top)):
             nnsight.register(top)
 
 
@@ -172,7 +173,9 @@ def _used_part(name: str, value: Any, source: str, function: str) -> Any:
 
 def _is_installed_module(module: types.ModuleType) -> bool:
     top = module.__name__.partition(".")[0]
-    return top != "persona_nns" and (not getattr(module, "__file__", None) or _is_installed(top))
+    return not top.startswith("persona_nns") and (
+        not getattr(module, "__file__", None) or _is_installed(top)
+    )
 
 
 def _reduce_dataclass(cls: type) -> tuple[Any, ...]:
