@@ -173,9 +173,9 @@ def _used_part(name: str, value: Any, source: str, function: str) -> Any:
 
 def _is_installed_module(module: types.ModuleType) -> bool:
     top = module.__name__.partition(".")[0]
-    return not top.startswith("persona_nns") and (
-        not getattr(module, "__file__", None) or _is_installed(top)
-    )
+    if top.startswith("persona_nns"):
+        return False
+    return not getattr(module, "__file__", None) or _is_installed(top)
 
 
 def _reduce_dataclass(cls: type) -> tuple[Any, ...]:
