@@ -26,8 +26,11 @@ from persona_nns.errors import PersonaError, UsageError
 if TYPE_CHECKING:
     import xarray as xr
 
+    from persona_nns.remote.hosts import Host
+
 DEFAULT_STORE = "stores/results.zarr"
 DEMO_STORE = "stores/demo.zarr"
+_INTERRUPTED = "Interrupted; completed cells are kept, the same command goes on."
 
 _out = Console()
 _err = Console(stderr=True)
@@ -96,16 +99,41 @@ def experiments() -> None:
 
 @app.command()
 def models(
-    backend: Annotated[str, typer.Option(help="Where models are hosted.")] = "local",
+    backend: Annotated[
+        str, typer.Option(help="local, simulate, ndif, or the URL of a server.")
+    ] = "local",
 ) -> None:
-    """List the bundled models."""
-    from persona_nns.models import BACKENDS, bundled_models
+    """List the bundled models, or what a server hosts."""
+    from persona_nns.models import bundled_models
+    from persona_nns.remote.hosts import Host, read_backend
     from persona_nns.tables import models_table
 
-    if backend not in BACKENDS:
-        raise UsageError(f"Unknown backend {backend!r}; use {', '.join(BACKENDS)}.")
+    host = read_backend(backend)
+    if isinstance(host, Host):
+        _list_hosted(host)
+        return
     _out.print(models_table(bundled_models()))
     _out.print("A local folder or a hub id (org/name) is loaded in the same way.")
+
+
+def _list_hosted(host: "Host") -> None:
+    """Print a server's models, and how its versions compare with those here."""
+    from persona_nns.remote.connection import Connection, Patience
+    from persona_nns.remote.environment import read_deployments, read_environment
+    from persona_nns.tables import hosted_table
+
+    connection = Connection(host, Patience(unreachable=10.0, read=30.0))
+    try:
+        _out.print(hosted_table(read_deployments(connection), host.url))
+        environment = read_environment(connection)
+    finally:
+        connection.close()
+    for warning in environment.check(host.url):
+        _say(warning)
+    if environment.packages and not environment.differences:
+        _say("Its versions are those here.")
+    key = "set" if host.headers() else "not set (NDIF_API_KEY, or `nnsight login`)"
+    _say(f"API key: {key}.")
 
 
 @app.command(name="ls")
@@ -289,7 +317,10 @@ def _run_experiment(
         str | None, typer.Option(help="p_last, p_last-1, p_user_last, g1, g2, …")
     ] = None,
     cells: Annotated[str | None, typer.Option(help="Only these, as engineer/arch,…")] = None,
-    backend: Annotated[str, typer.Option(help="Where traces run: local.")] = "local",
+    backend: Annotated[
+        str,
+        typer.Option(help="Where it runs: local, simulate, ndif, or the URL of a server."),
+    ] = "local",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …")] = None,
     template: Annotated[
@@ -297,7 +328,11 @@ def _run_experiment(
     ] = None,
     as_: Annotated[
         list[str] | None,
-        typer.Option("--as", help="Label of the model in the results; one for each --model."),
+        typer.Option(
+            "--as",
+            help="Label of the model in the results; one for each --model. On a server, the "
+            "hosted model (org/name) that a folder stands for.",
+        ),
     ] = None,
     store: Annotated[str, typer.Option(help="Path or URL of the Zarr store.")] = DEFAULT_STORE,
     batch_size: Annotated[
@@ -313,16 +348,24 @@ def _run_experiment(
     allow_float16: Annotated[
         bool, typer.Option("--allow-float16", help="Use float16 although it overflows.")
     ] = False,
+    deadline: Annotated[
+        float | None,
+        typer.Option(help="Seconds that a job on a server may go without news (3600).", min=1),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print what becomes of each job on a server.")
+    ] = False,
     **options: Any,
 ) -> None:
     from persona_nns.grids import load_grid
-    from persona_nns.models import count_layers, load_model, load_tokenizer
+    from persona_nns.models import check_hosting, count_layers, load_model, load_tokenizer
     from persona_nns.request import check_inputs, check_options, check_sites, make_plan
     from persona_nns.runs import run
     from persona_nns.store import check_writable, open_results
     from persona_nns.tables import measured, result_table
 
     labels = _labels(model, as_ or [])
+    check_hosting(model, as_, backend)
     check_writable(store)
     loaded_grid = None if grid is None else load_grid(grid)
     check_inputs(experiment, loaded_grid, cells)
@@ -355,6 +398,8 @@ def _run_experiment(
             layers=layers,
             layer_sets=layer_sets,
             positions=positions,
+            deadline=deadline,
+            verbose=verbose,
             **options,
         )
         names.append(results.attrs["run"])
@@ -419,15 +464,13 @@ def main() -> None:
         message = getattr(error, "format_message", lambda: "")() or str(error)
         _fail(message, debug=debug, code=2)
     except KeyboardInterrupt:
-        _fail(
-            "Interrupted; completed cells are kept, the same command goes on.",
-            debug=debug,
-            code=130,
-        )
+        _fail(_INTERRUPTED, debug=debug, code=130)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         _fail(f"{reason} (--debug shows the traceback)", debug=debug, code=1)
     else:
+        if code == 130:  # typer makes an exit of an interrupt
+            _fail(_INTERRUPTED, debug=debug, code=130)
         sys.exit(code if isinstance(code, int) else 0)
 
 

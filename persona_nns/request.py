@@ -48,6 +48,14 @@ class Request:
         """Where a unit is written: residuals first, so that a completed unit has them."""
         return [block for block in (self.residuals, self.block) if block is not None]
 
+    def as_hosted(self, precision: str) -> "Request":
+        """The same request with the precision that a server has told of."""
+        return replace(
+            self,
+            block=_in_precision(self.block, precision),
+            residuals=self.residuals and _in_precision(self.residuals, precision),
+        )
+
     def into(self, run: str) -> "Request":
         """The same request with its results in the group of this name."""
         residuals = self.residuals and replace(self.residuals, run=f"{run}/residuals")
@@ -170,6 +178,10 @@ def plan_of_grid(grid: Grid, prompts: Mapping[str, Mapping[PromptName, Prompt]])
         },
         attrs={"personas": dict(grid.personas), "tasks": dict(grid.tasks)},
     )
+
+
+def _in_precision(block: Block, precision: str) -> Block:
+    return replace(block, precision=precision, attrs={**block.attrs, "precision": precision})
 
 
 def _residuals(variables: Mapping[str, Variable], block: Block) -> Block:

@@ -22,8 +22,9 @@ from persona_nns.catalog import Experiment, load_experiment
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.grids import Grid, load_grid
 from persona_nns.memory import fitting_batch_size, is_out_of_memory
-from persona_nns.models import load_model
+from persona_nns.models import hosted, load_model
 from persona_nns.provenance import session_attributes, session_name
+from persona_nns.remote.dispatch import carry_out_remotely
 from persona_nns.request import Request, check_inputs, check_request
 from persona_nns.shapes import declared_arrays
 from persona_nns.store import (
@@ -49,6 +50,8 @@ def run(
     batch_size: int | None = None,
     reuse: bool = True,
     keep_residuals: bool = False,
+    deadline: float | None = None,
+    verbose: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> xr.Dataset:
@@ -72,6 +75,8 @@ def run(
         reuse: reuse prefixes and resume at the layer of an intervention; False runs the plain
             protocol on whole sequences, which gives the same numbers and takes much longer.
         keep_residuals: store the residuals too, in the group ``<run>/residuals``.
+        deadline: seconds that a job on a server may go without news; by default an hour.
+        verbose: print what becomes of each job on a server.
         progress: show a progress bar with an ETA (never where there is no terminal).
         **options: the experiment's own options.
 
@@ -111,9 +116,23 @@ def run(
         keep_residuals=keep_residuals,
     )
     request = request.into(find_run(store, request.block) or request.block.run)
-    rows = [ids for of_key in request.plan.token_ids.values() for ids in of_key.values()]
-    size = batch_size or request.plan.batch_size or fitting_batch_size(loaded, rows)
-    _carry_out(request, loaded, store, size, execution, progress=progress)
+    elsewhere = hosted(loaded)
+    if elsewhere is not None:
+        carry_out_remotely(
+            request,
+            loaded,
+            elsewhere,
+            store,
+            execution,
+            batch_size=batch_size or request.plan.batch_size,
+            deadline=deadline,
+            progress=progress,
+            verbose=verbose,
+        )
+    else:
+        rows = [ids for of_key in request.plan.token_ids.values() for ids in of_key.values()]
+        size = batch_size or request.plan.batch_size or fitting_batch_size(loaded, rows)
+        _carry_out(request, loaded, store, size, execution, progress=progress)
     return open_results(store, loaded_experiment.name, run=request.block.run)
 
 

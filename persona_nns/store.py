@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import xarray as xr
@@ -182,6 +182,15 @@ def _open_root(store: str | Path) -> zarr.Group | None:
         return zarr.open_group(_location(store), mode="r", zarr_format=3)
     except (OSError, ValueError):
         return None
+
+
+def open_group(store: str | Path, path: str, mode: Literal["r", "a"]) -> zarr.Group | None:
+    """A group of a store by its path; to write (``a``) it is made, to read it may be None."""
+    if mode == "a":
+        root = zarr.open_group(_location(store), mode="a", zarr_format=3)
+        return root.require_group(path) if path else root
+    root = _open_root(store)
+    return cast("zarr.Group", root[path]) if root is not None and path in root else None
 
 
 def attach(store: str | Path, block: Block) -> RunGroup:

@@ -15,6 +15,7 @@ from rich.text import Text
 from persona_nns.errors import UsageError
 from persona_nns.intervals import interval
 from persona_nns.missing import measured_values
+from persona_nns.remote.environment import Deployment
 from persona_nns.store import RunInfo
 
 # Columns of a table; more are not readable.
@@ -192,6 +193,16 @@ def runs_table(runs: Iterable[RunInfo], title: str) -> Table:
             info.attrs["created"][:16].replace("T", " "),
         )
         last = info.experiment
+    return table
+
+
+def hosted_table(deployments: Iterable[Deployment], url: str) -> Table:
+    """The models that a server hosts, a row each."""
+    table = Table(title=Text(f"Models on {url}"), title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("name", "revision", "level", "state"):
+        table.add_column(heading)
+    for one in deployments:
+        table.add_row(*map(Text, (one.repo_id, one.revision, one.level, one.state)))
     return table
 
 
