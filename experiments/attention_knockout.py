@@ -32,6 +32,7 @@ from persona_nns.variables import Variable
 from persona_nns.window import open_window, prefill, read_clean_run
 
 protocol_version = 1
+defaults = {"grid": "review"}
 
 _BANDS = {
     "blocked": BLOCKED,

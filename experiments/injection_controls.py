@@ -233,15 +233,16 @@ def measure(
     host_gap = torch.empty(len(CONTROLS), len(cells), device=model.device)
     for c, control in enumerate(CONTROLS.values()):
         host = runs[control.host]
+        if control.rms and not has_norm:
+            continue
         host_gap[c] = summed_kl(clean, host.logits, scored)
         site, given = columns_of(control, every, width, n_eval - 1, task_tokens)
         own_norm = residual[control.host].norm(dim=-1, keepdim=True)
         for s, layers in enumerate(layer_sets):
             for k, (name, value) in enumerate(source.items()):
                 injected = [] if name == "none" else layers
-                if not injected and not control.kv:
+                if not (injected or control.kv):
                     kl[s, c, k] = host_gap[c]
-                if (control.rms and not has_norm) or not (injected or control.kv):
                     continue
                 if control.norm:
                     value = value * own_norm / value.norm(dim=-1, keepdim=True).clamp(min=1e-12)

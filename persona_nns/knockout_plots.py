@@ -14,8 +14,8 @@ from persona_nns.plots import QUARTILES, axis_label
 
 _KINDS = {
     "single layer": "layer",
-    "first k layers (0:k)": "k",
-    "from layer k on (k:n)": "k",
+    "layers before k (0:k)": "k",
+    "layers from k on (k:n)": "k",
 }
 
 
@@ -49,9 +49,11 @@ def kl_by_band(results: xr.Dataset) -> Figure:
                     linestyle=":",
                     label="clean against host",
                 )
-                axis.set_title(f"{model}: {kind}" if name == "kl" else "", fontsize="medium")
+                if name == "kl":
+                    axis.set_title(kind if column else f"{model}: {kind}", fontsize="medium")
                 axis.set_xlabel(_KINDS[kind] if name == "kl_host" else "")
                 axis.set_ylabel(axis_label(results[name]) if column == 0 else "")
+            axes[row, 0].set_ylim(bottom=0)  # once all columns that share the axis are drawn
         _one_legend(figure, axes)
         figure.suptitle(_title(results, "median over cells, band 25–75 %"), fontsize="medium")
     return figure
@@ -112,7 +114,6 @@ def _panel(axis: Axes, values: xr.DataArray, kind: str, n_layers: int) -> None:
         palette="colorblind",
         ax=axis,
     )
-    axis.set_ylim(bottom=0)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
