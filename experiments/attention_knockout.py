@@ -29,7 +29,7 @@ from persona_nns.models import end_tokens
 from persona_nns.organism.markers import find_markers
 from persona_nns.prompts import render_cell
 from persona_nns.variables import Variable
-from persona_nns.window import open_window, prefill, read_clean_run
+from persona_nns.window import open_window, prefill, read_clean_run, stack_windows
 
 protocol_version = 1
 defaults = {"grid": "review"}
@@ -181,7 +181,7 @@ def measure(
                         for layer in range(n_layers)
                     ]
                 )
-                passed = window.rows(index)
+                _, passed = next(stack_windows([window] * len(conditions)))
                 with model.trace(passed.inputs(), logits_to_keep=n_eval):
                     passed.resume(model, lowest)
                     for layer in range(lowest, n_layers):

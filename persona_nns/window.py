@@ -140,18 +140,6 @@ class Window:
         """Columns of the window in which tokens stand, [row, …], by their place in the row."""
         return index + self.padding.view(-1, *[1] * (index.dim() - 1)) - self.start
 
-    def rows(self, index: Tensor) -> "Window":
-        """Some of the rows, or some of them several times, as for several conditions at once."""
-        return Window(
-            input_ids=self.input_ids[index],
-            attention_mask=self.attention_mask[index],
-            position_ids=self.position_ids[index],
-            start=self.start,
-            padding=self.padding[index],
-            prefix=self.prefix.rows(index) if self.prefix is not None else None,
-            clean=self.clean[:, index] if self.clean is not None else None,
-        )
-
     def resume(self, model: TransformersModel, layer: int) -> None:
         """Inside a trace: go on from the clean run's residual at the input of block ``layer``.
 
