@@ -1,4 +1,4 @@
-"""The command line: ``persona-nns demo | experiments | run | models | ls | show | plot``.
+"""The command line: ``persona-nns demo | experiments | run | models | ls | show | plot | compare``.
 
 Each experiment is a command of its own under ``run``: its options are the keyword arguments of
 its `plan` and `measure`. Heavy imports wait until a command needs them.
@@ -171,6 +171,58 @@ def plot(
             written = save_figure(figure, file)
         for path in written:
             _say(path)
+
+
+@app.command()
+def compare(
+    store: Store,
+    experiment: Name,
+    with_: Annotated[
+        str | None,
+        typer.Option("--with", help="Store to compare with; by default the published numbers."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Folder for CSV and figures; by default compare/ beside STORE."
+        ),
+    ] = None,
+    grid: GridChoice = None,
+    run: RunChoice = None,
+    relative: Annotated[
+        float | None, typer.Option(help="Relative tolerance of numbers.", min=0)
+    ] = None,
+    absolute: Annotated[
+        float | None, typer.Option(help="Absolute tolerance of numbers.", min=0)
+    ] = None,
+) -> None:
+    """Put results beside the published ones: tables, CSV and a figure."""
+    from persona_nns.compare import Tolerance, compare_results, match_results
+    from persona_nns.compare_plots import compare_figures
+    from persona_nns.compare_tables import agreement_tables, comparison_tables
+    from persona_nns.plots import save_figure
+    from persona_nns.published import published_store
+    from persona_nns.tables import save_csv
+
+    if (relative is None) != (absolute is None):
+        raise UsageError("A tolerance has two parts; give both --relative and --absolute.")
+    tolerance = None
+    if relative is not None and absolute is not None:
+        tolerance = Tolerance(relative, absolute)
+    name = Path(experiment).stem if experiment.endswith(".py") else experiment
+    matched = match_results(store, name, with_ or published_store(), grid=grid, run=run or None)
+    compared = compare_results(matched, tolerance)
+    for table in comparison_tables(compared.side_by_side) + agreement_tables(compared.agreement):
+        _out.print(table)
+    beside = Path() if "://" in store else Path(store).expanduser().parent
+    folder = (output or beside / "compare").expanduser()
+    written = [save_csv(compared.side_by_side, folder / f"{name}-side_by_side.csv")]
+    if not compared.agreement.empty:
+        written.append(save_csv(compared.agreement, folder / f"{name}-agreement.csv"))
+    for title, figure in compare_figures(matched, compared.side_by_side).items():
+        written += save_figure(figure, folder / f"{name}-{title}.png", pdf=True)
+    for path in written:
+        _say(path)
 
 
 def _open(store: str, experiment: str, grid: str | None, run: list[str] | None) -> "xr.Dataset":

@@ -414,10 +414,11 @@ def _open_run(store: str | Path, info: RunInfo) -> xr.Dataset:
     dataset = dataset.assign({n: a for n, a in texts.items() if n not in dataset.coords})
     dataset = dataset[[*info.attrs["variables"], "seconds", "completed"]]
     units = info.attrs.get("units", [])
-    for name, array in dataset.data_vars.items():
-        if name != "completed":
+    for name, array in list(dataset.data_vars.items()):
+        # A published summary over cells has no cell to be complete.
+        if name != "completed" and (units or "cell" in array.dims):
             done = _done(dataset, array, units)
-            dataset[name] = array.where(done, _fill(array)).assign_attrs(array.attrs)
+            dataset[str(name)] = array.where(done, _fill(array)).assign_attrs(array.attrs)
     return dataset
 
 

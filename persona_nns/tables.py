@@ -5,11 +5,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from persona_nns.errors import UsageError
 from persona_nns.store import RunInfo
 from persona_nns.variables import FILL
 
@@ -35,6 +37,10 @@ def result_table(results: xr.Dataset, name: str) -> Table:
         return _text_table(array)
     units = array.attrs.get("units", "1")
     title = f"{name}: {array.attrs.get('long_name', name)}"
+    # A summary over cells is five numbers, whose median and quartiles are its own.
+    is_summary = "statistic" in array.dims
+    if is_summary:
+        array = array.rename(statistic="cell")
     over, across = _summarised(results, array)
     n_units = int(results["completed"].any("model").sum())
     counted = f"{n_units} cells" if over == ["cell"] else f"every {', '.join(over)}"
@@ -53,7 +59,7 @@ def result_table(results: xr.Dataset, name: str) -> Table:
         table.add_column("depth", justify="right")
     # Of what is not complete, only a truth value is not marked as missing by its own value.
     complete = results["completed"] if set(results["completed"].dims) <= set(array.dims) else True
-    present = array.where(complete & _measured(array))
+    present = array if is_summary else array.where(complete & _measured(array))
     stacked = present.stack(column=across) if across else present.expand_dims(column=[""])
     stacked = stacked.stack(sample=over) if over else stacked.expand_dims(sample=[0])
     for label in stacked.column.values.tolist():
@@ -124,7 +130,7 @@ def _quartiles(values: np.ndarray[tuple[int], np.dtype[np.floating]]) -> str:
     if not present.size:
         return "–"
     low, median, high = np.percentile(present, [25, 50, 75])
-    return f"{number(median)} [dim]\\[{_short(low)},{_short(high)}][/dim]"
+    return f"{number(median)} [dim]\\[{short_number(low)},{short_number(high)}][/dim]"
 
 
 def number(value: float) -> str:
@@ -132,10 +138,24 @@ def number(value: float) -> str:
     return f"{value:.3f}".replace("-0.000", "0.000")
 
 
-def _short(value: float) -> str:
+def short_number(value: float) -> str:
     """Three significant places without the leading zero, as the paper's tables have it."""
     text = number(value) if abs(value) < 10 else f"{value:.1f}"
     return text.replace("0.", ".", 1) if abs(value) < 1 else text
+
+
+def save_csv(frame: pd.DataFrame, file: Path) -> str:
+    """Write a table; returns the path.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        frame.to_csv(file, index=False)
+    except OSError as error:
+        raise UsageError(f"The table {str(file)!r} cannot be written: {error}.") from error
+    return str(file)
 
 
 def runs_table(runs: Iterable[RunInfo], title: str) -> Table:
