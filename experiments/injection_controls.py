@@ -18,7 +18,7 @@ reached, at all generated positions. `together` is all of these (with `persona_l
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from nnsight import TransformersModel, save
@@ -198,7 +198,7 @@ def measure(
         rows = [prompt.ids for prompt in of_name]
         prefix = prefill(model, [ids[:-n_shown] for ids in rows], reuse=reuse)
         window = open_window(rows, reference.ids[:, :-1], prefix)
-        inputs = window.inputs()
+        inputs: Any = window.inputs()
         if reuse and prefix is None:  # a prompt without a token before the window
             inputs |= {"past_key_values": DynamicCache(), "use_cache": True}
         with model.trace(inputs, logits_to_keep=n_eval):

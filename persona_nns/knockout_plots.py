@@ -98,7 +98,7 @@ def _panel(axis: Axes, values: xr.DataArray, kind: str, n_layers: int) -> None:
     places = _places(n_layers)[kind]
     labels = list(places)
     frame = values.sel(layer_band=labels).rename("value").to_dataframe().reset_index()
-    frame["place"] = frame["layer_band"].map(places)
+    frame["place"] = [places[label] for label in frame["layer_band"]]
     order = values.blocked.values.tolist()
     frame["blocked"] = pd.Categorical(frame["blocked"], categories=order, ordered=True)
     sns.lineplot(

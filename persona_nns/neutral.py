@@ -86,7 +86,7 @@ def _join(
     prefix = range(moved_spans["persona"].start)
     return PaddedPrompt(
         Prompt(
-            text=str(tokenizer.decode(ids)),
+            text=str(tokenizer.decode(list(ids))),
             ids=ids,
             spans={**moved_spans, "prefix": prefix},
             user_last=None if host.user_last is None else host.user_last + added,

@@ -267,7 +267,8 @@ def test_the_clean_residuals_are_the_clean_keys_and_values(
     for prompt in (clean, host):
         cache = DynamicCache()
         plain(torch.tensor([prompt.ids[:-1]]), past_key_values=cache, use_cache=True)
-        caches.append([(layer.keys, layer.values) for layer in cache.layers])
+        layers: Any = cache.layers
+        caches.append([(layer.keys, layer.values) for layer in layers])
     joined = DynamicCache(
         [
             tuple(
