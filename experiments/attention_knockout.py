@@ -24,9 +24,9 @@ from persona_nns.continuations import read_continuation
 from persona_nns.grids import Cell
 from persona_nns.knockout import BLOCKED, block_keys, blocked_queries, persona_keys, share_out
 from persona_nns.knockout_plots import kl_by_band, markers_by_blocked
+from persona_nns.markers import count_markers, warn_without_markers
 from persona_nns.metrics import log_probabilities, summed_kl
 from persona_nns.models import end_tokens
-from persona_nns.organism.markers import find_markers
 from persona_nns.prompts import render_cell
 from persona_nns.variables import Variable
 from persona_nns.window import open_window, prefill, read_clean_run, stack_windows
@@ -121,6 +121,7 @@ def measure(
         n_tokens: length of the continuations that are searched for markers.
         reuse: run shared prefixes once and resume at the first layer of a band.
     """
+    warn_without_markers(cells)
     prompts = [render_cell(model.tokenizer, cell, ("XY", "BY")) for cell in cells]
     clean_prompts = [prompt["XY"] for prompt in prompts]
     n_layers = len(model.layers)
@@ -217,14 +218,11 @@ def measure(
             with tracer.invoke():  # reached even where every text ends early
                 said = save(tracer.result)
     continuation = read_continuation(said.sequences, n_prompt, n_tokens, end_tokens(model))
-    texts = [
-        model.tokenizer.decode(ids[:length], skip_special_tokens=True)
-        for ids, length in zip(continuation.ids.tolist(), continuation.length.tolist(), strict=True)
-    ]
+    texts = continuation.texts(model.tokenizer)
     by_cell = [texts[row :: len(cells)] for row in range(len(cells))]
     found = torch.tensor(
         [
-            [len(find_markers(text, cell.markers)) for text in of_cell]
+            [count_markers(text, cell) for text in of_cell]
             for cell, of_cell in zip(cells, by_cell, strict=True)
         ]
     )

@@ -28,6 +28,7 @@ from persona_nns.knockout import BLOCKED, block_keys, blocked_queries, persona_k
 from persona_nns.prompts import render_cell
 from persona_nns.window import prefill
 
+pytestmark = pytest.mark.filterwarnings("ignore:The grid has no markers")
 N_TOKENS = 7  # of the continuations
 LABELS = band_labels(5)
 

@@ -11,6 +11,8 @@ import persona_nns as pn
 from persona_nns.grids import Grid
 from persona_nns.plots import draw
 
+pytestmark = pytest.mark.filterwarnings("ignore:The grid has no markers")
+
 
 def test_knockout_curves_show_the_medians_over_cells(
     tmp_path: Path, random_model: Callable[[str], TransformersModel], small_grid: Grid
