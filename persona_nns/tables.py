@@ -22,6 +22,8 @@ from persona_nns.store import RunInfo
 _MOST_COLUMNS = 12
 # Beside the results: what the store notes about their making.
 _BOOKKEEPING = ("seconds", "completed")
+# Dimensions whose labels are rows of a table; of two of them, the first.
+_DOWN = ("layer", "layer_band", "control", "layer_set", "site")
 
 
 def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> Table:
@@ -42,7 +44,7 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
         return _text_table(array)
     units = array.attrs.get("units", "1")
     title = f"{name}: {array.attrs.get('long_name', name)}"
-    down = next((dim for dim in ("layer", "layer_set", "site") if dim in array.dims), None)
+    down = next((dim for dim in _DOWN if dim in array.dims), None)
     # A summary over cells is five numbers, whose median and quartiles are its own.
     is_summary = "statistic" in array.dims
     present = array if is_summary else measured_values(results, name)
