@@ -44,8 +44,10 @@ protocol_version = 1
 
 COMPONENTS = ("mlp", "attn")
 POSITION_SETS = ("all", "identity")
-# Tokens of a pass, and bytes of the unpatched runs' activations, that are held at a time.
-_PASS_TOKENS = 8192
+# Tokens of a pass: a processor is fastest while they stay in its cache, an accelerator when busy.
+_PASS_TOKENS = {"cpu": 1536}
+_PASS_TOKENS_ELSEWHERE = 16384
+# Bytes of the unpatched runs' activations that are held at a time.
 _HELD_BYTES = 2**30
 _RESAMPLES = 9999
 
@@ -356,38 +358,72 @@ def _patch_pair(
     corrupt = [pair.asked_corrupt[k] for k in chunk]
     control = [pair.asked_control[k] for k in chunk] if pair.is_diagonal else []
     run = _run_unpatched(model, [*clean, *corrupt, *control], reuse=reuse)
-    n, n_heads = len(chunk), run.attention.shape[2]
+    n = len(chunk)
+    source, patched = _partners(run, clean, corrupt)
+    logits, attention = _patch_components(model, run, source, patched, layers)
+    return {
+        "logits": run.logits[:n],
+        "logits_corrupt": run.logits[n : 2 * n],
+        "logits_patched": logits,
+        "head_logits_patched": _patch_heads(model, run, source, patched, layers),
+        "attention": run.attention[:n, layers],
+        "attention_value": run.attention_value[:n, layers],
+        # Only a pair on the diagonal writes this one.
+        "attention_control": run.attention[2 * n :, layers]
+        if control
+        else torch.full_like(run.attention[:n, layers], torch.nan),
+        "attention_patched": attention,
+    }
 
-    # Where each token of the corrupt prompts has its partner, and which are patched:
-    # [position set, question, column].
+
+def _partners(
+    run: Unpatched, clean: Sequence[Asked], corrupt: Sequence[Asked]
+) -> tuple[Tensor, Tensor]:
+    """Where each token of the corrupt prompts takes its value from, and which tokens do.
+
+    Returns:
+        [question, column], columns of the clean row; [position set, question, column], whether
+        the token is patched.
+    """
     start, width = run.window.start, run.window.input_ids.shape[1]
     aligned = [align(a, b)[start:] for a, b in zip(clean, corrupt, strict=True)]
-    partner = torch.tensor([[*row, *[-1] * (width - len(row))] for row in aligned])
-    partner = partner.to(model.device) - start
-    patched = torch.stack([partner >= 0, (partner >= 0) & run.identity[n : 2 * n]])
-    partner = partner.clamp(min=0)
+    token = torch.tensor([[*row, *[-1] * (width - len(row))] for row in aligned])
+    column = token.to(run.last.device) - start
+    n = len(clean)
+    patched = torch.stack([column >= 0, (column >= 0) & run.identity[n : 2 * n]])
+    return column.clamp(min=0), patched
 
-    # One component of one block at a time, for both position sets and all questions at once.
-    by_set = [(s, q) for s in range(len(POSITION_SETS)) for q in range(n)]
-    logits = run.logits.new_empty(n, len(COMPONENTS), len(layers), len(POSITION_SETS), 4)
-    attention = run.attention[n : 2 * n, None, None, None].repeat(
-        1, len(COMPONENTS), len(layers), len(POSITION_SETS), 1, 1
-    )
+
+def _patch_components(
+    model: TransformersModel, run: Unpatched, source: Tensor, patched: Tensor, layers: list[int]
+) -> tuple[Tensor, Tensor]:
+    """One component of one block at a time, in both position sets and all questions at once.
+
+    Returns:
+        Logits, [question, component, layer, position set, letter], and attention to the
+        identity, [question, component, layer, position set, attention layer, head].
+    """
+    n = len(source)
+    shape = (n, len(COMPONENTS), len(layers), len(POSITION_SETS))
+    logits = run.logits.new_empty(*shape, len(LETTERS))
+    # Up to the patched block itself, attention is what it was.
+    attention = run.attention[n : 2 * n, None, None, None].repeat(1, *shape[1:], 1, 1)
+    rows = [(q, s) for q in range(n) for s in range(len(POSITION_SETS))]
     for k, layer in enumerate(layers):
-        for c, component in enumerate(COMPONENTS):
-            for part in _passes(by_set, width):
-                s, q = torch.tensor(part, device=model.device).T
-                window = run.window.rows(n + q, layer)
+        for c, outputs in enumerate((run.mlp[layer], run.attn[layer])):
+            for q, s in _passes(rows, run):
                 last, identity, letters = run.last[n + q], run.identity[n + q], run.letters[n + q]
-                where = patched[s, q][:, :, None]
-                value = take((run.mlp if component == "mlp" else run.attn)[layer][q], partner[q])
+                width = int(last.max()) + 1
+                window = run.window.rows(n + q, layer, width)
+                where = patched[s, q, :width, None]
+                value = take(outputs[q], source[q, :width])
                 with model.trace(window.inputs()):
                     window.resume(model, layer)
                     block = model.layers[layer]
-                    site = block.mlp if component == "mlp" else block.attn.o_proj
+                    site = block.mlp if COMPONENTS[c] == "mlp" else block.attn.o_proj
                     site.output = torch.where(where, value, site.output)
                     looks = [
-                        _look(block.attn.output[1], last, identity)
+                        _weights(block.attn.output[1], last, identity[:, :width]).float().sum(-1)
                         for block in model.layers[layer + 1 :]
                     ]
                     model.lm_head.input = take(model.lm_head.input, last)
@@ -396,40 +432,38 @@ def _patch_pair(
                 logits[q, c, k, s] = said
                 if looked:
                     attention[q, c, k, s, layer + 1 :] = torch.stack(looked, dim=1)
+    return logits, attention
 
-    # One head of one block at a time: all heads of the block at once too.
-    by_head = [(s, q, h) for s, q in by_set for h in range(n_heads)]
-    head_logits = run.logits.new_empty(n, len(layers), n_heads, len(POSITION_SETS), 4)
+
+def _patch_heads(
+    model: TransformersModel, run: Unpatched, source: Tensor, patched: Tensor, layers: list[int]
+) -> Tensor:
+    """One head of one block at a time, all heads of the block at once.
+
+    Returns:
+        Logits, [question, layer, head, position set, letter].
+    """
+    n, n_heads = len(source), run.attention.shape[-1]
+    logits = run.logits.new_empty(n, len(layers), n_heads, len(POSITION_SETS), len(LETTERS))
+    rows = [(q, s, h) for q in range(n) for s in range(len(POSITION_SETS)) for h in range(n_heads)]
     for k, layer in enumerate(layers):
-        heads = run.heads[layer]
-        of_head = torch.arange(heads.shape[-1], device=model.device) // (heads.shape[-1] // n_heads)
-        for part in _passes(by_head, width):
-            s, q, h = torch.tensor(part, device=model.device).T
-            window = run.window.rows(n + q, layer)
+        outputs = run.heads[layer]
+        features = torch.arange(outputs.shape[-1], device=outputs.device)
+        head_of = features // (outputs.shape[-1] // n_heads)
+        for q, s, h in _passes(rows, run):
             last, letters = run.last[n + q], run.letters[n + q]
-            where = patched[s, q][:, :, None] & (of_head == h[:, None])[:, None]
-            value = take(heads[q], partner[q])
+            width = int(last.max()) + 1
+            window = run.window.rows(n + q, layer, width)
+            where = patched[s, q, :width, None] & (head_of == h[:, None])[:, None]
+            value = take(outputs[q], source[q, :width])
             with model.trace(window.inputs()):
                 window.resume(model, layer)
                 projection = model.layers[layer].attn.o_proj
                 projection.input = torch.where(where, value, projection.input)
                 model.lm_head.input = take(model.lm_head.input, last)
                 said = save(model.output.logits[:, -1].gather(1, letters).float())
-            head_logits[q, k, h, s] = said
-
-    return {
-        "logits": run.logits[:n],
-        "logits_corrupt": run.logits[n : 2 * n],
-        "logits_patched": logits,
-        "head_logits_patched": head_logits,
-        "attention": run.attention[:n, layers],
-        "attention_value": run.attention_value[:n, layers],
-        # Only a pair on the diagonal writes this one.
-        "attention_control": run.attention[2 * n :, layers]
-        if control
-        else torch.full((n, len(layers), n_heads), torch.nan),
-        "attention_patched": attention,
-    }
+            logits[q, k, h, s] = said
+    return logits
 
 
 def _run_unpatched(model: TransformersModel, rows: Sequence[Asked], *, reuse: bool) -> Unpatched:
@@ -500,11 +534,6 @@ def _weights(probabilities: Tensor, last: Tensor, identity: Tensor) -> Tensor:
     return probabilities[..., -n_window:].gather(2, query)[:, :, 0] * identity[:, None]
 
 
-def _look(probabilities: Tensor, last: Tensor, identity: Tensor) -> Tensor:
-    """The same, summed over the identity: [row, head]."""
-    return _weights(probabilities, last, identity).float().sum(-1)
-
-
 def _apart(weights: Tensor, values: Tensor) -> Tensor:
     """Each head's weighted values as inputs of the output projection that are zero elsewhere.
 
@@ -522,8 +551,9 @@ def _apart(weights: Tensor, values: Tensor) -> Tensor:
     return (own[:, :, None] * mixed[:, :, None]).flatten(2)
 
 
-def _passes(rows: Sequence[tuple[int, ...]], width: int) -> Iterator[Sequence[tuple[int, ...]]]:
-    """Cut rows into passes of a bounded number of tokens."""
-    size = max(1, _PASS_TOKENS // width)
+def _passes(rows: Sequence[tuple[int, ...]], run: Unpatched) -> Iterator[Tensor]:
+    """Cut patches into passes of a bounded number of tokens; each as its columns, [field, row]."""
+    tokens = _PASS_TOKENS.get(run.last.device.type, _PASS_TOKENS_ELSEWHERE)
+    size = max(1, tokens // run.window.input_ids.shape[1])
     for first in range(0, len(rows), size):
-        yield rows[first : first + size]
+        yield torch.tensor(rows[first : first + size], device=run.last.device).T

@@ -117,19 +117,24 @@ class Window:
         """Columns of the window in which tokens stand, [row, …], by their place in the row."""
         return index + self.padding.view(-1, *[1] * (index.dim() - 1)) - self.start
 
-    def rows(self, index: Tensor, layer: int) -> "Window":
-        """Some of the rows, or some of them several times, for a pass that resumes at a layer."""
+    def rows(self, index: Tensor, layer: int, width: int) -> "Window":
+        """Some of the rows, or some of them several times, for a pass that resumes at a layer.
+
+        Args:
+            index: [row], rows of this window.
+            layer: where the pass resumes.
+            width: the columns of these rows that are not all padding on the right.
+        """
+        clean = None if self.clean is None else self.clean[layer, index, :width]
         return Window(
-            input_ids=self.input_ids[index],
-            attention_mask=self.attention_mask[index],
-            position_ids=self.position_ids[index],
+            input_ids=self.input_ids[index, :width],
+            attention_mask=self.attention_mask[index, : self.start + width],
+            position_ids=self.position_ids[index, :width],
             start=self.start,
             padding=self.padding[index],
             prefix=None if self.prefix is None else self.prefix.rows(index),
             # A view that repeats the one layer that is read, so that the others are not copied.
-            clean=None
-            if self.clean is None
-            else self.clean[layer, index].expand(layer + 1, -1, -1, -1),
+            clean=None if clean is None else clean.expand(layer + 1, -1, -1, -1),
         )
 
     def resume(self, model: TransformersModel, layer: int) -> None:
