@@ -460,10 +460,24 @@ def _patch_heads(
                 window.resume(model, layer)
                 projection = model.layers[layer].attn.o_proj
                 projection.input = torch.where(where, value, projection.input)
+                if window.clean is not None:
+                    _finish_last_token(model, last, attention_too=layer < len(model.layers) - 1)
                 model.lm_head.input = take(model.lm_head.input, last)
                 said = save(model.output.logits[:, -1].gather(1, letters).float())
             logits[q, k, h, s] = said
     return logits
+
+
+def _finish_last_token(model: TransformersModel, last: Tensor, *, attention_too: bool) -> None:
+    """Inside a trace: let the last block work on the last prompt token alone.
+
+    Nothing reads what it makes of the others beyond their keys and values. Its outputs, one
+    column wide, are added to every column of the residual, of which the last token's is right.
+    """
+    block = model.layers[-1]
+    if attention_too:
+        block.attn.o_proj.input = take(block.attn.o_proj.input, last)
+    block.mlp.input = take(block.mlp.input, last)
 
 
 def _run_unpatched(model: TransformersModel, rows: Sequence[Asked], *, reuse: bool) -> Unpatched:
