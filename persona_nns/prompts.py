@@ -111,6 +111,13 @@ def render(tokenizer: PreTrainedTokenizerBase, persona: str | None, task: str) -
     )
 
 
+def tokens_between(tokenizer: PreTrainedTokenizerBase, text: str, start: int, stop: int) -> range:
+    """The tokens of a rendered text whose first non-space character is start … stop − 1."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts = _first_characters(text, encoded["offset_mapping"])
+    return range(bisect_left(starts, start), bisect_left(starts, stop))
+
+
 def apply_template(tokenizer: PreTrainedTokenizerBase, content: str, *, header: bool) -> str:
     """The text of one user turn, with or without the generation header.
 

@@ -31,10 +31,11 @@ class Variable:
 
     Attributes:
         dims: its dimensions after ``model``, ``cell`` first: ``"cell layer position"``. Beside
-            ``layer`` and ``position``, any dimension whose labels are in ``coords``. An array
+            ``layer`` and ``position``, any dimension whose labels are in ``coords`` or, of an
+            experiment that plans its own units instead of cells, in its plan. An array
             with ``d_model`` is measured where residuals are kept, and has a group of its own.
         long_name: what it is called on an axis.
-        units: ``nat``, ``token`` or ``1``.
+        units: ``nat``, ``logit``, ``token`` or ``1``.
         description: one or two sentences: what it is, over what, in which direction.
         kind: what it holds; ``float`` is stored as float32.
         every_layer: it has all layers 0 … n_layers, not only those asked for.
@@ -52,7 +53,7 @@ class Variable:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The dimensions by name, ``cell`` first."""
+        """The dimensions by name."""
         return tuple(self.dims.split())
 
     @property

@@ -140,6 +140,26 @@ class Window:
         """Columns of the window in which tokens stand, [row, …], by their place in the row."""
         return index + self.padding.view(-1, *[1] * (index.dim() - 1)) - self.start
 
+    def rows(self, index: Tensor, layer: int, width: int) -> "Window":
+        """Some of the rows, or some of them several times, for a pass that resumes at a layer.
+
+        Args:
+            index: [row], rows of this window.
+            layer: where the pass resumes.
+            width: the columns of these rows that are not all padding on the right.
+        """
+        clean = None if self.clean is None else self.clean[layer, index, :width]
+        return Window(
+            input_ids=self.input_ids[index, :width],
+            attention_mask=self.attention_mask[index, : self.start + width],
+            position_ids=self.position_ids[index, :width],
+            start=self.start,
+            padding=self.padding[index],
+            prefix=None if self.prefix is None else self.prefix.rows(index),
+            # A view that repeats the one layer that is read, so that the others are not copied.
+            clean=None if clean is None else clean.expand(layer + 1, -1, -1, -1),
+        )
+
     def resume(self, model: TransformersModel, layer: int) -> None:
         """Inside a trace: go on from the clean run's residual at the input of block ``layer``.
 
@@ -315,6 +335,35 @@ def _stack(windows: Sequence[Window]) -> Window:
         padding=torch.cat([window.padding + start - window.start for window in windows]),
         prefix=_join(prefixes) if prefixes else None,
         clean=torch.cat(cleans, dim=1) if cleans else None,
+    )
+
+
+def open_ragged_window(
+    rows: Sequence[Sequence[int]], prefix: Prefix | None, *, device: torch.device
+) -> Window:
+    """The window of rows that share their first tokens and then differ in length.
+
+    It is padded on the right, where nothing attends to the padding, so that the columns of a row
+    stay as far apart as its tokens (a sliding window counts columns) and token ``i`` of every row
+    stands in column ``i - start``. The last token of a row is not in the last column.
+
+    Args:
+        rows: token ids, the prefix included.
+        prefix: caches of the first tokens, equally many of every row; or None.
+        device: where the batch goes.
+    """
+    start = 0 if prefix is None else prefix.width
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    column = torch.arange(width, device=device)
+    length = torch.tensor([len(row) for row in rows], device=device)
+    return Window(
+        input_ids=ids[:, start:],
+        attention_mask=(column < length[:, None]).long(),
+        position_ids=column[start:].expand(len(rows), -1),
+        start=start,
+        padding=torch.zeros_like(length),
+        prefix=prefix,
     )
 
 

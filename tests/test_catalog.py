@@ -17,7 +17,7 @@ def test_every_bundled_experiment_loads_and_documents_its_variables() -> None:
         for variable in experiment.variables.values():
             assert variable.long_name
             assert variable.description
-            assert variable.units in {"1", "nat", "token", "byte"}
+            assert variable.units in {"1", "nat", "token", "byte", "logit"}
 
 
 def test_localized_positions_declares_what_the_protocol_says() -> None:
