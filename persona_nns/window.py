@@ -17,67 +17,13 @@ from typing import Any
 import torch
 from nnsight import TransformersModel, save
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 from persona_nns.batches import left_pad
+from persona_nns.kv import KVCache, read_cache, stack
 
 # Rows are prefilled together while padding is less than this share of their columns.
 _MOST_PADDING = 0.08
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Key-value cache of left-padded rows.
-
-    Attributes:
-        keys: of each layer, [row, kv_head, column, d_head], rotary positions applied.
-        values: of each layer, [row, kv_head, column, d_head].
-        attention_mask: [row, column], 0 on padding.
-    """
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    attention_mask: Tensor
-
-    @property
-    def width(self) -> int:
-        """Columns."""
-        return self.attention_mask.shape[1]
-
-    def rows(self, index: Tensor) -> "Prefix":
-        """Some of the rows, or some of them several times."""
-        return Prefix(
-            tuple(keys[index] for keys in self.keys),
-            tuple(values[index] for values in self.values),
-            self.attention_mask[index],
-        )
-
-    def until(self, column: int) -> "Prefix":
-        """The columns before ``column``; a view."""
-        return Prefix(
-            tuple(keys[:, :, :column] for keys in self.keys),
-            tuple(values[:, :, :column] for values in self.values),
-            self.attention_mask[:, :column],
-        )
-
-    def cache(self) -> DynamicCache:
-        """A cache for one pass, which may grow it: a later pass needs another.
-
-        It is built without the model's configuration, so that layers with a sliding window keep
-        every column (one that has forgotten columns cannot be cut back) and the model's masks do
-        the windowing.
-        """
-        return DynamicCache(list(zip(self.keys, self.values, strict=True)))
-
-
-def read_cache(cache: Cache, attention_mask: Tensor) -> Prefix:
-    """The content of a cache after a pass over rows with this mask [row, column]."""
-    layers: Any = cache.layers
-    return Prefix(
-        tuple(layer.keys for layer in layers),
-        tuple(layer.values for layer in layers),
-        attention_mask[:, : layers[0].keys.shape[2]],
-    )
 
 
 @dataclass(frozen=True)
@@ -100,7 +46,7 @@ class Window:
     position_ids: Tensor
     start: int
     padding: Tensor
-    prefix: Prefix | None = None
+    prefix: KVCache | None = None
     clean: Tensor | None = None
 
     def inputs(self) -> dict[str, Any]:
@@ -129,8 +75,8 @@ class Window:
 
 def prefill(
     model: TransformersModel, rows: Sequence[Sequence[int]], *, reuse: bool = True
-) -> Prefix | None:
-    """Run rows of tokens once and keep their caches; equal rows are run once.
+) -> KVCache | None:
+    """Run rows of tokens once and keep their caches, if there is anything to keep.
 
     Args:
         model: from `load_model`.
@@ -140,11 +86,22 @@ def prefill(
     Returns:
         The caches, padded on the left to the longest row; None where there is nothing to keep.
     """
-    if not reuse or not all(rows):
-        return None
+    return fill_cache(model, rows) if reuse and all(rows) else None
+
+
+def fill_cache(model: TransformersModel, rows: Sequence[Sequence[int]]) -> KVCache:
+    """Run rows of tokens and keep their caches; equal rows are run once.
+
+    Args:
+        model: from `load_model`.
+        rows: token ids, one row for each row of the result; none is empty.
+
+    Returns:
+        The caches, padded on the left to the longest row.
+    """
     distinct = list(dict.fromkeys(map(tuple, rows)))
     order = sorted(range(len(distinct)), key=lambda row: len(distinct[row]))
-    parts: list[Prefix] = []
+    parts: list[KVCache] = []
     for part in _similar([distinct[row] for row in order]):
         batch = left_pad(part, device=model.device)
         with model.trace(
@@ -158,7 +115,7 @@ def prefill(
         parts.append(read_cache(cache, batch.attention_mask))
     place = {distinct[row]: k for k, row in enumerate(order)}
     index = torch.tensor([place[tuple(row)] for row in rows], device=model.device)
-    return _join(parts).rows(index)
+    return stack(parts).rows(index)
 
 
 def _similar(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
@@ -173,28 +130,8 @@ def _similar(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
     yield part
 
 
-def _join(parts: Sequence[Prefix]) -> Prefix:
-    """Stack caches of different width, padding them on the left."""
-    width = max(part.width for part in parts)
-
-    def pad(tensor: Tensor, part: Prefix) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, 0, width - part.width, 0))
-
-    n_layers = len(parts[0].keys)
-    return Prefix(
-        tuple(torch.cat([pad(part.keys[k], part) for part in parts]) for k in range(n_layers)),
-        tuple(torch.cat([pad(part.values[k], part) for part in parts]) for k in range(n_layers)),
-        torch.cat(
-            [
-                torch.nn.functional.pad(part.attention_mask, (width - part.width, 0))
-                for part in parts
-            ]
-        ),
-    )
-
-
 def open_window(
-    prompts: Sequence[Sequence[int]], continuation: Tensor, prefix: Prefix | None
+    prompts: Sequence[Sequence[int]], continuation: Tensor, prefix: KVCache | None
 ) -> Window:
     """The window of prompts and what is said to follow them, behind a prefix.
 
@@ -235,7 +172,7 @@ class CleanRun:
     n_prompt: int
     logits: Tensor
     residual: Tensor
-    cache: Prefix | None
+    cache: KVCache | None
 
     def narrow(self, site: Tensor, n_generated: int) -> Window:
         """The part of the run that an intervention can change and that is scored.
@@ -256,7 +193,7 @@ class CleanRun:
         return self._columns(first, stop, prefix, self.residual[:, :, first:stop])
 
     def _columns(
-        self, first: int, stop: int, prefix: Prefix | None, clean: Tensor | None
+        self, first: int, stop: int, prefix: KVCache | None, clean: Tensor | None
     ) -> Window:
         before = self.window.start + first
         return Window(
@@ -271,7 +208,7 @@ class CleanRun:
 
 
 def read_clean_run(
-    said: Any, prompts: Sequence[Sequence[int]], continuation: Tensor, prefix: Prefix | None
+    said: Any, prompts: Sequence[Sequence[int]], continuation: Tensor, prefix: KVCache | None
 ) -> CleanRun:
     """Read a greedy run off what ``generate`` returned.
 
