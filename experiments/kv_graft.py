@@ -14,7 +14,7 @@ import torch
 from nnsight import TransformersModel, save
 from pydantic import AfterValidator, Field
 
-from persona_nns.bands import layer_bands
+from persona_nns.bands import band_labels, band_layers
 from persona_nns.batches import left_pad
 from persona_nns.closure_plots import closure_by_band, closure_by_graft, closure_heatmap
 from persona_nns.continuations import read_continuation
@@ -32,6 +32,7 @@ defaults = {"grid": "review"}
 
 SPANS: tuple[Span, ...] = ("prefix", "persona", "task", "tail")
 Origins = Mapping[Span, PromptName]
+Spans = Sequence[Mapping[PromptName, Mapping[Span, range]]]  # of each row, by prompt and name
 
 
 def host_with(**grafted: PromptName) -> Origins:
@@ -70,14 +71,12 @@ def graft_labels(_: ModelRecord, parameters: Mapping[str, Any]) -> list[str]:
     return parameters["grafts"].split(",")
 
 
-def band_labels(record: ModelRecord, _: Mapping[str, Any]) -> list[str]:
-    """The layer bands of a model."""
-    return list(layer_bands(record.n_layers))
-
-
 _ONLY_PERSONA = "Bands other than 'all' are measured for the graft 'persona'."
 _ONLY_CONTINUED = f"Measured for the grafts {', '.join(CONTINUED)}."
-_coords = {"graft": graft_labels, "layer_band": band_labels}
+_coords = {
+    "graft": graft_labels,
+    "layer_band": lambda record, _: band_labels(record.n_layers),
+}
 
 variables = {
     "kl": Variable(
@@ -122,13 +121,15 @@ variables = {
     "any_marker": Variable(
         "cell graft",
         "any persona marker",
-        description=f"1 where the continuation has a marker of the persona. {_ONLY_CONTINUED}",
+        description=f"Whether a marker of the persona occurs in it. {_ONLY_CONTINUED}",
+        kind="bool",
         coords={"graft": graft_labels},
     ),
     "distinct_markers": Variable(
         "cell graft",
         "distinct persona markers",
-        description=f"Different markers of the persona in the continuation. {_ONLY_CONTINUED}",
+        description="How many different markers of the persona occur in it; −1 where nothing was "
+        f"generated. {_ONLY_CONTINUED}",
         kind="int",
         coords={"graft": graft_labels},
     ),
@@ -162,8 +163,11 @@ def measure(
     """
     asked = grafts.split(",")
     prompts = [render_cell(model.tokenizer, cell) for cell in cells]
-    bands = layer_bands(len(model.layers))
-    spans = [{name: spans_before_last(prompt[name]) for name in ROLE_PROMPTS} for prompt in prompts]
+    n_layers = len(model.layers)
+    bands = [band_layers(label, n_layers) for label in band_labels(n_layers)]
+    spans: Spans = [
+        {name: spans_before_last(prompt[name]) for name in ROLE_PROMPTS} for prompt in prompts
+    ]
 
     # Everything before p_last of each prompt, once; and how this model's keys are moved.
     source: dict[PromptName, KVCache] = {
@@ -207,7 +211,7 @@ def measure(
         window = open_window(rows, forced, cache)
         with model.trace(window.inputs(), logits_to_keep=n_eval):
             kl[:, g, 0] = save(summed_kl(clean, log_probabilities(model.output.logits), scored))
-        cache_bytes[:, g, 0] = torch.tensor(sizes) * cache.token_bytes * len(model.layers)
+        cache_bytes[:, g, 0] = torch.tensor(sizes) * cache.token_bytes * n_layers
         if graft in CONTINUED:
             grafted[graft] = rows, cache
 
@@ -240,11 +244,11 @@ def measure(
             window = replace(window, clean=torch.stack(residual))
         g = asked.index("persona")
         sizes = torch.tensor(grafted_tokens(GRAFTS["persona"], spans)) * persona.token_bytes
-        for b, band in list(enumerate(bands.values()))[1:]:
+        for b, band in list(enumerate(bands))[1:]:
             window = replace(window, prefix=persona.only_in(band, host))
             with model.trace(window.inputs(), logits_to_keep=n_eval):
                 window.resume(model, band.start)
-                for layer in range(band.start if reuse else 0, len(model.layers)):
+                for layer in range(band.start if reuse else 0, n_layers):
                     block = model.layers[layer]
                     args, kwargs = block.attn.inputs
                     lacks = persona_lacks if layer in band else host_lacks
@@ -280,7 +284,7 @@ def measure(
         "cache_bytes": cache_bytes,
         "n_eval": scored.sum(1),
         "text": text,
-        "any_marker": torch.where(distinct < 0, torch.nan, (distinct > 0).float()),
+        "any_marker": distinct > 0,
         "distinct_markers": distinct,
     }
 
@@ -291,9 +295,6 @@ def spans_before_last(prompt: Prompt) -> dict[Span, range]:
     return {
         name: range(prompt.spans[name].start, min(prompt.spans[name].stop, last)) for name in SPANS
     }
-
-
-Spans = Sequence[Mapping[PromptName, Mapping[Span, range]]]
 
 
 def tokens_of(

@@ -1,14 +1,27 @@
-"""Bands of layers: every single one, and cumulative ones from below and from above."""
+"""Bands of layers: the labels of the ``layer_band`` dimension and what they stand for.
+
+Labels are end-exclusive, as Python's slices: ``all``, a single layer ``3``, the first layers
+``0:3`` (layers 0, 1, 2), the last layers ``3:8`` of a model with 8.
+"""
 
 
-def layer_bands(n_layers: int) -> dict[str, range]:
-    """The bands of a model by label, end-exclusive.
+def band_labels(n_layers: int) -> list[str]:
+    """Every band of a model: all layers, each single one, the first ones, the last ones.
 
-    ``all``; single layers ``0`` … ``n-1``; from below ``0:k`` (k = 2 … n−1); from above ``k:n``
-    (k = 1 … n−2, n as a number). Bands of one layer and of all have one label each.
+    ``0:1`` and ``n-1:n`` are the single layers 0 and n-1, ``0:n`` is ``all``: each band has one
+    label.
     """
-    bands = {"all": range(n_layers)}
-    bands |= {str(layer): range(layer, layer + 1) for layer in range(n_layers)}
-    bands |= {f"0:{k}": range(k) for k in range(2, n_layers)}
-    bands |= {f"{k}:{n_layers}": range(k, n_layers) for k in range(1, n_layers - 1)}
-    return bands
+    return [
+        "all",
+        *(str(layer) for layer in range(n_layers)),
+        *(f"0:{stop}" for stop in range(2, n_layers)),
+        *(f"{start}:{n_layers}" for start in range(1, n_layers - 1)),
+    ]
+
+
+def band_layers(label: str, n_layers: int) -> range:
+    """The layers of a band."""
+    if label == "all":
+        return range(n_layers)
+    start, _, stop = label.partition(":")
+    return range(int(start), int(stop) if stop else int(start) + 1)

@@ -40,7 +40,7 @@ def closure_heatmap(results: xr.Dataset) -> Figure:
         axes = figure.subplots(len(models), 2, squeeze=False, gridspec_kw=ratios)
         for row, model in enumerate(models):
             panel = medians.sel(model=model)
-            whole = panel.sel(layer_band=["all"]).transpose("graft", "layer_band").to_pandas()
+            whole = panel.sel(layer_band="all", drop=True).to_series().to_frame("all layers")
             _heat(axes[row, 0], whole)
             axes[row, 0].set_title(model)
             _heat(axes[row, 1], _by_layer(panel))
