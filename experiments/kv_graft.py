@@ -175,6 +175,9 @@ def measure(
         for name in ROLE_PROMPTS
     }
     rotation = read_rotation(model, reach=max(cache.width for cache in source.values()))
+    if rotation.refusal:  # said only if a key has to move
+        hint = f"{rotation.refusal} With --grafts none,all no key moves."
+        rotation = replace(rotation, refusal=hint)
 
     # The reference: what the model says, greedily, to the clean XY prompt.
     rows = [prompt["XY"].ids for prompt in prompts]

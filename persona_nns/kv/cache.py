@@ -223,7 +223,7 @@ def read_cache(cache: Cache, attention_mask: Tensor, position_ids: Tensor | None
         PersonaError: a layer with a sliding window has forgotten columns.
     """
     layers: Any = cache.layers
-    width = max(layer.keys.shape[2] for layer in layers)
+    width = cache.get_seq_length()  # what was run, whether or not it is still held
     if position_ids is None:
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return KVCache(
