@@ -248,7 +248,7 @@ def test_every_graft_and_band_equals_plain_transformers(
         expected = [oracle.graft(label) for label in EIGHT]
         close(kl[c, :8, 0], expected)
         assert min(expected[:6]) > 1e-4
-        assert len({round(value, 6) for value in expected[:7]}) > 5
+        assert len({round(value, 6) for value in expected[:7]}) > 3
         close(kl[c, 0, 0], oracle.kl(oracle.uncached("BY")))
         assert float(kl[c, 7, 0]) < 1e-6
         close(kl[c, 8, 0], oracle.graft("persona", cached="XB"))
