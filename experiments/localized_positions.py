@@ -29,7 +29,7 @@ from persona_nns.sites import (
     tokens_from_first_site,
 )
 from persona_nns.variables import Variable
-from persona_nns.window import open_window, prefill, read_clean_run
+from persona_nns.window import open_window, prefill, read_clean_run, stack_windows
 
 protocol_version = 1
 defaults = {"layers": "0.25,0.40,0.55,0.70,0.85", "positions": "p_last,g1,g2"}
@@ -120,14 +120,20 @@ def measure(
     n_tokens = n_forced + n_eval
     n_shown = tokens_from_first_site(prompts, positions)
 
+    # Each distinct prompt once, up to the first site: its keys and values are kept.
+    n_cells = len(cells)
+    xy = [prompt["XY"].ids for prompt in prompts]
+    others = [prompt[name].ids for name in ("BB", "XB", "BY") for prompt in prompts]
+    prefix = prefill(model, [ids[:-n_shown] for ids in xy + others], reuse=reuse)
+    before_xy = prefix.rows(slice(n_cells)) if prefix is not None else None
+    before_others = prefix.rows(slice(n_cells, None)) if prefix is not None else None
+
     # The reference: what the model says, greedily, to the clean XY prompt. The pass that says it
     # is the clean run, whose distributions the others are compared with.
-    rows = [prompt["XY"].ids for prompt in prompts]
-    prefix = prefill(model, [ids[:-n_shown] for ids in rows], reuse=reuse)
-    xy = left_pad(rows, device=model.device)
+    batch = left_pad(xy, device=model.device)
     with model.generate(
-        xy.tokens,
-        past_key_values=prefix.cache() if prefix is not None else None,
+        batch.tokens,
+        past_key_values=before_xy.cache() if before_xy is not None else None,
         max_new_tokens=n_tokens,
         do_sample=False,
         num_beams=1,
@@ -136,50 +142,47 @@ def measure(
         return_dict_in_generate=True,
     ) as tracer:
         said = save(tracer.result)
-    reference = read_continuation(
-        said.sequences, xy.input_ids.shape[1], n_tokens, end_tokens(model)
-    )
+    reference = read_continuation(said.sequences, batch.width, n_tokens, end_tokens(model))
     reference.warn_if_short([cell.label for cell in cells], n_tokens)
-    run = read_clean_run(said, rows, reference.ids, prefix)
+    run = read_clean_run(said, xy, reference.ids, before_xy)
     clean = log_probabilities(run.logits)
 
-    # Residuals of the four prompts at every site, each prompt followed by the first reference
-    # tokens and read at its own positions. [layer, cell, position, d_model]
-    site, residual = {}, {}
-    for name in ("XY", "BB", "XB", "BY"):
-        rows = [prompt[name].ids for prompt in prompts]
-        if name != "XY":
-            prefix = prefill(model, [ids[:-n_shown] for ids in rows], reuse=reuse)
-        site[name] = index_sites([prompt[name] for prompt in prompts], positions).to(model.device)
-        window = open_window(rows, reference.ids[:, :n_forced], prefix)
-        column = window.column(site[name])
-        with model.trace(window.inputs(), logits_to_keep=1):
-            read = save(
-                [take(block.input, column) for block in model.layers]
-                + [take(model.final_norm.output, column)]
-            )
-        residual[name] = torch.stack(read).float()
-    bb, xb, by, together = (residual[name] for name in ROLE_PROMPTS)
+    # Residuals at every site, [layer, cell, position, d_model]: of XY in the clean run, of the
+    # other prompts when the first reference tokens are put after them, each at its own positions.
+    site = index_sites([prompt["XY"] for prompt in prompts], positions).to(model.device)
+    together = torch.stack([take(h, run.window.column(site)) for h in run.residual]).float()
+    window = open_window(others, reference.ids[:, :n_forced].repeat(3, 1), before_others)
+    other_prompts = [prompt[name] for name in ("BB", "XB", "BY") for prompt in prompts]
+    column = window.column(index_sites(other_prompts, positions).to(model.device))
+    with model.trace(window.inputs(), logits_to_keep=1):
+        read = save(
+            [take(block.input, column) for block in model.layers]
+            + [take(model.final_norm.output, column)]
+        )
+    bb, xb, by = torch.stack(read).float().split(n_cells, dim=1)
     prediction = additive(bb, xb, by)
 
-    # The clean run again with the prediction at one site, once for each position and layer.
-    kl = torch.full((len(cells), len(layers), len(positions)), torch.nan, device=model.device)
-    for p, position in enumerate(positions):
-        scored = reference.scored(position, n_eval)
-        if not scored.any():
-            continue
-        first = generated_index(position)
-        window = run.narrow(site["XY"][:, p], n_generated=first + n_eval)
-        column = window.column(site["XY"][:, p])
+    # The clean run again with the prediction at one site, once for each layer; the positions are
+    # rows of one pass, next to each other: [position, cell].
+    kl = torch.full((n_cells, len(layers), len(positions)), torch.nan, device=model.device)
+    scored = [reference.scored(position, n_eval) for position in positions]
+    firsts = [generated_index(position) for position in positions]
+    windows = [
+        run.narrow(site[:, p], n_generated=firsts[p] + n_eval) for p in range(len(positions))
+    ]
+    for places, window in stack_windows(windows):
+        column = window.column(torch.cat([site[:, p] for p in places]))
+        counted = torch.cat([scored[p] for p in places])
+        expected = torch.cat([clean[:, firsts[p] : firsts[p] + n_eval] for p in places])
         for k, layer in enumerate(layers):
+            value = torch.cat([prediction[layer, :, p] for p in places])
             with model.trace(window.inputs(), logits_to_keep=n_eval):
                 window.resume(model, layer)
-                model.layers[layer].input = substitute(
-                    model.layers[layer].input, column, prediction[layer, :, p]
-                )
+                model.layers[layer].input = substitute(model.layers[layer].input, column, value)
                 intervened = log_probabilities(model.output.logits)
-                moved = save(summed_kl(clean[:, first : first + n_eval], intervened, scored))
-            kl[:, k, p] = torch.where(scored.any(1), moved, torch.nan)
+                moved = save(summed_kl(expected, intervened, counted))
+            moved = torch.where(counted.any(1), moved, torch.nan)
+            kl[:, k, places] = moved.view(len(places), n_cells).T
 
     exists = torch.stack([reference.reaches(position) for position in positions], dim=1)
 
@@ -188,9 +191,7 @@ def measure(
 
     results = {
         "kl": kl,
-        "n_eval": torch.stack(
-            [reference.scored(position, n_eval).sum(1) for position in positions], dim=1
-        ),
+        "n_eval": torch.stack([tokens.sum(1) for tokens in scored], dim=1),
         "cos_additive": by_cell(cos_additive(bb, xb, by, together)),
         "cos_persona_task": by_cell(cos_persona_task(bb, xb, by)),
         "interaction_ratio": by_cell(interaction_ratio(bb, xb, by, together)),

@@ -78,12 +78,38 @@ class KVCache:
         return self.attention_mask.long().argmax(1)
 
     def rows(self, index: Tensor | slice) -> "KVCache":
-        """Some of the rows, or some of them several times."""
+        """Some of the rows, or some of them several times; as wide as the longest of them."""
+        attention_mask = self.attention_mask[index]
+        first = int(attention_mask.any(0).long().argmax())
         return KVCache(
-            tuple(keys[index] for keys in self.keys),
-            tuple(values[index] for values in self.values),
-            self.attention_mask[index],
-            self.position_ids[index],
+            tuple(keys[index][:, :, first:] for keys in self.keys),
+            tuple(values[index][:, :, first:] for values in self.values),
+            attention_mask[:, first:],
+            self.position_ids[index][:, first:],
+        )
+
+    def begin(self, index: Tensor, length: Tensor) -> "KVCache":
+        """The first tokens of some of the rows, right-aligned.
+
+        Args:
+            index: [row], which row of this cache.
+            length: [row], how many of its tokens, at most all; none where it is not positive.
+        """
+        width = int(length.max())
+        token = torch.arange(width, device=length.device) - (width - length[:, None])
+        column = (self.padding[index][:, None] + token).clamp(0, self.width - 1)
+
+        def moved(tensor: Tensor) -> Tensor:
+            rows = tensor[index]
+            at = column[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
+            return rows.gather(2, at)
+
+        held = (token >= 0).long()
+        return KVCache(
+            tuple(map(moved, self.keys)),
+            tuple(map(moved, self.values)),
+            held,
+            self.position_ids[index].gather(1, column) * held,
         )
 
     def until(self, column: int) -> "KVCache":
