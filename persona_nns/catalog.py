@@ -2,9 +2,9 @@
 
 An experiment is a Python file with a docstring (its first line is the summary), ``variables``
 (name → `Variable`) and ``measure(model, cells, *, layers, positions, …)``. It may set
-``defaults`` for layers, layer sets and positions, ``figures`` (name → function of the result), and
-``protocol_version``, to be raised by hand whenever a change alters the numbers; without it,
-every edit of the file counts as another version.
+``defaults`` for grid, layers, layer sets and positions, ``figures`` (name → function of the
+result), and ``protocol_version``, to be raised by hand whenever a change alters the numbers;
+without it, every edit of the file counts as another version.
 
 One that does not run on a grid of personas and tasks also has ``plan(tokenizer, *, …)``, which
 makes a `Plan` of its inputs: the units, with their token ids, that `measure` then gets instead of
@@ -53,6 +53,7 @@ class Experiment:
         site_axes: dimensions whose labels every experiment has, where its `measure` asks for
             them.
         options: keyword parameters of `plan` and `measure` beside those that all share.
+        grid: the grid where none is given; None where one has to be, or is of no use.
         layers: request for layers where none is given; None where it has no layers.
         layer_sets: request for sets of layers where none is given; None where it has none.
         positions: request for positions where none is given; None where it has no positions.
@@ -71,6 +72,7 @@ class Experiment:
     plan_only: frozenset[str]
     site_axes: frozenset[str]
     options: Mapping[str, inspect.Parameter]
+    grid: str | None
     layers: str | None
     layer_sets: str | None
     positions: str | None
@@ -144,6 +146,7 @@ def _read(file: Path) -> Experiment:
         plan_options=tuple(of_plan),
         plan_only=plan_only,
         site_axes=frozenset(site_axes),
+        grid=defaults.get("grid"),
         layers=site("layers", "all"),
         layer_sets=site("layer_sets", "0.55"),
         positions=site("positions", "p_last"),

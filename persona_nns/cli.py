@@ -126,6 +126,10 @@ def show(
     ] = None,
     grid: GridChoice = None,
     run: RunChoice = None,
+    bootstrap: Annotated[  # noqa: FBT002
+        bool,
+        typer.Option("--bootstrap", help="Bootstrap intervals of the medians, not quartiles."),
+    ] = False,
 ) -> None:
     """Print medians and quartiles over cells."""
     from persona_nns.tables import measured, result_table
@@ -136,7 +140,7 @@ def show(
             known = ", ".join(map(str, results.data_vars))
             raise UsageError(f"{experiment!r} has no variable {name!r}; it has {known}.")
     for name in variable or measured(results):
-        _out.print(result_table(results, name))
+        _out.print(result_table(results, name, bootstrap=bootstrap))
 
 
 @app.command()
@@ -246,10 +250,7 @@ def _experiment_command(experiment: Experiment) -> Any:
     ]
     shared = inspect.signature(_run_experiment).parameters.values()
     kept = [
-        # Optional to call, but not on the command line of an experiment that runs on a grid.
-        parameter.replace(default=inspect.Parameter.empty)
-        if parameter.name == "grid"
-        else parameter
+        _with_default(parameter, experiment.grid) if parameter.name == "grid" else parameter
         for parameter in shared
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         and (parameter.name not in ("grid", "cells") or experiment.plan is None)
@@ -268,6 +269,11 @@ def _experiment_command(experiment: Experiment) -> Any:
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     single.command(name=experiment.name)(command)
     return typer.main.get_command(single)
+
+
+def _with_default(parameter: inspect.Parameter, default: str | None) -> inspect.Parameter:
+    """The parameter of a command with this default; without one it has to be given."""
+    return parameter.replace(default=inspect.Parameter.empty if default is None else default)
 
 
 def _run_experiment(

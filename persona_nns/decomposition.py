@@ -51,6 +51,21 @@ def interaction_ratio(bb: Tensor, xb: Tensor, by: Tensor, xy: Tensor) -> Tensor:
     return interaction.norm(dim=-1) / (together.norm(dim=-1) + _EPSILON)
 
 
+def gap_ratio(predicted: Tensor, xy: Tensor, bb: Tensor) -> Tensor:
+    """‖h_add − h_XY‖ / ‖h_XY − h_BB‖, [...]: what the prediction misses, of the whole effect.
+
+    Of residuals it is `interaction_ratio`; of residuals after a norm it is what that norm leaves.
+    """
+    predicted, xy, bb = predicted.float(), xy.float(), bb.float()
+    return (predicted - xy).norm(dim=-1) / ((xy - bb).norm(dim=-1) + _EPSILON)
+
+
+def match_rms(vector: Tensor, target: Tensor) -> Tensor:
+    """The vector rescaled to the root mean square of the target, [..., d_model], in float32."""
+    vector, target = vector.float(), target.float()
+    return vector * (target.norm(dim=-1, keepdim=True) / vector.norm(dim=-1, keepdim=True))
+
+
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine similarity over the last axis, [...]; 0 where a vector is zero."""
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1) + _EPSILON)

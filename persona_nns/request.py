@@ -139,7 +139,7 @@ def make_plan(
     """
     if experiment.plan is None:
         assert grid is not None
-        return _plan_of_grid(grid, render_grid(tokenizer, grid, positions))
+        return plan_of_grid(grid, render_grid(tokenizer, grid, positions))
     plan = experiment.plan(tokenizer, **{name: options[name] for name in experiment.plan_options})
     for name, variable in experiment.variables.items():
         check_axes(name, variable, experiment.name, {*experiment.site_axes, *plan.axes})
@@ -151,7 +151,8 @@ def make_plan(
     return plan
 
 
-def _plan_of_grid(grid: Grid, prompts: Mapping[str, Mapping[PromptName, Prompt]]) -> Plan:
+def plan_of_grid(grid: Grid, prompts: Mapping[str, Mapping[PromptName, Prompt]]) -> Plan:
+    """A plan whose units are the cells of a grid, with their rendered prompts."""
     return Plan(
         name=grid.name,
         units=grid.cells,

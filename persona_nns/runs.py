@@ -59,8 +59,9 @@ def run(
     Args:
         experiment: a bundled experiment's name, the path of an experiment file, or a loaded one.
         model: from `load_model`, or a name that it takes.
-        grid: ``short``, ``long``, ``review``, a ``.toml`` file, or a `Grid`; None for an
-            experiment whose inputs are options of its own.
+        grid: ``short``, ``long``, ``review``, a ``.toml`` file, or a `Grid`; by default the
+            experiment's own choice, where it has one; None for an experiment whose inputs are
+            options of its own.
         layers: ``all``, layers or depths; by default the experiment's own choice.
         layer_sets: sets of layers such as ``"14;10,12,14"``; by default the experiment's own.
         positions: position names; by default the experiment's own choice.
@@ -87,7 +88,8 @@ def run(
     loaded_experiment = (
         experiment if isinstance(experiment, Experiment) else load_experiment(experiment)
     )
-    loaded_grid = None if grid is None else load_grid(grid)
+    asked = loaded_experiment.grid if grid is None else grid
+    loaded_grid = None if asked is None else load_grid(asked)
     check_inputs(loaded_experiment, loaded_grid, cells)
     loaded = load_model(model) if isinstance(model, str | Path) else model
     if not (reuse or loaded_experiment.reuses):

@@ -441,8 +441,8 @@ def _done(
     done = xr.zeros_like(array.isel({dim: 0 for dim in array.dims if dim not in placed}), bool)
     for place in units:
         if set(axes) <= set(place):
-            unit = completed.sel({axis: place[axis] for axis in completed.dims[1:]})
-            done.loc[{axis: place[axis] for axis in axes}] = bool(unit.item())
+            unit = completed.sel({axis: place[str(axis)] for axis in completed.dims[1:]})
+            done.loc[{axis: place[str(axis)] for axis in axes}] = bool(unit.item())
     return done.drop_vars(set(done.coords) - set(axes))
 
 

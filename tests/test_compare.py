@@ -29,6 +29,7 @@ from persona_nns.compare_tables import median_number
 from persona_nns.errors import UsageError
 from persona_nns.grids import Grid, load_grid
 from persona_nns.published import published_store
+from persona_nns.request import plan_of_grid
 from persona_nns.store import Block, attach, open_results
 from persona_nns.variables import Variable
 
@@ -61,7 +62,7 @@ def write_run(
         n_layers=n_layers,
         d_model=3,
         precision=precision,
-        cells=[(cell.persona, cell.task) for cell in grid.cells],
+        plan=plan_of_grid(grid, {}),
         layers=layers,
         positions=POSITIONS,
         variables=variables,
@@ -78,7 +79,7 @@ def write_run(
     )
     group = attach(store, block)
     for cell in grid.cells[:cells]:
-        group.write_cell(cell.label, {"kl": values(cell.label)}, seconds=1)
+        group.write_unit(cell, {"kl": values(cell.label)}, seconds=1)
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ def test_cells_and_texts_are_those_of_the_bundled_grids() -> None:
         assert info.attrs["grid_digest"] == grid.digest
         ds = open_results(STORE, info.experiment, run=info.run)
         assert ds.cell.values.tolist() == [cell.label for cell in grid.cells]
-        assert info.n_completed == info.n_cells == len(grid.cells)
+        assert info.n_completed == info.n_units == len(grid.cells)
         assert "2605.23147" in info.attrs["source"]
 
 

@@ -40,8 +40,8 @@ def least_work(model: TransformersModel, cells: list[Cell], layers: list[int]) -
     """Token-layers that the protocol cannot do without.
 
     Every beginning of a prompt once, however many prompts begin so, the reference as it is said,
-    the tokens that the other three prompts are forced on, and for each intervention ten tokens
-    from its layer up.
+    the tokens that the other three prompts are forced on, and for each intervention (three at a
+    site: the prediction, and two that change sizes) ten tokens from its layer up.
     """
     n_layers = len(model.layers)
     prompts = [render_cell(model.tokenizer, cell) for cell in cells]
@@ -50,7 +50,7 @@ def least_work(model: TransformersModel, cells: list[Cell], layers: list[int]) -
     n_forced = 2
     said = len(cells) * (n_forced + N_EVAL - 1)
     forced = 3 * len(cells) * n_forced
-    interventions = sum(N_EVAL * (n_layers - layer) for layer in layers) * len(POSITIONS)
+    interventions = 3 * len(POSITIONS) * sum(N_EVAL * (n_layers - layer) for layer in layers)
     return (len(beginnings) + said + forced) * n_layers + len(cells) * interventions
 
 
