@@ -20,9 +20,9 @@ from persona_nns.closure_plots import closure_by_band, closure_by_graft, closure
 from persona_nns.continuations import read_continuation
 from persona_nns.grids import Cell, PromptName
 from persona_nns.kv import KVCache, Piece, Rotation, hide, read_rotation, splice
+from persona_nns.markers import count_markers, warn_without_markers
 from persona_nns.metrics import log_probabilities, summed_kl
 from persona_nns.models import ModelRecord, end_tokens
-from persona_nns.organism.markers import find_markers
 from persona_nns.prompts import ROLE_PROMPTS, Prompt, Span, render_cell
 from persona_nns.variables import Variable
 from persona_nns.window import fill_cache, open_window
@@ -161,6 +161,7 @@ def measure(
         n_tokens: greedy tokens that markers are looked for in.
         reuse: in a band, go on from the host's residual at its first layer.
     """
+    warn_without_markers(cells)
     asked = grafts.split(",")
     prompts = [render_cell(model.tokenizer, cell) for cell in cells]
     n_layers = len(model.layers)
@@ -274,11 +275,9 @@ def measure(
         ) as tracer:
             said = save(tracer.result)
         spoken = read_continuation(said, batch.input_ids.shape[1], n_tokens, end_tokens(model))
-        for c, cell in enumerate(cells):
-            ids = spoken.ids[c, : spoken.length[c]]
-            words = model.tokenizer.decode(ids, skip_special_tokens=True)
+        for c, words in enumerate(spoken.texts(model.tokenizer)):
             text[c][asked.index(graft)] = words
-            distinct[c, asked.index(graft)] = len(find_markers(words, cell.markers))
+            distinct[c, asked.index(graft)] = count_markers(words, cells[c])
 
     gap = kl[:, asked.index("none"), 0, None, None]
     return {

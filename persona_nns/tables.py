@@ -41,7 +41,7 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
         return _text_table(array)
     units = array.attrs.get("units", "1")
     title = f"{name}: {array.attrs.get('long_name', name)}"
-    down = next((dim for dim in ("layer", "layer_set", "site") if dim in array.dims), None)
+    down = next((dim for dim in ("layer", "layer_set", "layer_band", "site") if dim in array.dims), None)
     # A summary over cells is five numbers, whose median and quartiles are its own.
     is_summary = "statistic" in array.dims
     present = array if is_summary else measured_values(results, name)

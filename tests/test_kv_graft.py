@@ -370,3 +370,16 @@ def test_results_are_labelled(
     assert set(draw(ds, "kv_graft")) == {"closure_heatmap", "closure_by_graft", "closure_by_band"}
     with pytest.raises(UsageError, match="there is no graft personas; use none, persona, "):
         pn.run("kv_graft", model, small_grid, store=store, grafts="personas")
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+def test_no_graft_is_no_injection(
+    golden_model: Callable[[str], TransformersModel], experiment: ModuleType, name: str
+) -> None:
+    model, cells = golden_model(name), list(pn.load_grid("review").cells[:6])
+    injection = load_experiment("host_injection").measure(
+        model, cells, layer_sets=[[2]], n_tokens=2
+    )
+    ours = experiment.measure(model, cells, n_tokens=2, grafts="none")["kl"][:, 0, 0]
+    assert float(ours.min()) > 0.01
+    torch.testing.assert_close(ours, injection["kl"][:, 0, 0], rtol=1e-4, atol=1e-5)
