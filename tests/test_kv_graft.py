@@ -24,7 +24,11 @@ import persona_nns as pn
 from persona_nns.catalog import load_experiment
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.grids import Cell, Grid
+from persona_nns.plots import draw
 from persona_nns.prompts import Prompt, render_cell
+from persona_nns.tables import result_table
+
+pytestmark = pytest.mark.filterwarnings("ignore:The grid has no markers")
 
 EIGHT = ("none", "persona", "task", "tail", "persona+task", "persona+tail", "task+tail", "all")
 N_LAYERS = 5
@@ -358,8 +362,6 @@ def test_a_continuation_that_ends_early_is_scored_up_to_its_end(
 def test_results_are_labelled(
     tmp_path: Path, random_model: Callable[[str], TransformersModel], small_grid: Grid
 ) -> None:
-    from persona_nns.plots import draw
-
     model, store = random_model("qwen2"), tmp_path / "s.zarr"
     ds = pn.run("kv_graft", model, small_grid, store=store, n_tokens=2, grafts="persona, all")
     assert ds.kl.dims == ("model", "cell", "graft", "layer_band")
@@ -368,6 +370,11 @@ def test_results_are_labelled(
     assert float(ds.kl.sel(graft="all", layer_band="all").max()) < 1e-6
     assert float(ds.closure.sel(graft="none", layer_band="all").max()) == 0
     assert set(draw(ds, "kv_graft")) == {"closure_heatmap", "closure_by_graft", "closure_by_band"}
+    # A table of all grafts has a row for each pair that was measured.
+    every = pn.run("kv_graft", model, small_grid, store=store, n_tokens=2)
+    table = result_table(every, "closure")
+    assert [column.header for column in table.columns] == ["model", "graft", "layer band", "value"]
+    assert table.row_count == len(every.graft) + len(BANDS)
     with pytest.raises(UsageError, match="there is no graft personas; use none, persona, "):
         pn.run("kv_graft", model, small_grid, store=store, grafts="personas")
 
