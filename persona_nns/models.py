@@ -57,6 +57,7 @@ STANDARD_NAMES = {
     "attention.dense": "attention.o_proj",
     "input_layernorm": "input_norm",
     "ln_1": "input_norm",
+    "*.rotary_emb": "rotary_emb",
 }
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
