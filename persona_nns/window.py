@@ -254,7 +254,7 @@ def _stack(windows: Sequence[Window]) -> Window:
 
 
 def open_ragged_window(
-    rows: Sequence[Sequence[int]], prefix: Prefix | None, *, device: torch.device
+    rows: Sequence[Sequence[int]], prefix: KVCache | None, *, device: torch.device
 ) -> Window:
     """The window of rows that share their first tokens and then differ in length.
 
