@@ -117,8 +117,10 @@ def test_reuse_gives_the_numbers_of_the_plain_protocol(
     assert float(plain["kl"].max()) > 2e-4  # there is something to agree on
     torch.testing.assert_close(reused["kl"], plain["kl"], rtol=1e-3, atol=1e-5)
     assert torch.equal(reused["n_eval"], plain["n_eval"])
+    # Two blocks with a sliding window of 16 do not see the persona: below layer 3 its effect can
+    # be rounding alone, which has no direction.
     for name in ("cos_additive", "cos_persona_task", "interaction_ratio"):
-        torch.testing.assert_close(reused[name], plain[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(reused[name][:, 3:], plain[name][:, 3:], rtol=1e-3, atol=1e-4)
 
 
 def test_bfloat16_agrees_within_its_rounding(
