@@ -31,7 +31,7 @@ def test_localized_positions_declares_what_the_protocol_says() -> None:
         "0.25,0.40,0.55,0.70,0.85",
         "p_last,g1,g2",
     )
-    assert list(experiment.options) == ["n_eval"]
+    assert list(experiment.options) == ["n_eval", "rms"]
 
 
 @pytest.mark.parametrize(
