@@ -1,0 +1,546 @@
+"""Can the weights learn what steering does? Students distilled from the steered model.
+
+The teacher is the model with α v_L added at one layer. It answers the extraction questions; a
+student, the same model with low-rank adapters or with all its weights free, is trained without
+steering to give the teacher's distribution at every token of those answers. Baseline, teacher and
+students then answer the held-out evaluation questions and are judged, and each student's KL to the
+teacher is measured token by token on what the teacher says to those.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from matplotlib.figure import Figure
+from nnsight import TransformersModel, save
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from persona_nns.answers import JudgeChoice, judge_tokens
+from persona_nns.batches import left_pad, similar_rows
+from persona_nns.chats import render_chat
+from persona_nns.continuations import read_continuation
+from persona_nns.distillation import (
+    Training,
+    Trajectory,
+    collate,
+    new_student,
+    parse_counts,
+    parse_students,
+    predicting_logits,
+    token_kl,
+    train,
+    trained_parameters,
+)
+from persona_nns.errors import UsageError
+from persona_nns.models import end_tokens, record_of
+from persona_nns.sampling import RowSampler, row_seed
+from persona_nns.steering import parse_position_sets, steer, steered_steps, steered_tokens
+from persona_nns.trait_plots import distillation_curves, token_kl_figure
+from persona_nns.trait_rows import load_vector
+from persona_nns.traits import check_held_out, load_traits
+from persona_nns.units import Plan, content_digest
+from persona_nns.variables import Variable
+
+protocol_version = 1
+
+_SCORED = "trait condition question sample"
+variables = {
+    "score": Variable(
+        _SCORED,
+        "trait score",
+        units="point",
+        description="The judge's 0–100 on held-out questions; NaN where it refuses.",
+    ),
+    "coherence": Variable(
+        _SCORED, "coherence", units="point", description="The judge's 0–100; NaN where it refuses."
+    ),
+    "token_kl": Variable(
+        "trait condition question token",
+        "KL(teacher ‖ student)",
+        units="nat",
+        description="At each token of what the teacher says to the held-out questions.",
+    ),
+    "kl": Variable(
+        "trait condition",
+        "mean KL(teacher ‖ student)",
+        units="nat",
+        description="Mean over all tokens of what the teacher says to the held-out questions; "
+        "the baseline's is where every student starts.",
+    ),
+    "training_kl": Variable(
+        "trait condition step",
+        "training KL(teacher ‖ student)",
+        units="nat",
+        description="Mean over the response tokens of the batch of a training step.",
+    ),
+    "trained_parameters": Variable(
+        "trait condition", "trained parameters", description="Numbers trained.", kind="int"
+    ),
+    "response": Variable(_SCORED, "response", description="What was said.", kind="text"),
+    "teacher_token": Variable(
+        "trait condition question token",
+        "token",
+        description="Id of the teacher's token that `token_kl` belongs to; −1 after the end.",
+        kind="int",
+    ),
+}
+
+
+def curves(results: xr.Dataset) -> Figure:
+    """Scores by student, and against the number of trajectories."""
+    return distillation_curves(results)
+
+
+def kl_by_token(results: xr.Dataset) -> Figure:
+    """Where in the answer the students fall short."""
+    return token_kl_figure(results)
+
+
+figures = {"curves": curves, "kl_by_token": kl_by_token}
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """The steering that is to be distilled, and the questions.
+
+    Attributes:
+        trait: the trait's name.
+        vector: what is added, [d_model], α included.
+        layer: where.
+        tokens: which tokens are steered.
+        seen: prompts that students are trained on, token ids.
+        held_out: prompts that they are evaluated on.
+    """
+
+    trait: str
+    vector: Tensor
+    layer: int
+    tokens: str
+    seen: tuple[tuple[int, ...], ...]
+    held_out: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """The untouched model, the teacher, or a student.
+
+    Attributes:
+        teacher: what the student is trained on.
+        student: ``baseline``, ``steered``, ``r8``, …, ``full``.
+        n_trajectories: how many it is trained on; 0 for those that are not trained.
+    """
+
+    teacher: Teacher
+    student: str
+    n_trajectories: int
+
+    @property
+    def label(self) -> str:
+        """``baseline``, ``steered``, ``r16/500``."""
+        return f"{self.student}/{self.n_trajectories}" if self.n_trajectories else self.student
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where it stands in the result."""
+        return {"trait": self.teacher.trait, "condition": self.label}
+
+
+def plan(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    model: str,
+    vector: str,
+    layer: Annotated[int, Field(ge=0)],
+    alpha: float = 2.0,
+    position_set: Literal["all", "prompt", "response"] = "response",
+    vector_run: str | None = None,
+    average: Literal["response_avg", "prompt_avg", "prompt_last"] = "response_avg",
+    trait: str = "cheerful",
+    artifacts: str | None = None,
+    students: str = "r8,r16,r32,full",
+    trajectories: str = "50,100,200,500,1000",
+    curve: str = "r16",
+    n_samples: Annotated[int, Field(ge=1)] = 10,
+    steps: Annotated[int, Field(ge=1)] = 500,
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256,
+    judge: str = "lexicon",
+    judge_model: str = "gpt-4.1-mini",
+    judge_prices: str = "",
+) -> Plan:
+    """Render the questions, and list baseline, teacher and students.
+
+    Args:
+        tokenizer: the model's.
+        model: label of the model.
+        vector: a file (.npy, .pt, .safetensors), or a store with trait_vectors.
+        layer: where the teacher is steered.
+        alpha: the teacher's coefficient.
+        position_set: which tokens are steered.
+        vector_run: which run of trait_vectors, where the store has several.
+        average: which average of a store's vectors.
+        trait: a bundled trait, or one of the folder `artifacts`.
+        artifacts: folder with extraction/{trait}.json and evaluation/{trait}.json.
+        students: r8, r16, … (LoRA of that rank) and full, on the most trajectories.
+        trajectories: how many; fewer than the most are learnt from by one student only.
+        curve: that student.
+        n_samples: answers to each evaluation question.
+        steps: optimiser steps.
+        max_new_tokens: the longest answer.
+        judge: lexicon, none, or the URL of an OpenAI-compatible endpoint.
+        judge_model: the model there; its key is read from OPENAI_API_KEY.
+        judge_prices: dollars for a million tokens sent and received, as 0.40,1.60.
+    """
+    seen = load_traits(trait, "extraction", artifacts)
+    held_out = load_traits(trait, "evaluation", artifacts)
+    check_held_out(seen, held_out)
+    choice = JudgeChoice(judge, judge_model, judge_prices)
+    choice.check(trait)
+    names, counts = parse_students(students), parse_counts(trajectories)
+    if len(counts) > 1:
+        parse_students(curve)
+    parse_position_sets(position_set)
+    whole = load_vector(vector, trait, average, model, vector_run)
+    if layer >= len(whole) - 1:
+        raise UsageError(f"Layer {layer} is out of range: the vector has layers 0 to {len(whole) - 2}.")
+    prompts = [
+        tuple(render_chat(tokenizer, question).ids for question in split[0].questions)
+        for split in (seen, held_out)
+    ]
+    teacher = Teacher(trait, alpha * whole[layer], layer, position_set, prompts[0], prompts[1])
+    trained = [(curve, count) for count in counts[:-1]] + [(name, counts[-1]) for name in names]
+    units = [
+        Condition(teacher, student, count)
+        for student, count in [("baseline", 0), ("steered", 0), *trained]
+    ]
+    content = {
+        "trait": trait,
+        "questions": [seen[0].questions, held_out[0].questions],
+        "eval_prompt": held_out[0].eval_prompt,
+        "layer": layer,
+        "alpha": alpha,
+        "position_set": position_set,
+        "judge": choice.identity,
+        "conditions": [unit.label for unit in units],
+    }
+    return Plan(
+        name=trait,
+        units=units,
+        axes={
+            "trait": [trait],
+            "condition": [unit.label for unit in units],
+            "question": list(range(len(held_out[0].questions))),
+            "sample": list(range(n_samples)),
+            "token": list(range(max_new_tokens)),
+            "step": list(range(1, steps + 1)),
+        },
+        unit_axes=("trait", "condition"),
+        content={**content, "vector": content_digest(teacher.vector.tolist())},
+        token_ids={
+            "seen": {str(k): ids for k, ids in enumerate(teacher.seen)},
+            "held_out": {str(k): ids for k, ids in enumerate(teacher.held_out)},
+        },
+        digest=content_digest(content),
+        coords={
+            "student": ("condition", [unit.student for unit in units]),
+            "n_trajectories": ("condition", [unit.n_trajectories for unit in units]),
+            "question_text": ("question", list(held_out[0].questions)),
+        },
+        attrs={"vector_source": vector, "average": average, "layer": layer, "alpha": alpha},
+        width=(len(whole) - 1, whole.shape[1]),
+        batch_size=1,
+    )
+
+
+def measure(
+    model: TransformersModel,
+    units: list[Condition],
+    *,
+    output: str = "stores/students",
+    n_samples: Annotated[int, Field(ge=1)] = 10,
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256,
+    temperature: Annotated[float, Field(ge=0)] = 1.0,
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95,
+    steps: Annotated[int, Field(ge=1)] = 500,
+    rows: Annotated[int, Field(ge=1)] = 2,
+    accumulation: Annotated[int, Field(ge=1)] = 4,
+    lora_learning_rate: Annotated[float, Field(gt=0)] = 2e-4,
+    full_learning_rate: Annotated[float, Field(gt=0)] = 2e-5,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Train students and compare them with their teacher.
+
+    Args:
+        model: from `load_model`, on this machine.
+        units: baseline, teacher and students.
+        output: folder of the students: an adapter or a whole model each.
+        n_samples: answers to each evaluation question.
+        max_new_tokens: the longest answer.
+        temperature: 1 samples from the model; 0 is greedy.
+        top_p: sample from the most likely tokens that together have this probability.
+        steps: optimiser steps.
+        rows: trajectories of a pass.
+        accumulation: passes of a step.
+        lora_learning_rate: highest, for low-rank students.
+        full_learning_rate: highest, for the student with all weights.
+        seed: of new weights and of the order of the trajectories.
+    """
+    teacher = units[0].teacher
+    said_by_teacher = Path(output) / _folder_name(model, teacher, [max_new_tokens, temperature, top_p])
+
+    def answers(steered: bool, prompts: Sequence[tuple[int, ...]], keys: Sequence[str]) -> Tensor:  # noqa: FBT001
+        return generate(model, teacher, prompts, keys, max_new_tokens, temperature, top_p, steered=steered)
+
+    held_out_keys = [
+        f"evaluation/{question}/{sample}"
+        for question in range(len(teacher.held_out))
+        for sample in range(n_samples)
+    ]
+    asked = [prompt for prompt in teacher.held_out for _ in range(n_samples)]
+    # What the teacher says to the held-out questions, on which each student's KL is measured.
+    reference = answers(
+        True, teacher.held_out, [f"reference/{question}" for question in range(len(teacher.held_out))]
+    )
+
+    results: dict[str, list[Tensor]] = {name: [] for name in (*variables, "said")}
+    for unit in units:
+        student: Any = None
+        losses: list[float] = []
+        if unit.n_trajectories:
+            rate = full_learning_rate if unit.student == "full" else lora_learning_rate
+            training = Training(steps, rows, accumulation, rate, seed)
+            trajectories = read_trajectories(said_by_teacher / "trajectories.jsonl")
+            if len(trajectories) < unit.n_trajectories:
+                keys = [f"extraction/{k}" for k in range(unit.n_trajectories)]
+                prompts = [teacher.seen[k % len(teacher.seen)] for k in range(unit.n_trajectories)]
+                trajectories = as_trajectories(prompts, answers(True, prompts, keys))
+                write_trajectories(trajectories, said_by_teacher / "trajectories.jsonl")
+            folder = said_by_teacher / f"{unit.student}-{unit.n_trajectories}-{_digest(training)}"
+            student = new_student(
+                model._module.config._name_or_path, unit.student, model.dtype, seed
+            ).to(model.device)
+            losses = train(
+                student,
+                trajectories[: unit.n_trajectories],
+                lambda inputs: teacher_logits(model, teacher, inputs),
+                training,
+                folder / "checkpoints",
+                device=model.device,
+            )
+            student.save_pretrained(folder)
+            model.tokenizer.save_pretrained(folder)
+        results["said"].append(
+            answers(unit.student == "steered", asked, held_out_keys)
+            if student is None
+            else generate_plainly(model, student, asked, held_out_keys, teacher.trait,
+                                  max_new_tokens, temperature, top_p)
+        )
+        kl = compare(model, teacher, unit.student, student, reference)
+        results["token_kl"].append(kl)
+        results["kl"].append(kl.nanmean())
+        results["teacher_token"].append(reference)
+        results["training_kl"].append(
+            torch.tensor(losses) if losses else torch.full((steps,), torch.nan)
+        )
+        results["trained_parameters"].append(
+            torch.tensor(trained_parameters(student) if student is not None else 0)
+        )
+    said = torch.stack(results.pop("said"))
+    measured = {name: torch.stack(values) for name, values in results.items() if values}
+    return {
+        **measured,
+        "said": said.view(len(units), len(teacher.held_out), n_samples, max_new_tokens),
+    }
+
+
+def generate(
+    model: TransformersModel,
+    teacher: Teacher,
+    prompts: Sequence[tuple[int, ...]],
+    keys: Sequence[str],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    *,
+    steered: bool,
+) -> Tensor:
+    """What the model says, steered or not, [row, token], −1 after the end."""
+    said = torch.full((len(prompts), max_new_tokens), -1)
+    vector = teacher.vector.to(model.device)
+    for batch in similar_rows([len(prompt) + max_new_tokens for prompt in prompts]):
+        padded = left_pad([prompts[row] for row in batch], device=model.device)
+        tokens = [teacher.tokens] * len(batch)
+        n_response = torch.zeros(len(batch), dtype=torch.long, device=model.device)
+        strength = float(steered) * steered_tokens(padded.attention_mask, n_response, tokens)
+        later = float(steered) * steered_steps(tokens).to(model.device)
+        sampler = RowSampler(
+            [row_seed(teacher.trait, keys[row]) for row in batch], temperature, top_p
+        )
+        with model.generate(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            logits_processor=[sampler] if temperature else [],
+        ) as tracer:
+            with tracer.invoke(padded.tokens):
+                for step in tracer.iter[:]:
+                    hidden = model.layers[teacher.layer].input
+                    model.layers[teacher.layer].input = steer(
+                        hidden, vector, strength if step == 0 else later
+                    )
+            with tracer.invoke():
+                generated = save(tracer.result)
+        answer = read_continuation(
+            generated, padded.input_ids.shape[1], max_new_tokens, end_tokens(model)
+        )
+        said[batch] = answer.until_end().cpu()
+    return said
+
+
+def teacher_logits(
+    model: TransformersModel, teacher: Teacher, inputs: Mapping[str, Tensor]
+) -> Tensor:
+    """The steered model's logits for the response columns of a batch from `collate`."""
+    is_response = inputs["is_response"]
+    strength = steered_tokens(
+        inputs["attention_mask"], is_response.sum(1), [teacher.tokens] * len(is_response)
+    )
+    shown = {name: tensor for name, tensor in inputs.items() if name != "is_response"}
+    vector = teacher.vector.to(model.device)
+    with model.trace({**shown, "use_cache": False}, logits_to_keep=is_response.shape[1] + 1):
+        model.layers[teacher.layer].input = steer(
+            model.layers[teacher.layer].input, vector, strength
+        )
+        logits = save(model.output.logits[:, :-1])
+    return logits
+
+
+def generate_plainly(
+    model: TransformersModel,
+    student: Any,
+    prompts: Sequence[tuple[int, ...]],
+    keys: Sequence[str],
+    trait: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> Tensor:
+    """What a student says without steering, [row, token], −1 after the end."""
+    said = torch.full((len(prompts), max_new_tokens), -1)
+    for batch in similar_rows([len(prompt) + max_new_tokens for prompt in prompts]):
+        padded = left_pad([prompts[row] for row in batch], device=model.device)
+        seeds = [row_seed(trait, keys[row]) for row in batch]
+        sampler = RowSampler(seeds, temperature, top_p)
+        with torch.inference_mode():
+            generated = student.generate(
+                **padded.tokens,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                logits_processor=[sampler] if temperature else [],
+            )
+        answer = read_continuation(
+            generated, padded.input_ids.shape[1], max_new_tokens, end_tokens(model)
+        )
+        said[batch] = answer.until_end().cpu()
+    return said
+
+
+def compare(
+    model: TransformersModel,
+    teacher: Teacher,
+    name: str,
+    student: Any,
+    reference: Tensor,
+) -> Tensor:
+    """KL(teacher ‖ student) at each token of what the teacher said, [row, token]."""
+    trajectories = as_trajectories(teacher.held_out, reference)
+    kl = torch.full(reference.shape, torch.nan)
+    lengths = [len(each.prompt) + len(each.response) for each in trajectories]
+    for batch in similar_rows(lengths):
+        inputs = {
+            key: tensor.to(model.device)
+            for key, tensor in collate([trajectories[row] for row in batch]).items()
+        }
+        expected = teacher_logits(model, teacher, inputs)
+        with torch.inference_mode():
+            if name == "steered":
+                given = expected
+            else:
+                given = predicting_logits(student if student is not None else model._module, inputs)
+            found = token_kl(expected, given).cpu()
+        for place, row in enumerate(batch):  # right-aligned in the batch, left-aligned in the result
+            n_tokens = len(trajectories[row].response)
+            kl[row, :n_tokens] = found[place, found.shape[1] - n_tokens :]
+    return kl
+
+
+def as_trajectories(prompts: Sequence[tuple[int, ...]], said: Tensor) -> list[Trajectory]:
+    """Prompts with what was said to them."""
+    return [
+        Trajectory(prompt, tuple(token for token in row if token >= 0))
+        for prompt, row in zip(prompts, said.tolist(), strict=True)
+    ]
+
+
+def write_trajectories(trajectories: Sequence[Trajectory], file: Path) -> None:
+    """Keep trajectories as JSONL; the file appears whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text("".join(f"{json.dumps(vars(each))}\n" for each in trajectories))
+    part.replace(file)
+
+
+def read_trajectories(file: Path) -> list[Trajectory]:
+    """The trajectories that are kept; none where there is no file."""
+    if not file.is_file():
+        return []
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [Trajectory(tuple(row["prompt"]), tuple(row["response"])) for row in rows]
+
+
+def _folder_name(model: TransformersModel, teacher: Teacher, sampled: list[float]) -> str:
+    record = record_of(model)
+    determining = [record.version, record.precision, teacher.vector.tolist(), teacher.layer]
+    digest = content_digest([*determining, teacher.tokens, teacher.seen, sampled])[:10]
+    return f"{record.label.replace('/', '--')}-{teacher.trait}-{digest}"
+
+
+def _digest(training: Training) -> str:
+    return content_digest(list(vars(training).values()))[:8]
+
+
+def finish(
+    tokenizer: PreTrainedTokenizerBase,
+    units: list[Condition],
+    measured: dict[str, Tensor],
+    *,
+    artifacts: str | None,
+    judge: str,
+    judge_model: str,
+    judge_prices: str,
+) -> dict[str, Any]:
+    """Decode and judge the answers."""
+    asked = load_traits(units[0].teacher.trait, "evaluation", artifacts)[0]
+    judged = judge_tokens(
+        tokenizer,
+        asked,
+        list(asked.questions) * len(units),
+        measured["said"].flatten(0, 1),
+        JudgeChoice(judge, judge_model, judge_prices),
+    )
+    shape = measured["said"].shape[:-1]
+    rest = {name: values for name, values in measured.items() if name != "said"}
+    return {
+        **rest,
+        "score": judged.trait.view(shape),
+        "coherence": judged.coherence.view(shape),
+        "response": np.asarray(judged.text, dtype=object).reshape(shape),
+    }
