@@ -1,7 +1,7 @@
 """The command line: ``persona-nns demo | experiments | run | models | ls | show | plot``.
 
 Each experiment is a command of its own under ``run``: its options are the keyword arguments of
-its `measure`. Heavy imports wait until a command needs them.
+its `plan` and `measure`. Heavy imports wait until a command needs them.
 """
 
 import inspect
@@ -194,9 +194,13 @@ def _experiment_command(experiment: Experiment) -> Any:
     ]
     shared = inspect.signature(_run_experiment).parameters.values()
     kept = [
-        parameter
+        # Optional to call, but not on the command line of an experiment that runs on a grid.
+        parameter.replace(default=inspect.Parameter.empty)
+        if parameter.name == "grid"
+        else parameter
         for parameter in shared
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        and (parameter.name not in ("grid", "cells") or experiment.plan is None)
         and (parameter.name != "layers" or experiment.layers is not None)
         and (parameter.name != "layer_sets" or experiment.layer_sets is not None)
         and (parameter.name != "positions" or experiment.positions is not None)
@@ -218,7 +222,7 @@ def _run_experiment(
     experiment: Experiment,
     *,
     model: Annotated[list[str], typer.Option(help="Bundled name, folder, or hub id; repeatable.")],
-    grid: Annotated[str, typer.Option(help="short, long, review, or a .toml file.")],
+    grid: Annotated[str | None, typer.Option(help="short, long, review, or a .toml file.")] = None,
     layers: Annotated[
         str | None, typer.Option(help="all, layers (6,10,14), or depths (0.25,0.5).")
     ] = None,
@@ -239,7 +243,7 @@ def _run_experiment(
     ] = None,
     store: Annotated[str, typer.Option(help="Path or URL of the Zarr store.")] = DEFAULT_STORE,
     batch_size: Annotated[
-        int | None, typer.Option(help="Cells at a time; by default what fits.", min=1)
+        int | None, typer.Option(help="Units (cells) at a time; by default what fits.", min=1)
     ] = None,
     reuse: Annotated[
         bool,
@@ -255,19 +259,21 @@ def _run_experiment(
 ) -> None:
     from persona_nns.grids import load_grid
     from persona_nns.models import count_layers, load_model, load_tokenizer
-    from persona_nns.request import check_sites, render_grid
+    from persona_nns.request import check_inputs, check_options, check_sites, make_plan
     from persona_nns.runs import run
     from persona_nns.store import check_writable, open_results
     from persona_nns.tables import measured, result_table
 
     labels = _labels(model, as_ or [])
     check_writable(store)
-    loaded_grid = load_grid(grid)
-    loaded_grid.select_cells(cells)
+    loaded_grid = None if grid is None else load_grid(grid)
+    check_inputs(experiment, loaded_grid, cells)
+    own = check_options(experiment, options)
     # What is wrong with the last model is said before the first one is run.
     for name in model:
         sites = check_sites(experiment, count_layers(name), layers, layer_sets, positions)
-        render_grid(load_tokenizer(name, template), loaded_grid, sites.get("positions", []))
+        tokenizer = load_tokenizer(name, template)
+        make_plan(experiment, tokenizer, loaded_grid, sites.get("positions", []), own)
     names: list[str] = []
     for name, label in zip(model, labels, strict=True):
         loaded = load_model(
@@ -320,8 +326,13 @@ def _labels(models: list[str], given: list[str]) -> list[str]:
 
 
 def _argument_help(experiment: Experiment) -> dict[str, str]:
-    """What the docstring of `measure` says about its arguments (Google style)."""
-    text = inspect.getdoc(experiment.measure) or ""
+    """What the docstrings of `plan` and `measure` say of their arguments (Google style)."""
+    of_plan = _documented(experiment.plan) if experiment.plan is not None else {}
+    return {**of_plan, **_documented(experiment.measure)}
+
+
+def _documented(function: Any) -> dict[str, str]:
+    text = inspect.getdoc(function) or ""
     section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", text, flags=re.MULTILINE)
     if section is None:
         return {}

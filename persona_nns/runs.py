@@ -1,4 +1,4 @@
-"""Run an experiment: batches of cells through `measure` into the store, or what is left of them."""
+"""Run an experiment: batches of units (as a rule, cells) through `measure` into the store."""
 
 import time
 import warnings
@@ -24,13 +24,13 @@ from persona_nns.grids import Grid, load_grid
 from persona_nns.memory import fitting_batch_size, is_out_of_memory
 from persona_nns.models import load_model
 from persona_nns.provenance import session_attributes, session_name
-from persona_nns.request import Request, check_request
+from persona_nns.request import Request, check_inputs, check_request
 from persona_nns.shapes import declared_arrays
 from persona_nns.store import (
     RunGroup,
     attach,
     check_writable,
-    completed_cells,
+    completed_units,
     find_run,
     open_results,
 )
@@ -39,7 +39,7 @@ from persona_nns.store import (
 def run(
     experiment: str | Path | Experiment,
     model: TransformersModel | str | Path,
-    grid: str | Path | Grid,
+    grid: str | Path | Grid | None = None,
     *,
     layers: str | int | Sequence[int] | None = None,
     layer_sets: str | int | Sequence[int | Sequence[int]] | None = None,
@@ -59,14 +59,15 @@ def run(
     Args:
         experiment: a bundled experiment's name, the path of an experiment file, or a loaded one.
         model: from `load_model`, or a name that it takes.
-        grid: ``short``, ``long``, ``review``, a ``.toml`` file, or a `Grid`.
+        grid: ``short``, ``long``, ``review``, a ``.toml`` file, or a `Grid`; None for an
+            experiment whose inputs are options of its own.
         layers: ``all``, layers or depths; by default the experiment's own choice.
         layer_sets: sets of layers such as ``"14;10,12,14"``; by default the experiment's own.
         positions: position names; by default the experiment's own choice.
         cells: labels such as ``engineer/arch``; by default the whole grid.
         store: path or URL of the Zarr store.
-        batch_size: cells measured at a time; by default as many as memory allows. A batch that
-            does not fit is retried at half its size.
+        batch_size: cells (or other units) measured at a time; by default as many as memory
+            allows. A batch that does not fit is retried at half its size.
         reuse: reuse prefixes and resume at the layer of an intervention; False runs the plain
             protocol on whole sequences, which gives the same numbers and takes much longer.
         keep_residuals: store the residuals too, in the group ``<run>/residuals``.
@@ -86,7 +87,8 @@ def run(
     loaded_experiment = (
         experiment if isinstance(experiment, Experiment) else load_experiment(experiment)
     )
-    loaded_grid = load_grid(grid)
+    loaded_grid = None if grid is None else load_grid(grid)
+    check_inputs(loaded_experiment, loaded_grid, cells)
     loaded = load_model(model) if isinstance(model, str | Path) else model
     if not (reuse or loaded_experiment.reuses):
         raise UsageError(f"The experiment {loaded_experiment.name!r} never reuses anything.")
@@ -107,7 +109,8 @@ def run(
         keep_residuals=keep_residuals,
     )
     request = request.into(find_run(store, request.block) or request.block.run)
-    size = batch_size or fitting_batch_size(loaded, request.prompts)
+    rows = [ids for of_key in request.plan.token_ids.values() for ids in of_key.values()]
+    size = batch_size or request.plan.batch_size or fitting_batch_size(loaded, rows)
     _carry_out(request, loaded, store, size, execution, progress=progress)
     return open_results(store, loaded_experiment.name, run=request.block.run)
 
@@ -121,15 +124,15 @@ def _carry_out(
     *,
     progress: bool,
 ) -> None:
-    done = set.intersection(*(completed_cells(store, block) for block in request.blocks))
-    pending = [cell for cell in request.cells if cell.label not in done]
+    done = set.intersection(*(completed_units(store, block) for block in request.blocks))
+    pending = [unit for unit in request.units if unit.label not in done]
     if not pending:
         return
     session = {**execution, "batch_size": batch_size, "device": str(model.device)}
     groups: list[RunGroup] = []
     title = f"{request.block.model} · {request.block.attrs['grid']}"
-    n_asked = len(request.cells)
-    with _progress_bar(enabled=progress) as bar:
+    n_asked = len(request.units)
+    with _progress_bar(request.plan.noun, enabled=progress) as bar:
         task = bar.add_task(title, total=n_asked, completed=n_asked - len(pending))
         while pending:
             batch = pending[:batch_size]
@@ -139,49 +142,52 @@ def _carry_out(
                     model, batch, **request.arguments, **execution
                 )
             except (MemoryError, RuntimeError) as error:
-                batch_size = _smaller(len(batch), error)
+                batch_size = _smaller(len(batch), error, request.plan.noun)
                 continue
             arrays = declared_arrays(request, measured, len(batch))
             seconds = (time.perf_counter() - started) / len(batch)
             if not groups:  # allocated only once there is something to write
                 groups = [attach(store, block) for block in request.blocks]
                 groups[-1].add_session(session_name(), {**session_attributes(), **session})
-            for row, cell in enumerate(batch):
+            for row, unit in enumerate(batch):
                 for group, block in zip(groups, request.blocks, strict=True):
-                    values = {name: arrays[name][row] for name in block.variables}
-                    group.write_cell(cell.label, values, seconds)
+                    axes = {name: variable.axes for name, variable in block.variables.items()}
+                    names = request.plan.names_written(unit, axes)
+                    values = {name: arrays[name][row] for name in names}
+                    group.write_unit(unit, values, seconds)
                 bar.advance(task)
             pending = pending[len(batch) :]
 
 
-def _smaller(batch_size: int, error: Exception) -> int:
+def _smaller(batch_size: int, error: Exception, noun: str) -> int:
     """Half the size of a batch that did not fit.
 
     Raises:
-        PersonaError: a single cell does not fit.
+        PersonaError: a single unit does not fit.
         Exception: the error itself, if it was not about memory.
     """
     if not is_out_of_memory(error):
         raise error
     if batch_size == 1:
         raise PersonaError(
-            "A single cell does not fit into memory; use a smaller dtype (--dtype bfloat16), "
+            f"A single {noun} does not fit into memory; use a smaller dtype (--dtype bfloat16), "
             "fewer layers, or a device with more memory."
         ) from error
     half = batch_size // 2
     warnings.warn(
-        f"{batch_size} cells at a time do not fit into memory; going on with {half}.", stacklevel=2
+        f"{batch_size} {noun}s at a time do not fit into memory; going on with {half}.",
+        stacklevel=2,
     )
     return half
 
 
-def _progress_bar(*, enabled: bool) -> Progress:
+def _progress_bar(noun: str, *, enabled: bool) -> Progress:
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("cells"),
+        TextColumn(f"{noun}s"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -1,9 +1,9 @@
-"""Results on disk: labelled arrays in one Zarr v3 hierarchy, a cell at a time.
+"""Results on disk: labelled arrays in one Zarr v3 hierarchy, a unit (say, a cell) at a time.
 
 Group ``/<experiment>/<run>`` holds one model's block for one grid, and plain xarray reads it:
 ``xr.open_zarr(store, group="localized_positions/<run>", consolidated=False)``. The block is
-allocated whole, before anything is measured. One cell is whole chunks in every array, so cells
-are written independently of each other, and a cell's ``completed`` is written after all the
+allocated whole, before anything is measured. One unit is whole chunks in every array, so units
+are written independently of each other, and a unit's ``completed`` is written after all the
 rest of it. Metadata is never consolidated: groups that come later would not be seen.
 
 Nothing here knows about models.
@@ -11,7 +11,7 @@ Nothing here knows about models.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,24 +22,36 @@ import zarr
 from numpy.typing import NDArray
 
 from persona_nns.errors import PersonaError, UsageError
+from persona_nns.units import Plan, Unit
 from persona_nns.variables import FILL, Kind, Variable
 
 _DTYPES: dict[Kind, Any] = {"float": "float32", "int": "int64", "bool": "bool", "text": str}
+# What labels stand for, where their dimension's name does not say it.
+_NAMES = {"cell": "persona/task"}
 
-COMPLETED = Variable(
-    "cell",
-    "cell is complete",
-    description="True once everything else of the cell has been written.",
-    kind="bool",
-)
-SECONDS = Variable(
-    "cell", "time", units="s", description="Wall-clock time of the cell's batch, divided by cells."
-)
+
+def _bookkeeping(plan: Plan) -> dict[str, Variable]:
+    """What is stored of every unit beside its results; ``completed`` is last."""
+    dims, noun = " ".join(plan.unit_axes), plan.noun
+    return {
+        "seconds": Variable(
+            dims,
+            "time",
+            units="s",
+            description=f"Wall-clock time of the {noun}'s batch, divided by {noun}s.",
+        ),
+        "completed": Variable(
+            dims,
+            f"{noun} is complete",
+            description=f"True once everything else of the {noun} has been written.",
+            kind="bool",
+        ),
+    }
 
 
 @dataclass(frozen=True)
 class Block:
-    """Everything that is known about a run's group before the first cell is measured.
+    """Everything that is known about a run's group before the first unit is measured.
 
     Attributes:
         experiment: name of the experiment.
@@ -48,7 +60,7 @@ class Block:
         n_layers: its number of decoder blocks.
         d_model: width of its residual stream.
         precision: its precision.
-        cells: (persona, task) keys, in the order of the grid.
+        plan: what there is to measure.
         layers: labels of the layer axis.
         positions: labels of the position axis.
         variables: the arrays.
@@ -61,7 +73,7 @@ class Block:
     n_layers: int
     d_model: int
     precision: str
-    cells: Sequence[tuple[str, str]]
+    plan: Plan
     layers: Sequence[int]
     positions: Sequence[str]
     variables: Mapping[str, Variable]
@@ -70,7 +82,7 @@ class Block:
     def labels(self, variable: Variable, axis: str) -> Sequence[Any]:
         """The labels of one of a variable's dimensions."""
         shared: dict[str, Sequence[Any]] = {
-            "cell": [f"{persona}/{task}" for persona, task in self.cells],
+            **self.plan.axes,
             "layer": self.layers,
             "position": self.positions,
             "d_model": range(self.d_model),
@@ -79,39 +91,45 @@ class Block:
 
 
 class RunGroup:
-    """The group of one run, opened for reading and writing cells."""
+    """The group of one run, opened for reading and writing units."""
 
     def __init__(self, group: zarr.Group) -> None:
         self._group = group
-        self._place: dict[str, int] | None = None
+        self._order: dict[str, dict[str, int]] = {}
 
     @property
     def attrs(self) -> dict[str, Any]:
         """The run's provenance."""
         return dict(self._group.attrs)
 
-    def completed(self) -> set[str]:
-        """Labels of the cells that are complete."""
-        done = np.asarray(self._array("completed")[0], dtype=bool)
-        return {label for label, place in self._places().items() if done[place]}
+    def completed(self, units: Iterable[Unit]) -> set[str]:
+        """Labels of those of the units that are complete."""
+        array = self._array("completed")
+        done = np.asarray(array[...], dtype=bool)
+        return {unit.label for unit in units if done[self._index(array, unit)]}
 
-    def write_cell(self, label: str, values: Mapping[str, NDArray[Any]], seconds: float) -> None:
-        """Write one cell; it counts only once ``completed`` is written, which is done last."""
-        place = self._places()[label]
-        for name, value in values.items():
-            self._array(name)[0, place] = value
-        self._array("seconds")[0, place] = seconds
-        self._array("completed")[0, place] = True
+    def write_unit(self, unit: Unit, values: Mapping[str, NDArray[Any]], seconds: float) -> None:
+        """Write one unit; it counts only once ``completed`` is written, which is done last."""
+        for name, value in {**values, "seconds": seconds, "completed": True}.items():
+            array = self._array(name)
+            array[self._index(array, unit)] = value
 
-    def _places(self) -> dict[str, int]:
-        """Where each cell stands in this group: the order of the grid when it was allocated."""
-        if self._place is None:
-            labels = np.asarray(self._array("cell")[...]).tolist()
-            self._place = {label: index for index, label in enumerate(labels)}
-        return self._place
+    def _index(self, array: zarr.Array[Any], unit: Unit) -> tuple[int | slice, ...]:
+        """Where a unit stands in an array, all of what it has no place on."""
+        dims: Sequence[Any] = cast("Any", array.metadata).dimension_names[1:]
+        place = unit.place
+        rest = (self._places(axis)[place[axis]] if axis in place else slice(None) for axis in dims)
+        return (0, *rest)
+
+    def _places(self, axis: str) -> dict[str, int]:
+        """Where each label stands in this group: the order of the plan when it was allocated."""
+        if axis not in self._order:
+            labels = np.asarray(self._array(axis)[...]).tolist()
+            self._order[axis] = {label: index for index, label in enumerate(labels)}
+        return self._order[axis]
 
     def add_session(self, name: str, attrs: Mapping[str, Any]) -> None:
-        """Note who computes cells of this run, in a sub-group of its own: writers never meet."""
+        """Note who computes units of this run, in a sub-group of its own: writers never meet."""
         self._group.require_group(f"sessions/{name}").attrs.update(attrs)
 
     def _array(self, name: str) -> zarr.Array[Any]:
@@ -149,13 +167,13 @@ def find_run(store: str | Path, block: Block) -> str | None:
     return None
 
 
-def completed_cells(store: str | Path, block: Block) -> set[str]:
-    """Labels of the cells that are complete; none where the group is not there yet."""
+def completed_units(store: str | Path, block: Block) -> set[str]:
+    """Labels of the units that are complete; none where the group is not there yet."""
     root = _open_root(store)
     path = f"{block.experiment}/{block.run}"
     if root is None or f"{path}/completed" not in root:
         return set()
-    return RunGroup(cast("zarr.Group", root[path])).completed()
+    return RunGroup(cast("zarr.Group", root[path])).completed(block.plan.units)
 
 
 def _open_root(store: str | Path) -> zarr.Group | None:
@@ -190,16 +208,19 @@ def _allocate(group: zarr.Group, block: Block) -> None:
     described = _write_coordinates(group, block)
     # xarray finds coordinates that are no dimensions by this attribute.
     listing = {"variables": list(block.variables), "coordinates": " ".join(described)}
+    placed = block.plan.placed_axes
+    if placed - set(block.plan.unit_axes):  # what tells which units write such a dimension
+        listing["units"] = [dict(unit.place) for unit in block.plan.units]
     group.attrs.update({**block.attrs, **listing})
-    every = {**block.variables, "seconds": SECONDS, "completed": COMPLETED}
+    every = {**block.variables, **_bookkeeping(block.plan)}
     for name, variable in every.items():
         if name in group:
             continue
-        sizes = [len(block.labels(variable, axis)) for axis in variable.axes]
+        sizes = {axis: len(block.labels(variable, axis)) for axis in variable.axes}
         group.create_array(
             name,
-            shape=(1, *sizes),
-            chunks=(1, 1, *sizes[1:]),
+            shape=(1, *sizes.values()),
+            chunks=(1, *(1 if axis in placed else size for axis, size in sizes.items())),
             dtype=_DTYPES[variable.kind],
             fill_value=FILL[variable.kind],
             dimension_names=("model", *variable.axes),
@@ -213,13 +234,17 @@ def _allocate(group: zarr.Group, block: Block) -> None:
 
 def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
     """Write the labels; returns the names of those that are not dimensions."""
-    personas, tasks = zip(*block.cells, strict=True)
     depth = [layer / block.n_layers for layer in block.layers]
     coordinates: dict[str, tuple[tuple[str, ...], Any, str, str]] = {
         "model": (("model",), [block.model], "text", "model"),
-        "cell": (("cell",), [f"{p}/{t}" for p, t in block.cells], "text", "persona/task"),
-        "persona": (("cell",), personas, "text", "persona"),
-        "task": (("cell",), tasks, "text", "task"),
+        **{
+            axis: ((axis,), labels, _kind(labels), _NAMES.get(axis, axis))
+            for axis, labels in block.plan.axes.items()
+        },
+        **{
+            name: ((axis,), labels, _kind(labels), name)
+            for name, (axis, labels) in block.plan.coords.items()
+        },
         "n_layers": (("model",), [block.n_layers], "int", "number of decoder blocks"),
         "precision": (("model",), [block.precision], "text", "precision of the model"),
     }
@@ -232,8 +257,7 @@ def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
     for variable in block.variables.values():
         for axis in variable.coords:
             labels = variable.labels(axis)
-            kind = {str: "text", int: "int", float: "float"}[type(labels[0])]
-            coordinates[axis] = ((axis,), labels, kind, axis)
+            coordinates[axis] = ((axis,), labels, _kind(labels), axis)
     for name, (dims, values, kind, long_name) in coordinates.items():
         if name in group:
             continue
@@ -250,6 +274,11 @@ def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
     return [name for name, (dims, *_) in coordinates.items() if dims != (name,)]
 
 
+def _kind(labels: Sequence[Any]) -> Kind:
+    kinds: dict[type, Kind] = {str: "text", int: "int", float: "float"}
+    return kinds[type(labels[0])]
+
+
 def _location(store: str | Path) -> str:
     text = str(store)
     return text if "://" in text else str(Path(text).expanduser())
@@ -263,7 +292,7 @@ class RunInfo:
     run: str
     attrs: Mapping[str, Any]
     n_completed: int
-    n_cells: int
+    n_units: int
 
     @property
     def kin(self) -> str:
@@ -281,7 +310,7 @@ class RunInfo:
         parameters = ", ".join(f"{k}={_brief(v)}" for k, v in self.attrs["parameters"].items())
         return (
             f"{self.run} (model {self.attrs['model']}, grid {self.attrs['grid']}, "
-            f"{self.attrs['precision']}, {parameters}, {self.n_completed}/{self.n_cells} cells)"
+            f"{self.attrs['precision']}, {parameters}, {self.n_completed}/{self.n_units} complete)"
         )
 
 
@@ -324,8 +353,8 @@ def open_results(
     """Open an experiment's results as one Dataset over models.
 
     Runs are joined if they agree in grid, parameters and protocol version; their layers may
-    differ (what a model lacks is NaN). Cells that are not complete read as NaN (integers −1,
-    text empty).
+    differ (what a model lacks is NaN). Cells (or other units) that are not complete read as NaN
+    (integers −1, text empty).
 
     Args:
         store: path or URL of the store.
@@ -384,11 +413,36 @@ def _open_run(store: str | Path, info: RunInfo) -> xr.Dataset:
     dataset = dataset.assign_coords({n: a for n, a in texts.items() if n in dataset.coords})
     dataset = dataset.assign({n: a for n, a in texts.items() if n not in dataset.coords})
     dataset = dataset[[*info.attrs["variables"], "seconds", "completed"]]
-    done = dataset["completed"]
+    units = info.attrs.get("units", [])
     for name, array in dataset.data_vars.items():
         if name != "completed":
+            done = _done(dataset, array, units)
             dataset[name] = array.where(done, _fill(array)).assign_attrs(array.attrs)
     return dataset
+
+
+def _done(
+    dataset: xr.Dataset, array: xr.DataArray, units: Sequence[Mapping[str, str]]
+) -> xr.DataArray:
+    """Where a variable is complete.
+
+    Args:
+        dataset: the run's.
+        array: the variable.
+        units: the place of every unit, where some have one beyond the dimensions of
+            ``completed``: a variable on such a dimension is complete where its own unit is.
+    """
+    completed = dataset["completed"]
+    if set(completed.dims) <= set(array.dims):
+        return completed
+    placed = {axis for place in units for axis in place}
+    axes = [axis for axis in array.dims if axis in placed]
+    done = xr.zeros_like(array.isel({dim: 0 for dim in array.dims if dim not in placed}), bool)
+    for place in units:
+        if set(axes) <= set(place):
+            unit = completed.sel({axis: place[axis] for axis in completed.dims[1:]})
+            done.loc[{axis: place[axis] for axis in axes}] = bool(unit.item())
+    return done.drop_vars(set(done.coords) - set(axes))
 
 
 def _fill(array: xr.DataArray) -> Any:
@@ -408,7 +462,11 @@ def _join(datasets: list[xr.Dataset], experiment: str) -> xr.Dataset:
         fill_value=fill,
         combine_attrs="drop_conflicts",
     )
-    # Joining may sort; cells keep the order of the grid, variables that of the experiment.
-    order = list(dict.fromkeys(cell for ds in datasets for cell in ds.cell.values.tolist()))
+    # Joining may sort; labels keep the order of the plan, variables that of the experiment.
+    order = {
+        dim: list(dict.fromkeys(label for ds in datasets for label in ds[dim].values.tolist()))
+        for dim in map(str, joined.dims)
+        if joined[dim].dtype.kind == "O"
+    }
     named = {"experiment": experiment, "grid": datasets[0].attrs["grid"]}
-    return joined.sel(cell=order)[list(datasets[0].data_vars)].assign_attrs(named)
+    return joined.sel(order)[list(datasets[0].data_vars)].assign_attrs(named)

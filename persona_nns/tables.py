@@ -13,6 +13,8 @@ from rich.text import Text
 from persona_nns.store import RunInfo
 from persona_nns.variables import FILL
 
+# Columns of a table; more are not readable.
+_MOST_COLUMNS = 12
 # Beside the results: what the store notes about their making.
 _BOOKKEEPING = ("seconds", "completed")
 
@@ -21,7 +23,8 @@ def result_table(results: xr.Dataset, name: str) -> Table:
     """A variable over cells: a row a layer, a column a position (or what else it has).
 
     Numbers are summarised by median and quartiles, truth values by their share; texts stand
-    as they are, a row a cell.
+    as they are, a row a cell. Of other units than cells, the summary is over all that they
+    have a place on, and over dimensions with numbered labels where columns would be too many.
 
     Args:
         results: of one experiment.
@@ -32,11 +35,13 @@ def result_table(results: xr.Dataset, name: str) -> Table:
         return _text_table(array)
     units = array.attrs.get("units", "1")
     title = f"{name}: {array.attrs.get('long_name', name)}"
-    n_cells = int(results["completed"].any("model").sum())
+    over, across = _summarised(results, array)
+    n_units = int(results["completed"].any("model").sum())
+    counted = f"{n_units} cells" if over == ["cell"] else f"every {', '.join(over)}"
     what = "share" if array.dtype.kind == "b" else "median [25 %, 75 %]"
     table = Table(
         title=Text(title if units == "1" else f"{title} in {units}"),
-        caption=Text(f"{what} over {n_cells} cells"),
+        caption=Text(f"{what} over {counted}"),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -46,9 +51,11 @@ def result_table(results: xr.Dataset, name: str) -> Table:
         table.add_column(dim, justify="left" if dim == "model" else "right")
     if "layer" in leading:
         table.add_column("depth", justify="right")
-    across = [str(dim) for dim in array.dims if dim not in ("model", "cell", "layer")]
-    present = array.where(results["completed"] & _measured(array))
+    # Of what is not complete, only a truth value is not marked as missing by its own value.
+    complete = results["completed"] if set(results["completed"].dims) <= set(array.dims) else True
+    present = array.where(complete & _measured(array))
     stacked = present.stack(column=across) if across else present.expand_dims(column=[""])
+    stacked = stacked.stack(sample=over) if over else stacked.expand_dims(sample=[0])
     for label in stacked.column.values.tolist():
         heading = " · ".join(map(str, label)) if isinstance(label, tuple) else str(label)
         table.add_column(Text(heading or what.partition(" ")[0]), justify="right")
@@ -60,12 +67,25 @@ def result_table(results: xr.Dataset, name: str) -> Table:
         for layer in layers:
             row = rows if layer is None else rows.sel(layer=layer)
             site = [] if layer is None else [str(layer), f"{layer / int(rows.n_layers):.2f}"]
-            columns = row.transpose("column", "cell").values.astype(float)
+            columns = row.transpose("column", "sample").values.astype(float)
             summarise = _share if array.dtype.kind == "b" else _quartiles
             head = Text(model if layer == layers[0] else "")
             last = layer == layers[-1]
             table.add_row(head, *site, *map(summarise, columns), end_section=last)
     return table
+
+
+def _summarised(results: xr.Dataset, array: xr.DataArray) -> tuple[list[str], list[str]]:
+    """The dimensions that a table summarises over, and those that make its columns."""
+    placed = {axis for place in results.attrs.get("units", []) for axis in place}
+    over = [str(dim) for dim in array.dims if dim in results["completed"].dims and dim != "model"]
+    across = [str(dim) for dim in array.dims if dim not in (*over, "model", "layer")]
+    numbered = [dim for dim in across if array[dim].dtype.kind in "iu"]
+    for many in (numbered, [dim for dim in across if dim in placed]):
+        if np.prod([array.sizes[dim] for dim in across]) > _MOST_COLUMNS:
+            over += many
+            across = [dim for dim in across if dim not in many]
+    return over, across
 
 
 def _measured(array: xr.DataArray) -> xr.DataArray:
@@ -121,7 +141,7 @@ def _short(value: float) -> str:
 def runs_table(runs: Iterable[RunInfo], title: str) -> Table:
     """What a store holds, a row a run, under the names of the experiments."""
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("run", "precision", "cells", "created (UTC)"):
+    for heading in ("run", "precision", "complete", "created (UTC)"):
         table.add_column(heading, no_wrap=True)
     last = None
     for info in runs:
@@ -130,7 +150,7 @@ def runs_table(runs: Iterable[RunInfo], title: str) -> Table:
         table.add_row(
             Text(f"  {info.run}"),
             info.attrs["precision"],
-            f"{info.n_completed}/{info.n_cells}",
+            f"{info.n_completed}/{info.n_units}",
             info.attrs["created"][:16].replace("T", " "),
         )
         last = info.experiment
