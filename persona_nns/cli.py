@@ -270,10 +270,10 @@ def _run_experiment(
     check_inputs(experiment, loaded_grid, cells)
     own = check_options(experiment, options)
     # What is wrong with the last model is said before the first one is run.
-    for name in model:
+    for name, label in zip(model, labels, strict=True):
         sites = check_sites(experiment, count_layers(name), layers, layer_sets, positions)
         tokenizer = load_tokenizer(name, template)
-        make_plan(experiment, tokenizer, loaded_grid, sites.get("positions", []), own)
+        make_plan(experiment, tokenizer, loaded_grid, sites.get("positions", []), own, label)
     names: list[str] = []
     for name, label in zip(model, labels, strict=True):
         loaded = load_model(

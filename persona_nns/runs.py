@@ -94,6 +94,8 @@ def run(
         raise UsageError(f"The experiment {loaded_experiment.name!r} never reuses anything.")
     if keep_residuals and not loaded_experiment.keeps_residuals:
         raise UsageError(f"The experiment {loaded_experiment.name!r} keeps no residuals.")
+    if loaded_experiment.prepare is not None:
+        options = loaded_experiment.prepare(loaded, store, options, progress=progress)
     execution = {"reuse": reuse} if loaded_experiment.reuses else {}
     if loaded_experiment.keeps_residuals:
         execution["keep_residuals"] = keep_residuals
@@ -144,6 +146,10 @@ def _carry_out(
             except (MemoryError, RuntimeError) as error:
                 batch_size = _smaller(len(batch), error, request.plan.noun)
                 continue
+            if request.experiment.finish is not None:
+                measured = request.experiment.finish(
+                    model.tokenizer, batch, measured, **request.finishing
+                )
             arrays = declared_arrays(request, measured, len(batch))
             seconds = (time.perf_counter() - started) / len(batch)
             if not groups:  # allocated only once there is something to write

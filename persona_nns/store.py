@@ -353,7 +353,8 @@ def open_results(
     """Open an experiment's results as one Dataset over models.
 
     Runs are joined if they agree in grid, parameters and protocol version; their layers may
-    differ (what a model lacks is NaN). Cells (or other units) that are not complete read as NaN
+    differ (what a model lacks is NaN). Arrays as wide as a model (``d_model``) are never joined:
+    they are there where one run is opened. Cells (or other units) that are not complete read as NaN
     (integers −1, text empty).
 
     Args:
@@ -451,6 +452,8 @@ def _fill(array: xr.DataArray) -> Any:
 
 
 def _join(datasets: list[xr.Dataset], experiment: str) -> xr.Dataset:
+    if len(datasets) > 1:
+        datasets = [dataset.drop_dims("d_model", errors="ignore") for dataset in datasets]
     fill = {name: _fill(array) for name, array in datasets[0].data_vars.items()}
     joined = xr.concat(
         datasets,
