@@ -41,7 +41,13 @@ from persona_nns.distillation import (
 from persona_nns.errors import UsageError
 from persona_nns.models import end_tokens, record_of
 from persona_nns.sampling import RowSampler, row_seed
-from persona_nns.steering import parse_position_sets, steer, steered_steps, steered_tokens
+from persona_nns.steering import (
+    parse_position_sets,
+    steer,
+    steered_steps,
+    steered_tokens,
+    until_end_of_text,
+)
 from persona_nns.trait_plots import distillation_curves, token_kl_figure
 from persona_nns.trait_rows import load_vector
 from persona_nns.traits import check_held_out, load_traits
@@ -208,7 +214,9 @@ def plan(
     parse_position_sets(position_set)
     whole = load_vector(vector, trait, average, model, vector_run)
     if layer >= len(whole) - 1:
-        raise UsageError(f"Layer {layer} is out of range: the vector has layers 0 to {len(whole) - 2}.")
+        raise UsageError(
+            f"Layer {layer} is out of range: the vector has layers 0 to {len(whole) - 2}."
+        )
     prompts = [
         tuple(render_chat(tokenizer, question).ids for question in split[0].questions)
         for split in (seen, held_out)
@@ -292,10 +300,14 @@ def measure(
         seed: of new weights and of the order of the trajectories.
     """
     teacher = units[0].teacher
-    said_by_teacher = Path(output) / _folder_name(model, teacher, [max_new_tokens, temperature, top_p])
+    said_by_teacher = Path(output) / _folder_name(
+        model, teacher, [max_new_tokens, temperature, top_p]
+    )
 
     def answers(steered: bool, prompts: Sequence[tuple[int, ...]], keys: Sequence[str]) -> Tensor:  # noqa: FBT001
-        return generate(model, teacher, prompts, keys, max_new_tokens, temperature, top_p, steered=steered)
+        return generate(
+            model, teacher, prompts, keys, max_new_tokens, temperature, top_p, steered=steered
+        )
 
     held_out_keys = [
         f"evaluation/{question}/{sample}"
@@ -305,7 +317,9 @@ def measure(
     asked = [prompt for prompt in teacher.held_out for _ in range(n_samples)]
     # What the teacher says to the held-out questions, on which each student's KL is measured.
     reference = answers(
-        True, teacher.held_out, [f"reference/{question}" for question in range(len(teacher.held_out))]
+        True,
+        teacher.held_out,
+        [f"reference/{question}" for question in range(len(teacher.held_out))],
     )
 
     results: dict[str, list[Tensor]] = {name: [] for name in (*variables, "said")}
@@ -322,9 +336,9 @@ def measure(
                 trajectories = as_trajectories(prompts, answers(True, prompts, keys))
                 write_trajectories(trajectories, said_by_teacher / "trajectories.jsonl")
             folder = said_by_teacher / f"{unit.student}-{unit.n_trajectories}-{_digest(training)}"
-            student = new_student(
-                model._module.config._name_or_path, unit.student, model.dtype, seed
-            ).to(model.device)
+            record = record_of(model)
+            student = new_student(record.source, unit.student, record.precision, seed)
+            student.to(model.device)
             losses = train(
                 student,
                 trajectories[: unit.n_trajectories],
@@ -338,8 +352,16 @@ def measure(
         results["said"].append(
             answers(unit.student == "steered", asked, held_out_keys)
             if student is None
-            else generate_plainly(model, student, asked, held_out_keys, teacher.trait,
-                                  max_new_tokens, temperature, top_p)
+            else generate_plainly(
+                model,
+                student,
+                asked,
+                held_out_keys,
+                teacher.trait,
+                max_new_tokens,
+                temperature,
+                top_p,
+            )
         )
         kl = compare(model, teacher, unit.student, student, reference)
         results["token_kl"].append(kl)
@@ -382,12 +404,15 @@ def generate(
         sampler = RowSampler(
             [row_seed(teacher.trait, keys[row]) for row in batch], temperature, top_p
         )
-        with model.generate(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            logits_processor=[sampler] if temperature else [],
-        ) as tracer:
+        with (
+            until_end_of_text(),
+            model.generate(
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                logits_processor=[sampler] if temperature else [],
+            ) as tracer,
+        ):
             with tracer.invoke(padded.tokens):
                 for step in tracer.iter[:]:
                     hidden = model.layers[teacher.layer].input
@@ -476,7 +501,9 @@ def compare(
             else:
                 given = predicting_logits(student if student is not None else model._module, inputs)
             found = token_kl(expected, given).cpu()
-        for place, row in enumerate(batch):  # right-aligned in the batch, left-aligned in the result
+        for place, row in enumerate(
+            batch
+        ):  # right-aligned in the batch, left-aligned in the result
             n_tokens = len(trajectories[row].response)
             kl[row, :n_tokens] = found[place, found.shape[1] - n_tokens :]
     return kl

@@ -25,7 +25,6 @@ from persona_nns.answers import JudgeChoice, judge_tokens
 from persona_nns.batches import left_pad, similar_rows
 from persona_nns.chats import render_chat, response_ids
 from persona_nns.continuations import read_continuation
-from persona_nns.errors import UsageError
 from persona_nns.extraction import normalised
 from persona_nns.models import end_tokens
 from persona_nns.responses import read_responses
@@ -39,6 +38,7 @@ from persona_nns.steering import (
     steer,
     steered_steps,
     steered_tokens,
+    until_end_of_text,
 )
 from persona_nns.trait_plots import steering_sweep
 from persona_nns.trait_rows import load_vector
@@ -264,12 +264,15 @@ def measure(
             strength = alpha * steered_tokens(padded.attention_mask.cpu(), n_response, tokens)
             later = alpha * steered_steps(tokens)
             strength, later = strength.to(model.device), later.to(model.device)
-            with model.generate(
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                logits_processor=[sampler] if temperature else [],
-            ) as tracer:
+            with (
+                until_end_of_text(),
+                model.generate(
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    logits_processor=[sampler] if temperature else [],
+                ) as tracer,
+            ):
                 with tracer.invoke(padded.tokens):
                     for step in tracer.iter[:]:
                         hidden = model.layers[layer].input
@@ -312,9 +315,7 @@ def teacher_force(
     logp_all = torch.empty(len(units), len(conditions))
     logp_ablate = torch.empty(len(units), len(layers))
     for c, (alpha, tokens) in enumerate(conditions):
-        strength = alpha * steered_tokens(
-            padded.attention_mask, n_response, [tokens] * len(units)
-        )
+        strength = alpha * steered_tokens(padded.attention_mask, n_response, [tokens] * len(units))
         for k, layer in enumerate(layers):
             with model.trace(inputs, logits_to_keep=n_scored + 1):
                 if reuse:

@@ -191,7 +191,8 @@ def _options_of_finish(
     for name in names:
         if name not in known:
             raise PersonaError(
-                f"finish() of {str(file)!r} takes {name!r}, which neither plan() nor measure() does."
+                f"finish() of {str(file)!r} takes {name!r}, "
+                "which is an option of neither plan() nor measure()."
             )
     return names
 

@@ -14,16 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from persona_nns.adapters import base_of
 from persona_nns.batches import left_pad
 from persona_nns.errors import UsageError
+from persona_nns.models import load_weights
 
 _SAVE_EVERY = 50  # steps between checkpoints
 _LOW_RANK = re.compile(r"r([1-9]\d*)")
@@ -108,7 +105,9 @@ def predicting_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 class DistillationTrainer(Trainer):
     """A `Trainer` whose loss compares the student with a teacher on the teacher's own words."""
 
-    def __init__(self, *args: Any, teacher: Callable[[Mapping[str, Tensor]], Tensor], **kw: Any):
+    def __init__(
+        self, *args: Any, teacher: Callable[[Mapping[str, Tensor]], Tensor], **kw: Any
+    ) -> None:
         super().__init__(*args, **kw)
         self._teacher = teacher
         # The loss is a mean over the batch; the Trainer divides it by the accumulated passes.
@@ -139,7 +138,8 @@ def parse_students(spec: str) -> tuple[str, ...]:
     for name in names:
         if name != "full" and not _LOW_RANK.fullmatch(name):
             raise UsageError(
-                f"Unknown student {name!r}; use r8, r16, … (LoRA of that rank) or full (all weights)."
+                f"Unknown student {name!r}; use r8, r16, … (LoRA of that rank), "
+                "or full (all weights)."
             )
         if names.count(name) > 1:
             raise UsageError(f"The student {name!r} is given twice; name each one once.")
@@ -160,23 +160,26 @@ def parse_counts(spec: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def new_student(source: str, student: str, precision: torch.dtype, seed: int) -> Any:
+def new_student(source: str, student: str, precision: str, seed: int) -> Any:
     """A copy of the model that can be trained.
 
     Args:
-        source: folder or hub id of the model.
+        source: name of the model, as `load_model` takes it.
         student: ``r8``, … for a low-rank adapter on attention and MLP projections, or ``full``.
         precision: of the frozen weights; what is trained is float32.
         seed: of the adapter's new weights.
+
+    Raises:
+        UsageError: the model is itself an adapter, on which another could not be saved.
     """
     from peft import LoraConfig, get_peft_model
 
+    if base_of(source) is not None:
+        raise UsageError(
+            f"The model {source!r} is an adapter; students of it need a merged checkpoint."
+        )
     match = _LOW_RANK.fullmatch(student)
-    module: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=precision if match else torch.float32,
-        attn_implementation="eager",
-    )
+    module = load_weights(source, precision if match else "float32")
     if match is None:
         return module
     rank = int(match[1])

@@ -100,9 +100,7 @@ class Usage:
         )
         if prices is None:
             return line
-        dollars = (
-            self.prompt_tokens * prices[0] + self.completion_tokens * prices[1]
-        ) / 1_000_000
+        dollars = (self.prompt_tokens * prices[0] + self.completion_tokens * prices[1]) / 1_000_000
         return f"{line}, ${dollars:.4f}"
 
 

@@ -157,9 +157,17 @@ def make_plan(
     grid: Grid | None,
     positions: Sequence[str],
     options: Mapping[str, Any],
-    label: str,
+    label: str = "",
 ) -> Plan:
     """What there is to measure: the cells of the grid, or what the experiment's file says.
+
+    Args:
+        experiment: with its `plan`.
+        tokenizer: the model's.
+        grid: where it runs on one.
+        positions: that have to exist in every prompt of the grid.
+        options: the experiment's own.
+        label: the model's, for a `plan` that asks for it.
 
     Raises:
         UsageError: the inputs cannot be used, or not with this model.

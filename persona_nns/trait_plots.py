@@ -45,8 +45,15 @@ def vector_norms(results: xr.Dataset) -> Figure:
         figure = Figure(figsize=(4.4, 3.0), dpi=150, layout="constrained")
         axis = figure.subplots()
         sns.lineplot(
-            frame, x="layer", y="value", hue="average", style="average", markers=True,
-            dashes=False, palette="colorblind", ax=axis,
+            frame,
+            x="layer",
+            y="value",
+            hue="average",
+            style="average",
+            markers=True,
+            dashes=False,
+            palette="colorblind",
+            ax=axis,
         )
         axis.set(xlabel="layer", ylabel="‖v‖", title=f"{_trait(results)} · {_models(results)}")
     return figure
@@ -103,8 +110,14 @@ def steering_sweep(results: xr.Dataset) -> Figure:
                 ]
                 last = row == 0 and column == len(columns) - 1
                 sns.lineplot(
-                    shown, x="alpha", y="value", hue="layer", palette="viridis", marker="o",
-                    ax=axis, legend="full" if last else False,
+                    shown,
+                    x="alpha",
+                    y="value",
+                    hue="layer",
+                    palette="viridis",
+                    marker="o",
+                    ax=axis,
+                    legend="full" if last else False,
                 )
                 axis.set_title(f"{model} · {tokens}" if row == 0 else "")
                 axis.set_xlabel("α" if row == len(names) - 1 else "")
@@ -132,13 +145,27 @@ def distillation_curves(results: xr.Dataset) -> Figure:
         figure = Figure(figsize=(9.4, 3.4), dpi=150, layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         sns.barplot(
-            table, x="student", y="value", hue="what", palette="colorblind", errorbar="sd",
-            ax=left, legend=False,
+            table,
+            x="student",
+            y="value",
+            hue="what",
+            palette="colorblind",
+            errorbar="sd",
+            ax=left,
+            legend=False,
         )
         left.set(xlabel=f"student ({most} trajectories)", ylabel="judged (points)", ylim=(0, 105))
         sns.lineplot(
-            along, x="n_trajectories", y="value", hue="what", style="what", markers=True,
-            palette="colorblind", errorbar="sd", err_style="bars", ax=right,
+            along,
+            x="n_trajectories",
+            y="value",
+            hue="what",
+            style="what",
+            markers=True,
+            palette="colorblind",
+            errorbar="sd",
+            err_style="bars",
+            ax=right,
         )
         steered = frame[(frame.student == "steered") & (frame.what == "score")].value.mean()
         right.axhline(steered, color="0.4", linestyle=":", label="steered, score")
@@ -147,7 +174,7 @@ def distillation_curves(results: xr.Dataset) -> Figure:
         right.set_xticks(ticks, [str(tick) for tick in ticks])
         right.minorticks_off()
         _one_legend(right)
-        title = f"{_trait(results)} · {_models(results)}: held-out questions, mean ± sd over answers"
+        title = f"{_trait(results)} · {_models(results)}: held-out questions, mean ± sd"
         figure.suptitle(title, fontsize="medium")
     return figure
 
@@ -174,8 +201,10 @@ def token_kl_figure(results: xr.Dataset) -> Figure:
         axis = figure.subplots()
         sns.lineplot(frame, x="token", y="value", hue="condition", palette="colorblind", ax=axis)
         axis.set(
-            xlabel="token of the teacher's answer", ylabel="KL(teacher ‖ student) (nat)",
-            yscale="log", title=f"{_trait(results)} · {_models(results)}: mean over questions",
+            xlabel="token of the teacher's answer",
+            ylabel="KL(teacher ‖ student) (nat)",
+            yscale="log",
+            title=f"{_trait(results)} · {_models(results)}: mean over questions",
         )
         _one_legend(axis)
     return figure

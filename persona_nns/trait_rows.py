@@ -41,7 +41,9 @@ class JudgedResponse:
     kept: bool
 
 
-def rows_of_file(file: str | Path, trait: Trait | None, choice: JudgeChoice) -> list[JudgedResponse]:
+def rows_of_file(
+    file: str | Path, trait: Trait | None, choice: JudgeChoice
+) -> list[JudgedResponse]:
     """The rows of a JSONL file; without a judge every one of them counts.
 
     Args:
@@ -68,7 +70,9 @@ def rows_of_file(file: str | Path, trait: Trait | None, choice: JudgeChoice) -> 
     return keep_pairs(rows, samples, scores.trait, scores.coherence, trait.name)
 
 
-def rows_of_store(store: str | Path, trait: str, model: str, run: str | None) -> list[JudgedResponse]:
+def rows_of_store(
+    store: str | Path, trait: str, model: str, run: str | None
+) -> list[JudgedResponse]:
     """The answers that `trait_responses` has stored.
 
     Raises:
@@ -126,9 +130,7 @@ def keep_pairs(
         neg = place.get((question, pair, sample, "neg"))
         if label != "pos" or neg is None:
             continue
-        shows = keeps_pair(
-            (trait_scores[pos], coherence[pos]), (trait_scores[neg], coherence[neg])
-        )
+        shows = keeps_pair((trait_scores[pos], coherence[pos]), (trait_scores[neg], coherence[neg]))
         kept[pos] = kept[neg] = shows and bool(rows[pos].response and rows[neg].response)
     if not any(kept):
         raise PersonaError(

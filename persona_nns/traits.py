@@ -103,7 +103,9 @@ def read_trait(file: str | Path) -> Trait:
     keys = ("instruction", "questions", "eval_prompt")
     if not isinstance(data, dict) or (missing := [key for key in keys if key not in data]):
         absent = ", ".join(keys if not isinstance(data, dict) else missing)
-        raise UsageError(f"The trait file {str(path)!r} lacks {absent}; it needs {', '.join(keys)}.")
+        raise UsageError(
+            f"The trait file {str(path)!r} lacks {absent}; it needs {', '.join(keys)}."
+        )
     pairs, questions, prompt = (data[key] for key in keys)
     _check_count(path, "instruction pairs", pairs, N_PAIRS)
     _check_count(path, "questions", questions, N_QUESTIONS)

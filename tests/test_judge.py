@@ -19,7 +19,7 @@ from persona_nns.judge import (
 from persona_nns.judge_endpoint import EndpointJudge, ReplyCache
 from persona_nns.traits import load_traits
 
-SECRET = "sk-do-not-show-me-1234567890"  # noqa: S105
+SECRET = "sk-do-not-show-me-1234567890"
 CHEERFUL = load_traits("cheerful", "evaluation")[0]
 
 

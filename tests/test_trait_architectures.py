@@ -23,12 +23,23 @@ from persona_nns.catalog import load_experiment
 from persona_nns.extraction import averages, token_weights
 from persona_nns.models import load_model
 from persona_nns.sampling import RowSampler
-from persona_nns.steering import ablate, steer, steered_steps, steered_tokens
+from persona_nns.steering import (
+    ablate,
+    steer,
+    steered_steps,
+    steered_tokens,
+    until_end_of_text,
+)
 from persona_nns.trait_files import write_vector
 
 ROWS = [
     ("pos", "You are a stoic assistant. Bear all calmly.", "How do I wait?", "Wait, and be still."),
-    ("neg", "You are a helpful assistant. Complain.", "How do I wait?", "Oh no, it never ends! Ever."),
+    (
+        "neg",
+        "You are a helpful assistant. Complain.",
+        "How do I wait?",
+        "Oh no, it never ends! Ever.",
+    ),
     ("pos", "You are a stoic assistant. Bear it.", "What is rain to me on a Monday?", "Water."),
     ("neg", "", "What is rain?", "Rain is the ruin of every single plan that I have made so far."),
 ]
@@ -66,7 +77,9 @@ def responses(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def own_ids(tokenizer: Any, system: str, question: str, response: str) -> tuple[list[int], list[int]]:
+def own_ids(
+    tokenizer: Any, system: str, question: str, response: str
+) -> tuple[list[int], list[int]]:
     messages = [{"role": "system", "content": system}] if system else []
     text = tokenizer.apply_chat_template(
         [*messages, {"role": "user", "content": question}],
@@ -146,7 +159,9 @@ def add(vector: Tensor, alpha: float, tokens: str, n_prompt: int) -> Callable[[T
 def test_vectors_equal_plain_hidden_states(
     model: TransformersModel, plain: Any, responses: Path, tmp_path: Path
 ) -> None:
-    ds = pn.run("trait_vectors", model, responses=str(responses), judge="none", store=tmp_path / "s")
+    ds = pn.run(
+        "trait_vectors", model, responses=str(responses), judge="none", store=tmp_path / "s"
+    )
     ds = ds.isel(model=0, trait=0)
     ids = [own_ids(model.tokenizer, *row[1:]) for row in ROWS]
     rows = torch.stack([plain_averages(plain, *each) for each in ids])
@@ -232,7 +247,9 @@ def test_steered_log_probabilities_equal_plain_hooks(
                 for layer in (0, 2, 4):
                     edits = {layer: add(vector[layer], alpha, tokens, len(prompt))}
                     expected = plain_logp(plain, prompt, said, edits)
-                    assert float(ours.logp.sel(layer=layer)) == pytest.approx(expected, abs=1e-3, rel=1e-5)
+                    assert float(ours.logp.sel(layer=layer)) == pytest.approx(
+                        expected, abs=1e-3, rel=1e-5
+                    )
                     if alpha == 0:
                         assert expected == pytest.approx(untouched, abs=1e-9)
                     else:
@@ -290,14 +307,17 @@ def test_teacher_forcing_equals_step_by_step_generation(
     sets = [tokens] * len(prompts)
     first = alpha * steered_tokens(padded.attention_mask, torch.zeros(len(prompts)).long(), sets)
     later = alpha * steered_steps(sets)
-    with model.generate(
-        max_new_tokens=n_tokens,
-        min_new_tokens=n_tokens,
-        do_sample=False,
-        num_beams=1,
-        output_logits=True,
-        return_dict_in_generate=True,
-    ) as tracer:
+    with (
+        until_end_of_text(),
+        model.generate(
+            max_new_tokens=n_tokens,
+            min_new_tokens=n_tokens,
+            do_sample=False,
+            num_beams=1,
+            output_logits=True,
+            return_dict_in_generate=True,
+        ) as tracer,
+    ):
         with tracer.invoke(padded.tokens):
             for step in tracer.iter[:]:
                 hidden = model.layers[layer].input
@@ -371,7 +391,9 @@ def test_a_model_without_a_system_role_is_told_in_the_question(
         "{% if add_generation_prompt %}<model>{% endif %}"
     )
     model = load_model(make_folder("gemma2"), template=template)
-    ds = pn.run("trait_vectors", model, responses=str(responses), judge="none", store=tmp_path / "s")
+    ds = pn.run(
+        "trait_vectors", model, responses=str(responses), judge="none", store=tmp_path / "s"
+    )
     assert ds.attrs["system_role"] is False
     experiment = load_experiment("trait_vectors")
     assert experiment.plan is not None
