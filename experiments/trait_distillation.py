@@ -8,6 +8,8 @@ teacher is measured token by token on what the teacher says to those.
 """
 
 import json
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +160,41 @@ class Condition:
         return {"trait": self.teacher.trait, "condition": self.label}
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and what its answer's random draws are known by."""
+
+    prompt: tuple[int, ...]
+    key: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Attributes:
+        max_new_tokens: the longest answer.
+        temperature: 0 is greedy.
+        top_p: the most likely tokens that together have this probability.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+
+    def settings(self, trait: str, asked: Sequence[Asked]) -> dict[str, Any]:
+        """What `generate` takes, for a batch."""
+        seeds = [row_seed(trait, each.key) for each in asked]
+        sampler = RowSampler(seeds, self.temperature, self.top_p)
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": False,
+            "num_beams": 1,
+            "use_cache": True,
+            "logits_processor": [sampler] if self.temperature else [],
+        }
+
+
 def plan(
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -222,7 +259,8 @@ def plan(
         for split in (seen, held_out)
     ]
     teacher = Teacher(trait, alpha * whole[layer], layer, position_set, prompts[0], prompts[1])
-    trained = [(curve, count) for count in counts[:-1]] + [(name, counts[-1]) for name in names]
+    *fewer, most = counts
+    trained = [(curve, count) for count in fewer] + [(name, most) for name in names]
     units = [
         Condition(teacher, student, count)
         for student, count in [("baseline", 0), ("steered", 0), *trained]
@@ -300,48 +338,37 @@ def measure(
         seed: of new weights and of the order of the trajectories.
     """
     teacher = units[0].teacher
-    said_by_teacher = Path(output) / _folder_name(
-        model, teacher, [max_new_tokens, temperature, top_p]
-    )
-
-    def answers(steered: bool, prompts: Sequence[tuple[int, ...]], keys: Sequence[str]) -> Tensor:  # noqa: FBT001
-        return generate(
-            model, teacher, prompts, keys, max_new_tokens, temperature, top_p, steered=steered
-        )
-
-    held_out_keys = [
-        f"evaluation/{question}/{sample}"
-        for question in range(len(teacher.held_out))
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    home = Path(output) / _folder_name(model, teacher, sampling)
+    questions = range(len(teacher.held_out))
+    asked = [
+        Asked(teacher.held_out[question], f"{question}/{sample}")
+        for question in questions
         for sample in range(n_samples)
     ]
-    asked = [prompt for prompt in teacher.held_out for _ in range(n_samples)]
     # What the teacher says to the held-out questions, on which each student's KL is measured.
-    reference = answers(
-        True,
-        teacher.held_out,
-        [f"reference/{question}" for question in range(len(teacher.held_out))],
+    reference = generate_steered(
+        model,
+        teacher,
+        [Asked(teacher.held_out[question], f"reference/{question}") for question in questions],
+        sampling,
     )
 
-    results: dict[str, list[Tensor]] = {name: [] for name in (*variables, "said")}
+    results: dict[str, list[Tensor]] = defaultdict(list)
     for unit in units:
-        student: Any = None
-        losses: list[float] = []
+        student: Any = model._module
+        losses = [math.nan] * steps
         if unit.n_trajectories:
+            trajectories = sample_trajectories(model, teacher, unit.n_trajectories, sampling, home)
             rate = full_learning_rate if unit.student == "full" else lora_learning_rate
             training = Training(steps, rows, accumulation, rate, seed)
-            trajectories = read_trajectories(said_by_teacher / "trajectories.jsonl")
-            if len(trajectories) < unit.n_trajectories:
-                keys = [f"extraction/{k}" for k in range(unit.n_trajectories)]
-                prompts = [teacher.seen[k % len(teacher.seen)] for k in range(unit.n_trajectories)]
-                trajectories = as_trajectories(prompts, answers(True, prompts, keys))
-                write_trajectories(trajectories, said_by_teacher / "trajectories.jsonl")
-            folder = said_by_teacher / f"{unit.student}-{unit.n_trajectories}-{_digest(training)}"
+            folder = home / f"{unit.student}-{unit.n_trajectories}-{_digest(training)}"
             record = record_of(model)
             student = new_student(record.source, unit.student, record.precision, seed)
             student.to(model.device)
             losses = train(
                 student,
-                trajectories[: unit.n_trajectories],
+                trajectories,
                 lambda inputs: teacher_logits(model, teacher, inputs),
                 training,
                 folder / "checkpoints",
@@ -349,70 +376,51 @@ def measure(
             )
             student.save_pretrained(folder)
             model.tokenizer.save_pretrained(folder)
-        results["said"].append(
-            answers(unit.student == "steered", asked, held_out_keys)
-            if student is None
-            else generate_plainly(
-                model,
-                student,
-                asked,
-                held_out_keys,
-                teacher.trait,
-                max_new_tokens,
-                temperature,
-                top_p,
-            )
-        )
-        kl = compare(model, teacher, unit.student, student, reference)
+        if unit.student == "steered":
+            said = generate_steered(model, teacher, asked, sampling)
+        else:
+            said = generate(model, student, teacher.trait, asked, sampling)
+        kl = compare(model, teacher, None if unit.student == "steered" else student, reference)
+        results["said"].append(said.view(len(questions), n_samples, max_new_tokens))
         results["token_kl"].append(kl)
         results["kl"].append(kl.nanmean())
         results["teacher_token"].append(reference)
-        results["training_kl"].append(
-            torch.tensor(losses) if losses else torch.full((steps,), torch.nan)
-        )
-        results["trained_parameters"].append(
-            torch.tensor(trained_parameters(student) if student is not None else 0)
-        )
-    said = torch.stack(results.pop("said"))
-    measured = {name: torch.stack(values) for name, values in results.items() if values}
-    return {
-        **measured,
-        "said": said.view(len(units), len(teacher.held_out), n_samples, max_new_tokens),
-    }
+        results["training_kl"].append(torch.tensor(losses))
+        results["trained_parameters"].append(torch.tensor(trained_parameters(student)))
+    return {name: torch.stack(values) for name, values in results.items()}
 
 
-def generate(
-    model: TransformersModel,
-    teacher: Teacher,
-    prompts: Sequence[tuple[int, ...]],
-    keys: Sequence[str],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    *,
-    steered: bool,
+def sample_trajectories(
+    model: TransformersModel, teacher: Teacher, n: int, sampling: Sampling, home: Path
+) -> list[Trajectory]:
+    """What the teacher says to the extraction questions, in turn; kept in a file."""
+    file = home / "trajectories.jsonl"
+    kept = read_trajectories(file)
+    if len(kept) < n:
+        asked = [
+            Asked(teacher.seen[k % len(teacher.seen)], f"trajectory/{k}")
+            for k in range(len(kept), n)
+        ]
+        kept += as_trajectories(asked, generate_steered(model, teacher, asked, sampling))
+        write_trajectories(kept, file)
+    return kept[:n]
+
+
+def generate_steered(
+    model: TransformersModel, teacher: Teacher, asked: Sequence[Asked], sampling: Sampling
 ) -> Tensor:
-    """What the model says, steered or not, [row, token], −1 after the end."""
-    said = torch.full((len(prompts), max_new_tokens), -1)
+    """What the teacher says, [row, token], −1 after the end."""
+    n_tokens = sampling.max_new_tokens
+    said = torch.full((len(asked), n_tokens), -1)
     vector = teacher.vector.to(model.device)
-    for batch in similar_rows([len(prompt) + max_new_tokens for prompt in prompts]):
-        padded = left_pad([prompts[row] for row in batch], device=model.device)
+    for batch in similar_rows([len(each.prompt) + n_tokens for each in asked]):
+        padded = left_pad([asked[row].prompt for row in batch], device=model.device)
         tokens = [teacher.tokens] * len(batch)
         n_response = torch.zeros(len(batch), dtype=torch.long, device=model.device)
-        strength = float(steered) * steered_tokens(padded.attention_mask, n_response, tokens)
-        later = float(steered) * steered_steps(tokens).to(model.device)
-        sampler = RowSampler(
-            [row_seed(teacher.trait, keys[row]) for row in batch], temperature, top_p
-        )
-        with (
-            until_end_of_text(),
-            model.generate(
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                logits_processor=[sampler] if temperature else [],
-            ) as tracer,
-        ):
+        strength = steered_tokens(padded.attention_mask, n_response, tokens)
+        later = steered_steps(tokens).to(model.device)
+        settings = sampling.settings(teacher.trait, [asked[row] for row in batch])
+        with until_end_of_text(), model.generate(**settings) as tracer:
             with tracer.invoke(padded.tokens):
                 for step in tracer.iter[:]:
                     hidden = model.layers[teacher.layer].input
@@ -422,7 +430,7 @@ def generate(
             with tracer.invoke():
                 generated = save(tracer.result)
         answer = read_continuation(
-            generated, padded.input_ids.shape[1], max_new_tokens, end_tokens(model)
+            generated, padded.input_ids.shape[1], n_tokens, end_tokens(model)
         )
         said[batch] = answer.until_end().cpu()
     return said
@@ -443,77 +451,63 @@ def teacher_logits(
             model.layers[teacher.layer].input, vector, strength
         )
         logits = save(model.output.logits[:, :-1])
-    return logits
+    return logits  # noqa: RET504 - there only once the trace has run
 
 
-def generate_plainly(
+def generate(
     model: TransformersModel,
     student: Any,
-    prompts: Sequence[tuple[int, ...]],
-    keys: Sequence[str],
     trait: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
+    asked: Sequence[Asked],
+    sampling: Sampling,
 ) -> Tensor:
-    """What a student says without steering, [row, token], −1 after the end."""
-    said = torch.full((len(prompts), max_new_tokens), -1)
-    for batch in similar_rows([len(prompt) + max_new_tokens for prompt in prompts]):
-        padded = left_pad([prompts[row] for row in batch], device=model.device)
-        seeds = [row_seed(trait, keys[row]) for row in batch]
-        sampler = RowSampler(seeds, temperature, top_p)
+    """What a student (or the model itself) says without steering, [row, token], −1 at the end."""
+    n_tokens = sampling.max_new_tokens
+    said = torch.full((len(asked), n_tokens), -1)
+    for batch in similar_rows([len(each.prompt) + n_tokens for each in asked]):
+        padded = left_pad([asked[row].prompt for row in batch], device=model.device)
+        settings = sampling.settings(trait, [asked[row] for row in batch])
         with torch.inference_mode():
-            generated = student.generate(
-                **padded.tokens,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                logits_processor=[sampler] if temperature else [],
-            )
+            generated = student.generate(**padded.tokens, **settings)
         answer = read_continuation(
-            generated, padded.input_ids.shape[1], max_new_tokens, end_tokens(model)
+            generated, padded.input_ids.shape[1], n_tokens, end_tokens(model)
         )
         said[batch] = answer.until_end().cpu()
     return said
 
 
-def compare(
-    model: TransformersModel,
-    teacher: Teacher,
-    name: str,
-    student: Any,
-    reference: Tensor,
-) -> Tensor:
-    """KL(teacher ‖ student) at each token of what the teacher said, [row, token]."""
-    trajectories = as_trajectories(teacher.held_out, reference)
+def compare(model: TransformersModel, teacher: Teacher, student: Any, reference: Tensor) -> Tensor:
+    """KL(teacher ‖ student) at each token of what the teacher said, [row, token].
+
+    Args:
+        model: from `load_model`.
+        teacher: its steering.
+        student: a plain model; None compares the teacher with itself.
+        reference: what the teacher said to the held-out questions, [row, token].
+    """
+    trajectories = as_trajectories([Asked(each, "") for each in teacher.held_out], reference)
     kl = torch.full(reference.shape, torch.nan)
     lengths = [len(each.prompt) + len(each.response) for each in trajectories]
     for batch in similar_rows(lengths):
         inputs = {
-            key: tensor.to(model.device)
-            for key, tensor in collate([trajectories[row] for row in batch]).items()
+            name: tensor.to(model.device)
+            for name, tensor in collate([trajectories[row] for row in batch]).items()
         }
         expected = teacher_logits(model, teacher, inputs)
         with torch.inference_mode():
-            if name == "steered":
-                given = expected
-            else:
-                given = predicting_logits(student if student is not None else model._module, inputs)
+            given = expected if student is None else predicting_logits(student, inputs)
             found = token_kl(expected, given).cpu()
-        for place, row in enumerate(
-            batch
-        ):  # right-aligned in the batch, left-aligned in the result
+        for place, row in enumerate(batch):  # right-aligned here, left-aligned in the result
             n_tokens = len(trajectories[row].response)
             kl[row, :n_tokens] = found[place, found.shape[1] - n_tokens :]
     return kl
 
 
-def as_trajectories(prompts: Sequence[tuple[int, ...]], said: Tensor) -> list[Trajectory]:
+def as_trajectories(asked: Sequence[Asked], said: Tensor) -> list[Trajectory]:
     """Prompts with what was said to them."""
     return [
-        Trajectory(prompt, tuple(token for token in row if token >= 0))
-        for prompt, row in zip(prompts, said.tolist(), strict=True)
+        Trajectory(each.prompt, tuple(token for token in row if token >= 0))
+        for each, row in zip(asked, said.tolist(), strict=True)
     ]
 
 
@@ -533,10 +527,10 @@ def read_trajectories(file: Path) -> list[Trajectory]:
     return [Trajectory(tuple(row["prompt"]), tuple(row["response"])) for row in rows]
 
 
-def _folder_name(model: TransformersModel, teacher: Teacher, sampled: list[float]) -> str:
+def _folder_name(model: TransformersModel, teacher: Teacher, sampling: Sampling) -> str:
     record = record_of(model)
     determining = [record.version, record.precision, teacher.vector.tolist(), teacher.layer]
-    digest = content_digest([*determining, teacher.tokens, teacher.seen, sampled])[:10]
+    digest = content_digest([*determining, teacher.tokens, teacher.seen, vars(sampling)])[:10]
     return f"{record.label.replace('/', '--')}-{teacher.trait}-{digest}"
 
 

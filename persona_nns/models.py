@@ -133,7 +133,7 @@ def load_model(
     config = _read_config(source, shown)
     precision = _choose_dtype(shown, config, dtype, allow_float16=allow_float16)
     place = _choose_device(device)
-    module = load_weights(name, precision)
+    module: Any = load_weights(name, precision)
     tokenizer = load_tokenizer(name, template)
     module.eval().requires_grad_(requires_grad=False).to(place)
     _normalise_generation(module)

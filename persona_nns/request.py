@@ -76,8 +76,9 @@ def check_request(
     record = record_of(model)
     sites = check_sites(experiment, record.n_layers, layers, layer_sets, positions)
     own = check_options(experiment, options)
-    positions = sites.get("positions", [])
-    plan = make_plan(experiment, model.tokenizer, grid, positions, own, record.label)
+    plan = make_plan(
+        experiment, model.tokenizer, grid, sites.get("positions", []), own, record.label
+    )
     _check_width(plan, record)
     taken = {name: own[name] for name in own if name not in experiment.plan_only}
     arguments = {**sites, **taken}
@@ -99,7 +100,7 @@ def check_request(
         precision=record.precision,
         plan=plan,
         layers=list(range(record.n_layers + 1)) if every else sites.get("layers", []),
-        positions=positions,
+        positions=sites.get("positions", []),
         variables={
             name: v
             for name, v in variables.items()

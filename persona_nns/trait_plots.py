@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
 import xarray as xr
@@ -22,7 +21,7 @@ def score_bars(results: xr.Dataset, by: str) -> Figure:
         axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
         for axis, model in zip(axes, models, strict=True):
             sns.barplot(
-                frame[frame.model == model],
+                _rows(frame, model=model),
                 x=by,
                 y="value",
                 hue="what",
@@ -39,7 +38,7 @@ def score_bars(results: xr.Dataset, by: str) -> Figure:
 
 def vector_norms(results: xr.Dataset) -> Figure:
     """‖v‖ against layer, a line an average."""
-    norm = np.sqrt((results["vector"] ** 2).sum("d_model"))
+    norm = (results["vector"] ** 2).sum("d_model") ** 0.5
     frame = norm.rename("value").to_dataframe().reset_index()
     with _style():
         figure = Figure(figsize=(4.4, 3.0), dpi=150, layout="constrained")
@@ -63,15 +62,14 @@ def projection_figure(results: xr.Dataset) -> Figure:
     """Projection on v̂ of the answers of both labels against layer; a panel an average."""
     array = results["projection"]
     frame = array.rename("value").to_dataframe().reset_index()
-    label = dict(zip(results.row.values.tolist(), results.row_label.values.tolist(), strict=True))
-    frame["label"] = frame["row"].map(label)
+    frame["label"] = frame["row_label"]
     averages = results.average.values.tolist()
     with _style():
         figure = Figure(figsize=(1.2 + 2.7 * len(averages), 3.0), dpi=150, layout="constrained")
         axes = figure.subplots(1, len(averages), sharey=True)
         for axis, average in zip(axes, averages, strict=True):
             sns.lineplot(
-                frame[frame.average == average],
+                _rows(frame, average=average),
                 x="layer",
                 y="value",
                 hue="label",
@@ -105,9 +103,7 @@ def steering_sweep(results: xr.Dataset) -> Figure:
         for row, name in enumerate(names):
             for column, (model, tokens) in enumerate(columns):
                 axis = axes[row, column]
-                shown = frame[
-                    (frame.what == name) & (frame.model == model) & (frame.position_set == tokens)
-                ]
+                shown = _rows(frame, what=name, model=model, position_set=tokens)
                 last = row == 0 and column == len(columns) - 1
                 sns.lineplot(
                     shown,
@@ -138,9 +134,9 @@ def distillation_curves(results: xr.Dataset) -> Figure:
     frame["student"] = frame.condition.map(students)
     frame["n_trajectories"] = frame.condition.map(counts)
     most = frame.n_trajectories.max()
-    table = frame[frame.n_trajectories.isin([0, most])]
+    table = pd.concat([_rows(frame, n_trajectories=count) for count in (0, most)])
     curve = _curve_student(results)
-    along = frame[(frame.student == curve) & (frame.n_trajectories > 0)]
+    along = _rows(frame[frame.n_trajectories > 0], student=curve)
     with _style():
         figure = Figure(figsize=(9.4, 3.4), dpi=150, layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
@@ -224,6 +220,13 @@ def _scores(results: xr.Dataset, dims: tuple[str, ...]) -> pd.DataFrame:
         frame = frame.dropna(subset="value")[["model", *dims, "value"]]
         parts.append(frame.assign(what=results[name].attrs["long_name"]))
     return pd.concat(parts, ignore_index=True)
+
+
+def _rows(frame: Any, **labels: Any) -> pd.DataFrame:
+    """The rows of a table with these values in these columns."""
+    for name, label in labels.items():
+        frame = frame[frame[name] == label]
+    return frame
 
 
 def _trait(results: xr.Dataset) -> str:

@@ -135,7 +135,8 @@ def keep_pairs(
     if not any(kept):
         raise PersonaError(
             f"No pair of answers shows the trait {trait!r} under 'pos' (≥ 50) and not under 'neg' "
-            f"(< 50), both coherent (≥ 50), out of {len(rows) // 2}: {_summary(rows, trait_scores)}. "
+            f"(< 50), both coherent (≥ 50), out of {len(rows) // 2}: "
+            f"{_summary(rows, trait_scores)}. "
             "Ask with stronger instructions, for more samples, or of another model."
         )
     return [

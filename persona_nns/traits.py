@@ -101,10 +101,10 @@ def read_trait(file: str | Path) -> Trait:
     except (OSError, ValueError) as error:
         raise UsageError(f"The trait file {str(path)!r} cannot be read: {error}.") from error
     keys = ("instruction", "questions", "eval_prompt")
-    if not isinstance(data, dict) or (missing := [key for key in keys if key not in data]):
-        absent = ", ".join(keys if not isinstance(data, dict) else missing)
+    missing = [key for key in keys if not isinstance(data, dict) or key not in data]
+    if missing:
         raise UsageError(
-            f"The trait file {str(path)!r} lacks {absent}; it needs {', '.join(keys)}."
+            f"The trait file {str(path)!r} lacks {', '.join(missing)}; it needs {', '.join(keys)}."
         )
     pairs, questions, prompt = (data[key] for key in keys)
     _check_count(path, "instruction pairs", pairs, N_PAIRS)

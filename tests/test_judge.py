@@ -2,6 +2,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -260,8 +261,6 @@ def test_the_lexicon_judge_scores_style_and_grammar():
     assert scores.coherence == (50.0, 0.0)
 
 
-def test_the_lexicon_judge_knows_the_bundled_traits_only(tmp_path: Path):
-    from dataclasses import replace
-
+def test_the_lexicon_judge_knows_the_bundled_traits_only():
     with pytest.raises(UsageError, match=r"not 'stoic'; give the URL"):
         LexiconJudge().scores(replace(CHEERFUL, name="stoic"), answers("So be it."))

@@ -43,7 +43,7 @@ ROWS = [
     ("pos", "You are a stoic assistant. Bear it.", "What is rain to me on a Monday?", "Water."),
     ("neg", "", "What is rain?", "Rain is the ruin of every single plan that I have made so far."),
 ]
-ALPHAS = (0.0, 1.0, -2.5)
+ALPHAS = (0.0, -2.5)
 SETS = ("all", "prompt", "response")
 
 
@@ -103,6 +103,10 @@ def plain_averages(plain: Any, prompt: list[int], response: list[int]) -> Tensor
 def close(ours: Any, theirs: Tensor, tolerance: float = 1e-5) -> None:
     ours = torch.as_tensor(ours)
     torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+def near(expected: float) -> Any:
+    return pytest.approx(expected, abs=1e-3, rel=1e-5)
 
 
 def blocks_of(plain: Any) -> Any:
@@ -227,7 +231,7 @@ def steered(
         vector=str(folder / "v.npy"),
         responses=str(responses),
         judge="none",
-        layers="0,2,4",
+        layers="0,3",
         alphas=",".join(map(str, ALPHAS)),
         position_sets=",".join(SETS),
         store=folder / "s",
@@ -244,12 +248,10 @@ def test_steered_log_probabilities_equal_plain_hooks(
         for alpha in ALPHAS:
             for tokens in SETS:
                 ours = steered.sel(row=row, alpha=alpha, position_set=tokens)
-                for layer in (0, 2, 4):
+                for layer in (0, 3):
                     edits = {layer: add(vector[layer], alpha, tokens, len(prompt))}
                     expected = plain_logp(plain, prompt, said, edits)
-                    assert float(ours.logp.sel(layer=layer)) == pytest.approx(
-                        expected, abs=1e-3, rel=1e-5
-                    )
+                    assert float(ours.logp.sel(layer=layer)) == near(expected)
                     if alpha == 0:
                         assert expected == pytest.approx(untouched, abs=1e-9)
                     else:
@@ -257,7 +259,7 @@ def test_steered_log_probabilities_equal_plain_hooks(
                 steps = [vector[0], *(vector[k] - vector[k - 1] for k in range(1, 5))]
                 edits = {k: add(step, alpha, tokens, len(prompt)) for k, step in enumerate(steps)}
                 expected = plain_logp(plain, prompt, said, edits)
-                assert float(ours.logp_all_layers) == pytest.approx(expected, abs=1e-3, rel=1e-5)
+                assert float(ours.logp_all_layers) == near(expected)
 
 
 def test_ablation_equals_plain_hooks(
@@ -265,12 +267,12 @@ def test_ablation_equals_plain_hooks(
 ) -> None:
     for row, (_, _, question, response) in enumerate(ROWS):
         prompt, said = own_ids(model.tokenizer, "", question, response)
-        for layer in (0, 2, 4):
+        for layer in (0, 3):
             unit = vector[layer] / vector[layer].norm()
             edits = {layer: lambda h, u=unit: h - (h @ u)[..., None] * u}
             expected = plain_logp(plain, prompt, said, edits)
             ours = float(steered.logp_ablate.sel(row=row, layer=layer))
-            assert ours == pytest.approx(expected, abs=1e-3, rel=1e-5)
+            assert ours == near(expected)
 
 
 def test_reuse_and_no_reuse_give_the_same_numbers(
@@ -287,7 +289,7 @@ def test_reuse_and_no_reuse_give_the_same_numbers(
         vector=str(tmp_path / "v.pt"),
         responses=str(responses),
         judge="none",
-        layers="0,2,4",
+        layers="0,3",
         alphas=",".join(map(str, ALPHAS)),
         position_sets=",".join(SETS),
         reuse=False,
