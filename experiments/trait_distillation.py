@@ -259,8 +259,9 @@ def plan(
         for split in (seen, held_out)
     ]
     teacher = Teacher(trait, alpha * whole[layer], layer, position_set, prompts[0], prompts[1])
-    *fewer, most = counts
-    trained = [(curve, count) for count in fewer] + [(name, most) for name in names]
+    most = max(counts)
+    trained = [(curve, count) for count in counts if count < most]
+    trained += [(name, most) for name in names]
     units = [
         Condition(teacher, student, count)
         for student, count in [("baseline", 0), ("steered", 0), *trained]

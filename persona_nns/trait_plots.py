@@ -9,6 +9,8 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
+from persona_nns.monitoring import correlation
+
 _SCORES = ("score", "coherence")
 
 
@@ -123,6 +125,36 @@ def steering_sweep(results: xr.Dataset) -> Figure:
                     axis.set_ylim(-3, 103)
         _one_legend(axes[0, -1])
         figure.suptitle(f"{_trait(results)}: mean over answers", fontsize="medium")
+    return figure
+
+
+def correlation_by_layer(results: xr.Dataset) -> Figure:
+    """Pearson's r of projection and score against layer: over all answers, and within degrees."""
+    found = correlation(results)
+    within = found["within"].rename("value").to_dataframe().reset_index()
+    overall = found["overall"].rename("value").to_dataframe().reset_index()
+    frame = pd.concat([overall.assign(degree="all answers"), within]).dropna(subset="value")
+    models = results.model.values.tolist()
+    with _style():
+        figure = Figure(figsize=(1.8 + 3.2 * len(models), 3.0), dpi=150, layout="constrained")
+        axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+        for axis, model in zip(axes, models, strict=True):
+            sns.lineplot(
+                _rows(frame, model=model),
+                x="layer",
+                y="value",
+                hue="degree",
+                style="degree",
+                markers=True,
+                dashes=False,
+                palette="colorblind",
+                ax=axis,
+                legend=model == models[-1],
+            )
+            axis.axhline(0, color="0.4", linewidth=0.8)
+            axis.set(title=model, xlabel="layer", ylabel="r(projection, score)", ylim=(-1.05, 1.05))
+        _one_legend(axes[-1])
+        figure.suptitle(f"{_trait(results)}: last prompt token on v̂", fontsize="medium")
     return figure
 
 

@@ -19,6 +19,9 @@ Split = Literal["extraction", "evaluation"]
 Label = Literal["pos", "neg"]
 LABELS: tuple[Label, Label] = ("pos", "neg")
 
+#: Degrees of a trait that a system prompt asks for, from none to much.
+DEGREES = ("not at all", "slightly", "fairly", "very")
+
 N_PAIRS = 5
 N_QUESTIONS = 20
 
@@ -43,6 +46,10 @@ class Trait:
         """The system prompt: ``You are a {trait|helpful} assistant. {instruction}``."""
         name = self.name if label == "pos" else "helpful"
         return f"You are a {name} assistant. {self.pairs[pair][LABELS.index(label)]}"
+
+    def graded_system(self, degree: str) -> str:
+        """A system prompt that asks for a degree of the trait."""
+        return f"You are a {degree} {self.name} assistant."
 
 
 def bundled_traits() -> tuple[str, ...]:
