@@ -65,6 +65,8 @@ def projections(results: xr.Dataset) -> Figure:
     return projection_figure(results)
 
 
+_NOBODY_JUDGES = "Without a judge, rows have to be given: --responses F.jsonl."
+
 figures = {"norms": norms, "projections": projections}
 
 
@@ -103,6 +105,8 @@ def prepare(
     """Have the answers made where none are given; they are stored, and made once."""
     if options.get("responses") is not None:
         return options
+    if options.get("judge") == "none":
+        raise UsageError(_NOBODY_JUDGES)
     names = ("trait", "artifacts", "n_samples", "judge", "judge_model", "judge_prices")
     names = (*names, "max_new_tokens", "temperature")
     made = {name: options[name] for name in names if name in options}
@@ -148,7 +152,7 @@ def plan(
     if from_file and trait not in (None, name):
         raise UsageError(f"The trait of {responses!r} is its stem {name!r}, not {trait!r}.")
     if choice.judge == "none" and not from_file:
-        raise UsageError("Without a judge, rows have to be given: --responses F.jsonl.")
+        raise UsageError(_NOBODY_JUDGES)
     choice.check(name)
     asked = None if choice.judge == "none" else load_traits(name, "extraction", artifacts)[0]
     if responses is None:  # `prepare` has them made; until then there is nothing to render
@@ -177,6 +181,7 @@ def _plan_of(
     )
     content = {
         "trait": trait,
+        "judge": judge,
         "rows": [[vars(row.response), row.kept] for row in rows],
     }
     return Plan(

@@ -32,7 +32,7 @@ def score_bars(results: xr.Dataset, by: str) -> Figure:
                 ax=axis,
                 legend=bool(axis is axes[-1]),
             )
-            axis.set(title=model, xlabel="", ylabel="judged (points)", ylim=(0, 105))
+            axis.set(title=model, xlabel="", ylabel="judged (points)", ylim=(0, 125))
         _one_legend(axes[-1])
         figure.suptitle(f"{_trait(results)}: mean ± sd over answers", fontsize="medium")
     return figure
@@ -170,7 +170,7 @@ def distillation_curves(results: xr.Dataset) -> Figure:
     curve = _curve_student(results)
     along = _rows(frame[frame.n_trajectories > 0], student=curve)
     with _style():
-        figure = Figure(figsize=(9.4, 3.4), dpi=150, layout="constrained")
+        figure = Figure(figsize=(10.6, 3.4), dpi=150, layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         sns.barplot(
             table,
@@ -182,7 +182,7 @@ def distillation_curves(results: xr.Dataset) -> Figure:
             ax=left,
             legend=False,
         )
-        left.set(xlabel=f"student ({most} trajectories)", ylabel="judged (points)", ylim=(0, 105))
+        left.set(xlabel=f"student ({most} trajectories)", ylabel="judged (points)", ylim=(0, 125))
         sns.lineplot(
             along,
             x="n_trajectories",
@@ -195,7 +195,7 @@ def distillation_curves(results: xr.Dataset) -> Figure:
             err_style="bars",
             ax=right,
         )
-        steered = frame[(frame.student == "steered") & (frame.what == "score")].value.mean()
+        steered = frame[(frame.student == "steered") & (frame.what == "trait score")].value.mean()
         right.axhline(steered, color="0.4", linestyle=":", label="steered, score")
         right.set(xlabel=f"trajectories ({curve})", xscale="log")
         ticks = sorted(along.n_trajectories.unique())

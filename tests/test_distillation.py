@@ -171,9 +171,7 @@ def test_every_architecture_has_students(
     train(
         student,
         TRAJECTORIES[:2],
-        lambda inputs: shift["logits"][
-            : len(inputs["input_ids"]), -inputs["is_response"].shape[1] :
-        ],
+        lambda inputs: target[: len(inputs["input_ids"])],
         Training(1, 2, 1, 1e-2, 0),
         tmp_path / "c",
         device=torch.device("cpu"),
