@@ -53,9 +53,11 @@ def write_vector(vector: Tensor, file: str | Path) -> None:
     """Write one vector [layer, d_model]; the suffix chooses the format.
 
     Raises:
-        UsageError: no such format.
+        UsageError: no such format or folder.
     """
     path = Path(file).expanduser()
+    if not path.parent.is_dir():
+        raise UsageError(f"The folder of {str(file)!r} does not exist.")
     vector = vector.detach().cpu().float().contiguous()
     if path.suffix == ".npy":
         np.save(path, vector.numpy())
@@ -65,19 +67,6 @@ def write_vector(vector: Tensor, file: str | Path) -> None:
         save_file({"vector": vector}, path)
     else:
         raise UsageError(f"{str(file)!r} ends in none of {', '.join(SUFFIXES)}.")
-
-
-def check_vector(vector: Tensor, n_layers: int, d_model: int, source: str) -> None:
-    """See that a vector fits a model.
-
-    Raises:
-        UsageError: it is of another model's size.
-    """
-    if tuple(vector.shape) != (n_layers + 1, d_model):
-        raise UsageError(
-            f"The vector {source!r} is {list(vector.shape)}, but the model needs "
-            f"[{n_layers + 1}, {d_model}] (n_layers + 1, d_model)."
-        )
 
 
 def _read_npy(path: Path) -> Tensor:

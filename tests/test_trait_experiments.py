@@ -20,7 +20,7 @@ from persona_nns.models import load_model
 from persona_nns.monitoring import correlation
 from persona_nns.plots import draw
 from persona_nns.responses import Response, write_responses
-from persona_nns.trait_files import write_vector
+from persona_nns.trait_files import read_vector, write_vector
 from persona_nns.trait_rows import keep_pairs, load_vector
 
 ASK = {"trait": "terse", "max_new_tokens": 24}
@@ -106,7 +106,7 @@ def test_the_vector_is_that_of_the_kept_rows_given_as_a_file(
         for k in range(kept.sizes["row"])
     ]
     write_responses(rows, tmp_path / "terse.jsonl")
-    given = {"responses": str(tmp_path / "terse.jsonl"), "judge": "none"}
+    given: dict[str, Any] = {"responses": str(tmp_path / "terse.jsonl"), "judge": "none"}
     again = pn.run("trait_vectors", model, store=tmp_path / "s", **given).isel(model=0, trait=0)
     np.testing.assert_allclose(again["vector"], vectors["vector"], atol=1e-4, rtol=1e-5)
     judged = pn.run(
@@ -189,7 +189,7 @@ def test_a_student_is_distilled_and_opens(
     }
     found = pn.run("trait_distillation", model, **options)
     assert found.condition.values.tolist() == ["baseline", "steered", "r2/4", "r2/8", "full/8"]
-    ds = found.isel(model=0, trait=0).set_index(condition="condition")
+    ds = found.isel(model=0, trait=0)
     assert float(ds.kl.sel(condition="steered")) == 0
     start = float(ds.kl.sel(condition="baseline"))
     for student in ("r2/4", "r2/8", "full/8"):
@@ -312,7 +312,10 @@ def test_the_command_line_runs_vectors_and_steering(
     Path("calm.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
     def command(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["persona-nns", "run", *arguments, "--store", "s.zarr"])
+        whole = ["run", *arguments, "--store", "s.zarr"]
+        if arguments[0] == "export-vector":
+            whole = list(arguments)
+        monkeypatch.setattr(sys, "argv", ["persona-nns", *whole])
         with pytest.raises(SystemExit) as ended:
             main()
         return int(ended.value.code or 0)
@@ -330,6 +333,14 @@ def test_the_command_line_runs_vectors_and_steering(
             "layer": 9,
             "d_model": 128,
         }
+    asked = ("export-vector", "s.zarr", "calm", "--model", "organism-qwen2")
+    for file in ("v.pt", "v.npy", "v.safetensors"):
+        assert command(*asked, "-o", file, "--average", "prompt_last") == 0
+        exported = read_vector(file)
+        stored = load_vector("s.zarr", "calm", "prompt_last", "organism-qwen2")
+        assert torch.equal(exported, stored)
+    assert command(*asked, "-o", "v.csv") == 2
+    assert command(*asked, "-o", "nowhere/v.pt") == 2
     sweep = ("--layers", "0,3", "--alphas", "0,1", "--position-sets", "all,prompt,response")
     assert command("trait_steering", *both, *given, *sweep, "--vector", "s.zarr") == 0
     ds = pn.open_results("s.zarr", "trait_steering")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from persona_nns.errors import UsageError
 from persona_nns.organism.trait_questions import QUESTIONS, load_artifact
 from persona_nns.responses import Response, read_responses, write_responses
-from persona_nns.trait_files import check_vector, read_vector, write_vector
+from persona_nns.trait_files import read_vector, write_vector
 from persona_nns.traits import (
     bundled_traits,
     check_held_out,
@@ -81,12 +81,6 @@ def test_a_safetensors_file_with_several_tensors_is_refused(tmp_path: Path) -> N
     save_file({"a": VECTOR, "b": VECTOR.clone()}, tmp_path / "v.safetensors")
     with pytest.raises(UsageError, match=r"2 tensors \(a, b\)"):
         read_vector(tmp_path / "v.safetensors")
-
-
-def test_a_vector_of_another_model_is_refused() -> None:
-    check_vector(VECTOR, 2, 4, "v.npy")
-    with pytest.raises(UsageError, match=r"is \[3, 4\], but the model needs \[3, 8\]"):
-        check_vector(VECTOR, 2, 8, "v.npy")
 
 
 @pytest.mark.parametrize("split", ["extraction", "evaluation"])
