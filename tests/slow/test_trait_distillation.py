@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import persona_nns as pn
 from persona_nns.models import load_model
@@ -18,7 +17,6 @@ STUDENTS = ("r8", "r16", "r32", "full")
 @pytest.mark.slow
 def test_a_trait_is_extracted_steered_with_and_distilled(tmp_path: Path) -> None:
     started = time.monotonic()
-    torch.set_num_threads(2)
     store = str(tmp_path / "traits.zarr")
     model = load_model(MODEL)
     ask = {"trait": TRAIT, "store": store, "max_new_tokens": 64, "progress": False}
@@ -32,7 +30,7 @@ def test_a_trait_is_extracted_steered_with_and_distilled(tmp_path: Path) -> None
         "trait_steering",
         model,
         vector=store,
-        alphas="0,1,2,3",
+        alphas="0,1.5,2,3",
         position_sets="prompt",
         top_p=0.95,
         **ask,
@@ -50,9 +48,9 @@ def test_a_trait_is_extracted_steered_with_and_distilled(tmp_path: Path) -> None
         alpha=float(best[1]),
         position_set="prompt",
         students=",".join(STUDENTS),
-        trajectories="25,50,100,200",
-        n_samples=10,
-        steps=60,
+        trajectories="50,200",
+        n_samples=3,
+        steps=50,
         rows=8,
         accumulation=1,
         lora_learning_rate=2e-3,
