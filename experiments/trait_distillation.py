@@ -41,7 +41,7 @@ from persona_nns.distillation import (
     trained_parameters,
 )
 from persona_nns.errors import UsageError
-from persona_nns.models import end_tokens, record_of
+from persona_nns.models import end_tokens, hosted, record_of
 from persona_nns.sampling import RowSampler, row_seed
 from persona_nns.steering import (
     parse_position_sets,
@@ -193,6 +193,19 @@ class Sampling:
             "use_cache": True,
             "logits_processor": [sampler] if self.temperature else [],
         }
+
+
+def prepare(
+    model: TransformersModel,
+    store: str | Path,  # noqa: ARG001
+    options: dict[str, Any],
+    *,
+    progress: bool,  # noqa: ARG001
+) -> dict[str, Any]:
+    """See that the model is here: students are copies of its weights."""
+    if hosted(model) is not None:
+        raise UsageError("Students are trained on this machine; use the backend 'local'.")
+    return options
 
 
 def plan(

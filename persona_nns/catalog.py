@@ -2,9 +2,9 @@
 
 An experiment is a Python file with a docstring (its first line is the summary), ``variables``
 (name → `Variable`) and ``measure(model, cells, *, layers, positions, …)``. It may set
-``defaults`` for layers, layer sets and positions, ``figures`` (name → function of the result), and
-``protocol_version``, to be raised by hand whenever a change alters the numbers; without it,
-every edit of the file counts as another version.
+``defaults`` for grid, layers, layer sets and positions, ``figures`` (name → function of the
+result), and ``protocol_version``, to be raised by hand whenever a change alters the numbers;
+without it, every edit of the file counts as another version.
 
 One that does not run on a grid of personas and tasks also has ``plan(tokenizer, *, …)``, which
 makes a `Plan` of its inputs: the units, with their token ids, that `measure` then gets instead of
@@ -40,7 +40,7 @@ _RESERVED_VARIABLES = {
 }
 _RESERVED_OPTIONS = {
     *("experiment", "model", "grid", "cells", "backend", "dtype", "device", "template", "as_"),
-    *("store", "batch_size", "allow_float16", "progress"),
+    *("store", "batch_size", "allow_float16", "progress", "deadline", "verbose"),
 }
 
 
@@ -65,6 +65,7 @@ class Experiment:
             they are what it returned.
         finish_options: keyword parameters of `finish`.
         options: keyword parameters of `plan` and `measure` beside those that all share.
+        grid: the grid where none is given; None where one has to be, or is of no use.
         layers: request for layers where none is given; None where it has no layers.
         layer_sets: request for sets of layers where none is given; None where it has none.
         positions: request for positions where none is given; None where it has no positions.
@@ -87,6 +88,7 @@ class Experiment:
     finish: Callable[..., dict[str, Any]] | None
     finish_options: tuple[str, ...]
     options: Mapping[str, inspect.Parameter]
+    grid: str | None
     layers: str | None
     layer_sets: str | None
     positions: str | None
@@ -167,6 +169,7 @@ def _read(file: Path) -> Experiment:
         prepare=getattr(module, "prepare", None),
         finish=finish,
         finish_options=of_finish,
+        grid=defaults.get("grid"),
         layers=site("layers", "all"),
         layer_sets=site("layer_sets", "0.55"),
         positions=site("positions", "p_last"),

@@ -26,8 +26,11 @@ from persona_nns.errors import PersonaError, UsageError
 if TYPE_CHECKING:
     import xarray as xr
 
+    from persona_nns.remote.hosts import Host
+
 DEFAULT_STORE = "stores/results.zarr"
 DEMO_STORE = "stores/demo.zarr"
+_INTERRUPTED = "Interrupted; completed cells are kept, the same command goes on."
 
 _out = Console()
 _err = Console(stderr=True)
@@ -96,16 +99,41 @@ def experiments() -> None:
 
 @app.command()
 def models(
-    backend: Annotated[str, typer.Option(help="Where models are hosted.")] = "local",
+    backend: Annotated[
+        str, typer.Option(help="local, simulate, ndif, or the URL of a server.")
+    ] = "local",
 ) -> None:
-    """List the bundled models."""
-    from persona_nns.models import BACKENDS, bundled_models
+    """List the bundled models, or what a server hosts."""
+    from persona_nns.models import bundled_models
+    from persona_nns.remote.hosts import Host, read_backend
     from persona_nns.tables import models_table
 
-    if backend not in BACKENDS:
-        raise UsageError(f"Unknown backend {backend!r}; use {', '.join(BACKENDS)}.")
+    host = read_backend(backend)
+    if isinstance(host, Host):
+        _list_hosted(host)
+        return
     _out.print(models_table(bundled_models()))
     _out.print("A local folder or a hub id (org/name) is loaded in the same way.")
+
+
+def _list_hosted(host: "Host") -> None:
+    """Print a server's models, and how its versions compare with those here."""
+    from persona_nns.remote.connection import Connection, Patience
+    from persona_nns.remote.environment import read_deployments, read_environment
+    from persona_nns.tables import hosted_table
+
+    connection = Connection(host, Patience(unreachable=10.0, read=30.0))
+    try:
+        _out.print(hosted_table(read_deployments(connection), host.url))
+        environment = read_environment(connection)
+    finally:
+        connection.close()
+    for warning in environment.check(host.url):
+        _say(warning)
+    if environment.packages and not environment.differences:
+        _say("Its versions are those here.")
+    key = "set" if host.headers() else "not set (NDIF_API_KEY, or `nnsight login`)"
+    _say(f"API key: {key}.")
 
 
 @app.command(name="ls")
@@ -126,6 +154,10 @@ def show(
     ] = None,
     grid: GridChoice = None,
     run: RunChoice = None,
+    bootstrap: Annotated[  # noqa: FBT002
+        bool,
+        typer.Option("--bootstrap", help="Bootstrap intervals of the medians, not quartiles."),
+    ] = False,
 ) -> None:
     """Print medians and quartiles over cells."""
     from persona_nns.tables import measured, result_table
@@ -136,7 +168,7 @@ def show(
             known = ", ".join(map(str, results.data_vars))
             raise UsageError(f"{experiment!r} has no variable {name!r}; it has {known}.")
     for name in variable or measured(results):
-        _out.print(result_table(results, name))
+        _out.print(result_table(results, name, bootstrap=bootstrap))
 
 
 @app.command()
@@ -194,6 +226,58 @@ def export_vector(
     _say(f"Written: {output}")
 
 
+@app.command()
+def compare(
+    store: Store,
+    experiment: Name,
+    with_: Annotated[
+        str | None,
+        typer.Option("--with", help="Store to compare with; by default the published numbers."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Folder for CSV and figures; by default compare/ beside STORE."
+        ),
+    ] = None,
+    grid: GridChoice = None,
+    run: RunChoice = None,
+    relative: Annotated[
+        float | None, typer.Option(help="Relative tolerance of numbers.", min=0)
+    ] = None,
+    absolute: Annotated[
+        float | None, typer.Option(help="Absolute tolerance of numbers.", min=0)
+    ] = None,
+) -> None:
+    """Put results beside the published ones: tables, CSV and a figure."""
+    from persona_nns.compare import Tolerance, compare_results, match_results
+    from persona_nns.compare_plots import compare_figures
+    from persona_nns.compare_tables import agreement_tables, comparison_tables
+    from persona_nns.plots import save_figure
+    from persona_nns.published import published_store
+    from persona_nns.tables import save_csv
+
+    if (relative is None) != (absolute is None):
+        raise UsageError("A tolerance has two parts; give both --relative and --absolute.")
+    tolerance = None
+    if relative is not None and absolute is not None:
+        tolerance = Tolerance(relative, absolute)
+    name = Path(experiment).stem if experiment.endswith(".py") else experiment
+    matched = match_results(store, name, with_ or published_store(), grid=grid, run=run or None)
+    compared = compare_results(matched, tolerance)
+    for table in comparison_tables(compared.side_by_side) + agreement_tables(compared.agreement):
+        _out.print(table)
+    beside = Path() if "://" in store else Path(store).expanduser().parent
+    folder = (output or beside / "compare").expanduser()
+    written = [save_csv(compared.side_by_side, folder / f"{name}-side_by_side.csv")]
+    if not compared.agreement.empty:
+        written.append(save_csv(compared.agreement, folder / f"{name}-agreement.csv"))
+    for title, figure in compare_figures(matched, compared.side_by_side).items():
+        written += save_figure(figure, folder / f"{name}-{title}.png", pdf=True)
+    for path in written:
+        _say(path)
+
+
 def _open(store: str, experiment: str, grid: str | None, run: list[str] | None) -> "xr.Dataset":
     from persona_nns.store import open_results
 
@@ -215,10 +299,7 @@ def _experiment_command(experiment: Experiment) -> Any:
     ]
     shared = inspect.signature(_run_experiment).parameters.values()
     kept = [
-        # Optional to call, but not on the command line of an experiment that runs on a grid.
-        parameter.replace(default=inspect.Parameter.empty)
-        if parameter.name == "grid"
-        else parameter
+        _with_default(parameter, experiment.grid) if parameter.name == "grid" else parameter
         for parameter in shared
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         and (parameter.name not in ("grid", "cells") or experiment.plan is None)
@@ -239,6 +320,11 @@ def _experiment_command(experiment: Experiment) -> Any:
     return typer.main.get_command(single)
 
 
+def _with_default(parameter: inspect.Parameter, default: str | None) -> inspect.Parameter:
+    """The parameter of a command with this default; without one it has to be given."""
+    return parameter.replace(default=inspect.Parameter.empty if default is None else default)
+
+
 def _run_experiment(
     experiment: Experiment,
     *,
@@ -252,7 +338,10 @@ def _run_experiment(
         str | None, typer.Option(help="p_last, p_last-1, p_user_last, g1, g2, …")
     ] = None,
     cells: Annotated[str | None, typer.Option(help="Only these, as engineer/arch,…")] = None,
-    backend: Annotated[str, typer.Option(help="Where traces run: local.")] = "local",
+    backend: Annotated[
+        str,
+        typer.Option(help="Where it runs: local, simulate, ndif, or the URL of a server."),
+    ] = "local",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …")] = None,
     template: Annotated[
@@ -260,7 +349,11 @@ def _run_experiment(
     ] = None,
     as_: Annotated[
         list[str] | None,
-        typer.Option("--as", help="Label of the model in the results; one for each --model."),
+        typer.Option(
+            "--as",
+            help="Label of the model in the results; one for each --model. On a server, the "
+            "hosted model (org/name) that a folder stands for.",
+        ),
     ] = None,
     store: Annotated[str, typer.Option(help="Path or URL of the Zarr store.")] = DEFAULT_STORE,
     batch_size: Annotated[
@@ -276,16 +369,24 @@ def _run_experiment(
     allow_float16: Annotated[
         bool, typer.Option("--allow-float16", help="Use float16 although it overflows.")
     ] = False,
+    deadline: Annotated[
+        float | None,
+        typer.Option(help="Seconds that a job on a server may go without news (3600).", min=1),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print what becomes of each job on a server.")
+    ] = False,
     **options: Any,
 ) -> None:
     from persona_nns.grids import load_grid
-    from persona_nns.models import count_layers, load_model, load_tokenizer
+    from persona_nns.models import check_hosting, count_layers, load_model, load_tokenizer
     from persona_nns.request import check_inputs, check_options, check_sites, make_plan
     from persona_nns.runs import run
     from persona_nns.store import check_writable, open_results
     from persona_nns.tables import measured, result_table
 
     labels = _labels(model, as_ or [])
+    check_hosting(model, as_, backend)
     check_writable(store)
     loaded_grid = None if grid is None else load_grid(grid)
     check_inputs(experiment, loaded_grid, cells)
@@ -318,6 +419,8 @@ def _run_experiment(
             layers=layers,
             layer_sets=layer_sets,
             positions=positions,
+            deadline=deadline,
+            verbose=verbose,
             **options,
         )
         names.append(results.attrs["run"])
@@ -382,15 +485,13 @@ def main() -> None:
         message = getattr(error, "format_message", lambda: "")() or str(error)
         _fail(message, debug=debug, code=2)
     except KeyboardInterrupt:
-        _fail(
-            "Interrupted; completed cells are kept, the same command goes on.",
-            debug=debug,
-            code=130,
-        )
+        _fail(_INTERRUPTED, debug=debug, code=130)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         _fail(f"{reason} (--debug shows the traceback)", debug=debug, code=1)
     else:
+        if code == 130:  # typer makes an exit of an interrupt
+            _fail(_INTERRUPTED, debug=debug, code=130)
         sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -48,4 +48,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a batch did not fit."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
+
+
+def says_out_of_memory(message: str) -> bool:
+    """Whether a message, or a server's traceback, says that a batch did not fit."""
+    return any(words in message for words in ("DefaultCPUAllocator", "OutOfMemoryError"))

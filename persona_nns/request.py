@@ -50,6 +50,25 @@ class Request:
         """Where a unit is written: residuals first, so that a completed unit has them."""
         return [block for block in (self.residuals, self.block) if block is not None]
 
+    def as_hosted(self, precision: str) -> "Request":
+        """The same request with the precision that a server has told of."""
+        return replace(
+            self,
+            block=_in_precision(self.block, precision),
+            residuals=self.residuals and _in_precision(self.residuals, precision),
+        )
+
+    def finish(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        units: Sequence[Unit],
+        measured: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The declared variables of what `measure` returned; runs where the command runs."""
+        if self.experiment.finish is None:
+            return measured
+        return self.experiment.finish(tokenizer, units, measured, **self.finishing)
+
     def into(self, run: str) -> "Request":
         """The same request with its results in the group of this name."""
         residuals = self.residuals and replace(self.residuals, run=f"{run}/residuals")
@@ -176,7 +195,7 @@ def make_plan(
     """
     if experiment.plan is None:
         assert grid is not None
-        return _plan_of_grid(grid, render_grid(tokenizer, grid, positions))
+        return plan_of_grid(grid, render_grid(tokenizer, grid, positions))
     named = {"model": label} if experiment.plan_takes_model else {}
     own = {name: options[name] for name in experiment.plan_options}
     plan = experiment.plan(tokenizer, **named, **own)
@@ -193,7 +212,8 @@ def make_plan(
     return plan
 
 
-def _plan_of_grid(grid: Grid, prompts: Mapping[str, Mapping[PromptName, Prompt]]) -> Plan:
+def plan_of_grid(grid: Grid, prompts: Mapping[str, Mapping[PromptName, Prompt]]) -> Plan:
+    """A plan whose units are the cells of a grid, with their rendered prompts."""
     return Plan(
         name=grid.name,
         units=grid.cells,
@@ -211,6 +231,10 @@ def _plan_of_grid(grid: Grid, prompts: Mapping[str, Mapping[PromptName, Prompt]]
         },
         attrs={"personas": dict(grid.personas), "tasks": dict(grid.tasks)},
     )
+
+
+def _in_precision(block: Block, precision: str) -> Block:
+    return replace(block, precision=precision, attrs={**block.attrs, "precision": precision})
 
 
 def _residuals(variables: Mapping[str, Variable], block: Block) -> Block:

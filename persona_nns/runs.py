@@ -22,8 +22,9 @@ from persona_nns.catalog import Experiment, load_experiment
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.grids import Grid, load_grid
 from persona_nns.memory import fitting_batch_size, is_out_of_memory
-from persona_nns.models import load_model
+from persona_nns.models import hosted, load_model
 from persona_nns.provenance import session_attributes, session_name
+from persona_nns.remote.dispatch import carry_out_remotely
 from persona_nns.request import Request, check_inputs, check_request
 from persona_nns.shapes import declared_arrays
 from persona_nns.store import (
@@ -49,6 +50,8 @@ def run(
     batch_size: int | None = None,
     reuse: bool = True,
     keep_residuals: bool = False,
+    deadline: float | None = None,
+    verbose: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> xr.Dataset:
@@ -59,8 +62,9 @@ def run(
     Args:
         experiment: a bundled experiment's name, the path of an experiment file, or a loaded one.
         model: from `load_model`, or a name that it takes.
-        grid: ``short``, ``long``, ``review``, a ``.toml`` file, or a `Grid`; None for an
-            experiment whose inputs are options of its own.
+        grid: ``short``, ``long``, ``review``, a ``.toml`` file, or a `Grid`; by default the
+            experiment's own choice, where it has one; None for an experiment whose inputs are
+            options of its own.
         layers: ``all``, layers or depths; by default the experiment's own choice.
         layer_sets: sets of layers such as ``"14;10,12,14"``; by default the experiment's own.
         positions: position names; by default the experiment's own choice.
@@ -71,6 +75,8 @@ def run(
         reuse: reuse prefixes and resume at the layer of an intervention; False runs the plain
             protocol on whole sequences, which gives the same numbers and takes much longer.
         keep_residuals: store the residuals too, in the group ``<run>/residuals``.
+        deadline: seconds that a job on a server may go without news; by default an hour.
+        verbose: print what becomes of each job on a server.
         progress: show a progress bar with an ETA (never where there is no terminal).
         **options: the experiment's own options.
 
@@ -87,7 +93,8 @@ def run(
     loaded_experiment = (
         experiment if isinstance(experiment, Experiment) else load_experiment(experiment)
     )
-    loaded_grid = None if grid is None else load_grid(grid)
+    asked = loaded_experiment.grid if grid is None else grid
+    loaded_grid = None if asked is None else load_grid(asked)
     check_inputs(loaded_experiment, loaded_grid, cells)
     loaded = load_model(model) if isinstance(model, str | Path) else model
     if not (reuse or loaded_experiment.reuses):
@@ -111,9 +118,23 @@ def run(
         keep_residuals=keep_residuals,
     )
     request = request.into(find_run(store, request.block) or request.block.run)
-    rows = [ids for of_key in request.plan.token_ids.values() for ids in of_key.values()]
-    size = batch_size or request.plan.batch_size or fitting_batch_size(loaded, rows)
-    _carry_out(request, loaded, store, size, execution, progress=progress)
+    elsewhere = hosted(loaded)
+    if elsewhere is not None:
+        carry_out_remotely(
+            request,
+            loaded,
+            elsewhere,
+            store,
+            execution,
+            batch_size=batch_size or request.plan.batch_size,
+            deadline=deadline,
+            progress=progress,
+            verbose=verbose,
+        )
+    else:
+        rows = [ids for of_key in request.plan.token_ids.values() for ids in of_key.values()]
+        size = batch_size or request.plan.batch_size or fitting_batch_size(loaded, rows)
+        _carry_out(request, loaded, store, size, execution, progress=progress)
     return open_results(store, loaded_experiment.name, run=request.block.run)
 
 
@@ -146,10 +167,7 @@ def _carry_out(
             except (MemoryError, RuntimeError) as error:
                 batch_size = _smaller(len(batch), error, request.plan.noun)
                 continue
-            if request.experiment.finish is not None:
-                measured = request.experiment.finish(
-                    model.tokenizer, batch, measured, **request.finishing
-                )
+            measured = request.finish(model.tokenizer, batch, measured)
             arrays = declared_arrays(request, measured, len(batch))
             seconds = (time.perf_counter() - started) / len(batch)
             if not groups:  # allocated only once there is something to write

@@ -14,7 +14,7 @@ import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import xarray as xr
@@ -182,6 +182,15 @@ def _open_root(store: str | Path) -> zarr.Group | None:
         return zarr.open_group(_location(store), mode="r", zarr_format=3)
     except (OSError, ValueError):
         return None
+
+
+def open_group(store: str | Path, path: str, mode: Literal["r", "a"]) -> zarr.Group | None:
+    """A group of a store by its path; to write (``a``) it is made, to read it may be None."""
+    if mode == "a":
+        root = zarr.open_group(_location(store), mode="a", zarr_format=3)
+        return root.require_group(path) if path else root
+    root = _open_root(store)
+    return cast("zarr.Group", root[path]) if root is not None and path in root else None
 
 
 def attach(store: str | Path, block: Block) -> RunGroup:
@@ -415,10 +424,11 @@ def _open_run(store: str | Path, info: RunInfo) -> xr.Dataset:
     dataset = dataset.assign({n: a for n, a in texts.items() if n not in dataset.coords})
     dataset = dataset[[*info.attrs["variables"], "seconds", "completed"]]
     units = info.attrs.get("units", [])
-    for name, array in dataset.data_vars.items():
-        if name != "completed":
+    for name, array in list(dataset.data_vars.items()):
+        # A published summary over cells has no cell to be complete.
+        if name != "completed" and (units or "cell" in array.dims):
             done = _done(dataset, array, units)
-            dataset[name] = array.where(done, _fill(array)).assign_attrs(array.attrs)
+            dataset[str(name)] = array.where(done, _fill(array)).assign_attrs(array.attrs)
     return dataset
 
 
@@ -441,8 +451,8 @@ def _done(
     done = xr.zeros_like(array.isel({dim: 0 for dim in array.dims if dim not in placed}), bool)
     for place in units:
         if set(axes) <= set(place):
-            unit = completed.sel({axis: place[axis] for axis in completed.dims[1:]})
-            done.loc[{axis: place[axis] for axis in axes}] = bool(unit.item())
+            unit = completed.sel({axis: place[str(axis)] for axis in completed.dims[1:]})
+            done.loc[{axis: place[str(axis)] for axis in axes}] = bool(unit.item())
     return done.drop_vars(set(done.coords) - set(axes))
 
 
