@@ -63,11 +63,10 @@ variables = {
     "score": Variable(
         _SCORED,
         "trait score",
-        units="point",
         description="The judge's 0–100 on held-out questions; NaN where it refuses.",
     ),
     "coherence": Variable(
-        _SCORED, "coherence", units="point", description="The judge's 0–100; NaN where it refuses."
+        _SCORED, "coherence", description="The judge's 0–100; NaN where it refuses."
     ),
     "token_kl": Variable(
         "trait condition question token",

@@ -55,11 +55,10 @@ variables = {
     "score": Variable(
         _SCORED,
         "trait score",
-        units="point",
         description="The judge's 0–100 for the answer of the steered model; NaN where it refuses.",
     ),
     "coherence": Variable(
-        _SCORED, "coherence", units="point", description="The judge's 0–100; NaN where it refuses."
+        _SCORED, "coherence", description="The judge's 0–100; NaN where it refuses."
     ),
     "response": Variable(_SCORED, "response", description="What it said.", kind="text"),
     "logp": Variable(

@@ -10,6 +10,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from persona_nns.monitoring import correlation
+from persona_nns.plots import axis_label
 
 _SCORES = ("score", "coherence")
 
@@ -119,8 +120,7 @@ def steering_sweep(results: xr.Dataset) -> Figure:
                 )
                 axis.set_title(f"{model} · {tokens}" if row == 0 else "")
                 axis.set_xlabel("α" if row == len(names) - 1 else "")
-                label = results[name].attrs.get("long_name", name)
-                axis.set_ylabel(f"{label} ({results[name].attrs.get('units')})")
+                axis.set_ylabel(axis_label(results[name]))
                 if name in _SCORES:
                     axis.set_ylim(-3, 103)
         _one_legend(axes[0, -1])

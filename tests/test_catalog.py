@@ -71,7 +71,7 @@ def test_a_file_that_is_no_experiment_says_why(tmp_path: Path, source: str, sent
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="use .*localized_positions"):
+    with pytest.raises(UsageError, match=r"use .*localized_positions"):
         load_experiment("localised_positions")
 
 
