@@ -1,4 +1,4 @@
-"""The command line: ``persona-nns demo | experiments | run | models | ls | show | plot | compare``.
+"""The command line: ``persona-nns demo | experiments | run | models | ls | show | plot | …``.
 
 Each experiment is a command of its own under ``run``: its options are the keyword arguments of
 its `plan` and `measure`. Heavy imports wait until a command needs them.
@@ -205,6 +205,27 @@ def plot(
             _say(path)
 
 
+@app.command(name="export-vector")
+def export_vector(
+    store: Store,
+    trait: Annotated[str, typer.Argument(help="Name of a trait.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="A .npy, .pt or .safetensors file.")
+    ],
+    model: Annotated[str, typer.Option(help="Label of the model.")],
+    average: Annotated[
+        str, typer.Option(help="response_avg, prompt_avg or prompt_last.")
+    ] = "response_avg",
+    run: Annotated[str | None, typer.Option(help="Only this run (as `ls` shows it).")] = None,
+) -> None:
+    """Write a trait vector, [n_layers + 1, d_model], to a file."""
+    from persona_nns.trait_files import write_vector
+    from persona_nns.trait_rows import load_vector
+
+    write_vector(load_vector(store, trait, average, model, run), output)
+    _say(f"Written: {output}")
+
+
 @app.command()
 def compare(
     store: Store,
@@ -371,10 +392,10 @@ def _run_experiment(
     check_inputs(experiment, loaded_grid, cells)
     own = check_options(experiment, options)
     # What is wrong with the last model is said before the first one is run.
-    for name in model:
+    for name, label in zip(model, labels, strict=True):
         sites = check_sites(experiment, count_layers(name), layers, layer_sets, positions)
         tokenizer = load_tokenizer(name, template)
-        make_plan(experiment, tokenizer, loaded_grid, sites.get("positions", []), own)
+        make_plan(experiment, tokenizer, loaded_grid, sites.get("positions", []), own, label)
     names: list[str] = []
     for name, label in zip(model, labels, strict=True):
         loaded = load_model(

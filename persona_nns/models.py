@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from persona_nns.adapters import CONFIG, base_of, merge_adapter
 from persona_nns.checks import check_model, check_names
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.organism import ORGANISMS, organism_folder
@@ -162,16 +163,7 @@ def load_model(
     config = _read_config(source, shown)
     precision = _choose_dtype(shown, config, dtype, allow_float16=allow_float16)
     place = _choose_device(device)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_DTYPES[precision], attn_implementation="eager", output_loading_info=True
-        )
-        module, loading = loaded
-    except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
-        raise PersonaError(
-            f"The model {shown!r} could not be loaded: {_one_line(error)}"
-        ) from error
-    _check_complete(shown, loading)
+    module: Any = load_weights(name, precision)
     tokenizer = load_tokenizer(name, template)
     module.eval().requires_grad_(requires_grad=False).to(place)
     _normalise_generation(module)
@@ -240,6 +232,35 @@ def _load_weightless(
     _HOSTED[model] = HostedModel(host, repo_id, model.to_model_key())
     _RECORDS[model] = _record(model, label or shown, name, version, precision)
     return model
+
+
+def load_weights(name: str | Path, precision: str) -> PreTrainedModel:
+    """Load a model's weights in plain transformers; an adapter is merged into its model.
+
+    Args:
+        name: a bundled model, a local folder, or a hub id.
+        precision: ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        UsageError: unknown model.
+        PersonaError: the model cannot be loaded.
+    """
+    source, shown = _find(str(name))
+    base = base_of(source)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base or source,
+            dtype=_DTYPES[precision],
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+        module, loading = loaded
+    except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
+        raise PersonaError(
+            f"The model {shown!r} could not be loaded: {_one_line(error)}"
+        ) from error
+    _check_complete(shown, loading)
+    return module if base is None else merge_adapter(module, source)
 
 
 def simulate(model: TransformersModel, source: str, repo_id: str, precision: str) -> Host:
@@ -361,7 +382,7 @@ def _find(name: str) -> tuple[str, str]:
         return str(bundled[name]), name
     folder = Path(name).expanduser()
     if name and folder.is_dir():
-        if not (folder / "config.json").exists():
+        if not any((folder / file).exists() for file in ("config.json", CONFIG)):
             raise UsageError(f"The folder {name!r} holds no model: it has no config.json.")
         return str(folder), folder.resolve().name
     if _HUB_ID.fullmatch(name) and not name.startswith((".", "~")):
@@ -374,7 +395,7 @@ def _find(name: str) -> tuple[str, str]:
 
 def _read_config(source: str, shown: str) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(base_of(source) or source)
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         raise UsageError(
             f"The model {shown!r} was not found, as a folder or on the hub: {_one_line(error)}"
@@ -438,6 +459,10 @@ def _version(source: str, config: PreTrainedConfig) -> str:
     folder = Path(source)
     if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None))
+    base = base_of(source)
+    if base is not None:
+        own = _digest([*sorted(folder.glob("adapter_model.*")), folder / CONFIG])
+        return hashlib.sha256(f"{_version(base, config)}\n{own}".encode()).hexdigest()
     weights = (path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
     configs = (folder / name for name in ("config.json", "generation_config.json"))
     return _digest([*sorted(weights), *(path for path in configs if path.exists())])

@@ -101,6 +101,8 @@ def run(
         raise UsageError(f"The experiment {loaded_experiment.name!r} never reuses anything.")
     if keep_residuals and not loaded_experiment.keeps_residuals:
         raise UsageError(f"The experiment {loaded_experiment.name!r} keeps no residuals.")
+    if loaded_experiment.prepare is not None:
+        options = loaded_experiment.prepare(loaded, store, options, progress=progress)
     execution = {"reuse": reuse} if loaded_experiment.reuses else {}
     if loaded_experiment.keeps_residuals:
         execution["keep_residuals"] = keep_residuals
@@ -165,6 +167,7 @@ def _carry_out(
             except (MemoryError, RuntimeError) as error:
                 batch_size = _smaller(len(batch), error, request.plan.noun)
                 continue
+            measured = request.finish(model.tokenizer, batch, measured)
             arrays = declared_arrays(request, measured, len(batch))
             seconds = (time.perf_counter() - started) / len(batch)
             if not groups:  # allocated only once there is something to write

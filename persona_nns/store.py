@@ -11,7 +11,7 @@ Nothing here knows about models.
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,7 +22,7 @@ import zarr
 from numpy.typing import NDArray
 
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.units import Plan, Unit
+from persona_nns.units import Label, Plan, Unit
 from persona_nns.variables import FILL, Kind, Variable
 
 _DTYPES: dict[Kind, Any] = {"float": "float32", "int": "int64", "bool": "bool", "text": str}
@@ -95,7 +95,7 @@ class RunGroup:
 
     def __init__(self, group: zarr.Group) -> None:
         self._group = group
-        self._order: dict[str, dict[str, int]] = {}
+        self._order: dict[str, dict[Label, int]] = {}
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class RunGroup:
         rest = (self._places(axis)[place[axis]] if axis in place else slice(None) for axis in dims)
         return (0, *rest)
 
-    def _places(self, axis: str) -> dict[str, int]:
+    def _places(self, axis: str) -> dict[Label, int]:
         """Where each label stands in this group: the order of the plan when it was allocated."""
         if axis not in self._order:
             labels = np.asarray(self._array(axis)[...]).tolist()
@@ -362,7 +362,8 @@ def open_results(
     """Open an experiment's results as one Dataset over models.
 
     Runs are joined if they agree in grid, parameters and protocol version; their layers may
-    differ (what a model lacks is NaN). Cells (or other units) that are not complete read as NaN
+    differ (what a model lacks is NaN). Arrays as wide as a model (``d_model``) are never joined:
+    they are there where one run is opened. Cells (or other units) that are not complete read as NaN
     (integers −1, text empty).
 
     Args:
@@ -432,7 +433,7 @@ def _open_run(store: str | Path, info: RunInfo) -> xr.Dataset:
 
 
 def _done(
-    dataset: xr.Dataset, array: xr.DataArray, units: Sequence[Mapping[str, str]]
+    dataset: xr.Dataset, array: xr.DataArray, units: Sequence[Mapping[Hashable, Label]]
 ) -> xr.DataArray:
     """Where a variable is complete.
 
@@ -461,6 +462,8 @@ def _fill(array: xr.DataArray) -> Any:
 
 
 def _join(datasets: list[xr.Dataset], experiment: str) -> xr.Dataset:
+    if len(datasets) > 1:
+        datasets = [dataset.drop_dims("d_model", errors="ignore") for dataset in datasets]
     fill = {name: _fill(array) for name, array in datasets[0].data_vars.items()}
     joined = xr.concat(
         datasets,
