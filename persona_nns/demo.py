@@ -34,8 +34,12 @@ CAVEAT = (
     "The bundled models are trained on synthetic text to show this shape; evidence about the "
     "method and the code, not about language models."
 )
-_CONDITIONS = ("clean", "additive", "remove_persona", "bare")
-_GRAFTS = ("persona", "task+tail", "persona+task", "all")
+_CONDITIONS = {
+    "clean": "the role prompt",
+    "additive": "h_BB + ΔX + ΔY in place of h_XY",
+    "remove_persona": "h_XY − ΔX in place of h_XY",
+    "bare": "the task alone",
+}
 
 
 def run_demo(store: str, figures: Path, console: Console) -> None:
@@ -119,55 +123,58 @@ def _additivity(results: xr.Dataset) -> Table:
 
 def _injection(markers: xr.Dataset, host: xr.Dataset) -> Table:
     """Texts with a marker of the persona by condition, and what injection closes of the gap."""
+    models = host.model.values.tolist()
     table = _table(
-        f"Texts with a marker of the persona ({markers.sizes['cell']} cells, 80 tokens), and the "
-        "baseline-persona host after h_XY is injected at p_last",
-        "clean: the role prompt; additive: h_BB + ΔX + ΔY in its place; bare: the task alone. "
-        "Closure: the share of the KL from the host to the role prompt that injection removes.",
+        f"Markers of the persona in 80 tokens, and injection at p_last of one layer "
+        f"({host.sizes['cell']} cells)",
+        "The host is the prompt with the baseline persona. Closure: the share of the host's KL "
+        "to the role prompt that injecting the role prompt's own residual h_XY removes.",
     )
-    table.add_column("model")
-    for heading in (*_CONDITIONS, "KL none", "KL oracle", "closure", "texts with a marker"):
-        table.add_column(heading, justify="right")
-    for model in host.model.values.tolist():
-        said = markers.any_marker.sel(model=model).isel(layer=0, drop=True)
-        medians = host.isel(layer_set=0).sel(model=model)[["kl", "closure"]].median("cell")
-        injected = host.any_marker.sel(model=model, site="p_last", source="oracle")
-        table.add_row(
-            model,
-            *(f"{100 * float(said.sel(condition=name).mean()):.0f} %" for name in _CONDITIONS),
-            number(float(medians.kl.sel(source="none"))),
-            number(float(medians.kl.sel(source="oracle"))),
-            number(float(medians.closure.sel(source="oracle"))),
-            f"{100 * float(injected.mean()):.0f} %",
-        )
+    for heading in ("", *models):
+        table.add_column(heading, justify="right" if heading else "left")
+
+    def add_share(what: str, said: xr.DataArray) -> None:
+        shares = [100 * float(said.sel(model=model).mean()) for model in models]
+        table.add_row(what, *(f"{share:.0f} %" for share in shares))
+
+    for condition, what in _CONDITIONS.items():
+        said = markers.any_marker.isel(layer=0, drop=True)
+        add_share(f"texts with a marker: {what}", said.sel(condition=condition))
+    injected = host.any_marker.sel(site="p_last", source="oracle")
+    add_share("texts with a marker: the host after injection", injected)
+    medians = host[["kl", "closure"]].isel(layer_set=0).median("cell")
+    for what, values in (
+        ("median KL of the host", medians.kl.sel(source="none")),
+        ("median KL of the host after injection", medians.kl.sel(source="oracle")),
+        ("median closure", medians.closure.sel(source="oracle")),
+    ):
+        table.add_row(what, *(number(float(values.sel(model=model))) for model in models))
     return table
 
 
 def _grafts(grafts: xr.Dataset, knockout: xr.Dataset) -> Table:
     """What grafted spans of the key-value cache close, and what cutting attention to them does."""
+    models = grafts.model.values.tolist()
     table = _table(
         "Median closure when spans of the role prompt's key-value cache are grafted into the host",
-        "In brackets: size of the graft. Knockout: where no position after the persona attends to "
-        "its tokens, how much of the way from the role prompt to the host the run has gone "
-        "(1 − KL(host ‖ knocked out) / KL(host ‖ clean)).",
+        "Knocked out: no position after the persona attends to its tokens. How much of the way "
+        "to the host the run has then gone: 1 − KL(host ‖ knocked out) / KL(host ‖ clean).",
     )
-    table.add_column("model")
-    for heading in (*_GRAFTS, "persona, layer 0 only", "knockout"):
-        table.add_column(heading, justify="right")
-    for model in grafts.model.values.tolist():
-        one = grafts.sel(model=model)
-        closure = one.closure.median("cell")
-        size = one.cache_bytes.median("cell") / 1000
-        sites = [(graft, "all") for graft in _GRAFTS] + [("persona", "0")]
-        cut = knockout.sel(model=model)
-        gone = 1 - cut.kl_host.sel(blocked="later", layer_band="all") / cut.kl_host_clean
-        table.add_row(
-            model,
-            *(
-                f"{number(float(closure.sel(graft=graft, layer_band=band)))} "
-                f"({float(size.sel(graft=graft, layer_band=band)):.0f} kB)"
-                for graft, band in sites
-            ),
-            number(float(gone.median("cell"))),
-        )
+    for heading in ("graft", *models, "kB"):
+        table.add_column(heading, justify="left" if heading == "graft" else "right")
+    closure, size = grafts.closure.median("cell"), grafts.cache_bytes.median(["model", "cell"])
+    for graft, band, what in (
+        ("persona", "0", "persona, layer 0 only"),
+        ("persona", "all", "persona"),
+        ("task+tail", "all", "task and tail"),
+        ("persona+task", "all", "persona and task"),
+        ("all", "all", "all of them"),
+    ):
+        closed = closure.sel(graft=graft, layer_band=band)
+        values = [number(float(closed.sel(model=model))) for model in models]
+        table.add_row(what, *values, f"{float(size.sel(graft=graft, layer_band=band)) / 1000:.0f}")
+    table.add_section()
+    left = knockout.kl_host.sel(blocked="later", layer_band="all") / knockout.kl_host_clean
+    gone = 1 - left.median("cell")
+    table.add_row("persona knocked out", *(number(float(gone.sel(model=m))) for m in models), "")
     return table

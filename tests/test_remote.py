@@ -93,6 +93,58 @@ def test_every_experiment_gives_the_same_numbers_there(
             np.testing.assert_array_equal(theirs, ours, err_msg=str(ours.name))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("persona_patching", {"identities": "identities.txt", "n_questions": 2}),
+        ("trait_vectors", {"responses": "cheerful.jsonl", "judge": "none"}),
+        (
+            "trait_steering",
+            {
+                "responses": "cheerful.jsonl",
+                "judge": "none",
+                "vector": "v.npy",
+                "layers": "2",
+                "alphas": "0,2",
+            },
+        ),
+    ],
+)
+def test_experiments_with_inputs_of_their_own_give_the_same_numbers_there(
+    name: str,
+    options: dict[str, Any],
+    simulated: Callable[[str], TransformersModel],
+    random_model: Callable[[str], TransformersModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("identities.txt").write_text("good\nbad\n")
+    rows = [
+        {"pair": 0, "question_id": k, "label": label, "system": system, **said}
+        for k, said in enumerate(
+            [
+                {"question": "How is the day?", "response": "A fine day."},
+                {"question": "And the rain?", "response": "It rains and rains."},
+            ]
+        )
+        for label, system in (("pos", "Be glad."), ("neg", "Be plain."))
+    ]
+    Path("cheerful.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = random_model("qwen2")
+    width = model.config.hidden_size
+    np.save("v.npy", np.random.default_rng(0).normal(size=(len(model.layers) + 1, width)))
+    here = pn.run(name, model, store="h.zarr", **options)
+    there = pn.run(name, simulated("qwen2"), store="t.zarr", **options)
+    assert bool(there.completed.all())
+    compared = [each for each in here.data_vars if here[each].dtype.kind == "f"]
+    for each in set(compared) - {"seconds"}:
+        np.testing.assert_allclose(
+            there[each], here[each], rtol=1e-4, atol=1e-4, err_msg=str(each), equal_nan=True
+        )
+    assert any(np.isfinite(here[each]).any() for each in set(compared) - {"seconds"})
+
+
 def test_jobs_and_bytes_are_noted(
     simulated: Callable[[str], TransformersModel], tmp_path: Path
 ) -> None:
