@@ -63,8 +63,13 @@ def _is_digest(version: str) -> bool:
 
 
 def run_name(label: str, grid: Grid, digest: str) -> str:
-    """The name of a run's group: readable, and different for each label and identity."""
-    unique = hashlib.sha256(f"{label}\n{digest}".encode()).hexdigest()
+    """The name of a run's group: readable, and different for each label and identity.
+
+    The order of the cells is in it too: two processes that allocate one run at the same moment
+    agree on what they write.
+    """
+    order = [cell.label for cell in grid.cells]
+    unique = hashlib.sha256("\n".join([label, digest, *order]).encode()).hexdigest()
     return f"{label.replace('/', '--')}.{grid.name}.{unique[:10]}"
 
 

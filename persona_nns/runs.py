@@ -23,17 +23,12 @@ from persona_nns.errors import PersonaError, UsageError
 from persona_nns.grids import Grid, load_grid
 from persona_nns.memory import fitting_batch_size, is_out_of_memory
 from persona_nns.models import load_model
-from persona_nns.provenance import session_attributes, session_name
+from persona_nns.provenance import now, session_attributes, session_name
 from persona_nns.request import Request, check_request
+from persona_nns.sessions import Session
 from persona_nns.shapes import declared_arrays
-from persona_nns.store import (
-    RunGroup,
-    attach,
-    check_writable,
-    completed_cells,
-    find_run,
-    open_results,
-)
+from persona_nns.sharing import Share
+from persona_nns.store import check_writable, completed_cells, find_run, open_results
 
 
 def run(
@@ -119,36 +114,35 @@ def _carry_out(
     progress: bool,
 ) -> None:
     done = set.intersection(*(completed_cells(store, block) for block in request.blocks))
-    pending = [cell for cell in request.cells if cell.label not in done]
+    pending = {cell.label: cell for cell in request.cells if cell.label not in done}
     if not pending:
         return
-    session = {**execution, "batch_size": batch_size, "device": str(model.device)}
-    groups: list[RunGroup] = []
+    attributes = {**execution, "batch_size": batch_size, "device": str(model.device)}
+    session = Session(
+        store, request.blocks, session_name(), {**session_attributes(), **attributes}
+    )
+    share = Share(list(pending), batch_size, session)
     title = f"{request.block.model} · {request.block.attrs['grid']}"
     n_asked = len(request.cells)
     with _progress_bar(enabled=progress) as bar:
         task = bar.add_task(title, total=n_asked, completed=n_asked - len(pending))
-        while pending:
-            batch = pending[:batch_size]
-            started = time.perf_counter()
-            try:
-                measured = request.experiment.measure(
-                    model, batch, **request.arguments, **execution
-                )
-            except (MemoryError, RuntimeError) as error:
-                batch_size = _smaller(len(batch), error)
-                continue
-            arrays = declared_arrays(request, measured, len(batch))
-            seconds = (time.perf_counter() - started) / len(batch)
-            if not groups:  # allocated only once there is something to write
-                groups = [attach(store, block) for block in request.blocks]
-                groups[-1].add_session(session_name(), {**session_attributes(), **session})
-            for row, cell in enumerate(batch):
-                for group, block in zip(groups, request.blocks, strict=True):
-                    values = {name: arrays[name][row] for name in block.variables}
-                    group.write_cell(cell.label, values, seconds)
-                bar.advance(task)
-            pending = pending[len(batch) :]
+        try:
+            for labels in share:
+                batch = [pending[label] for label in labels]
+                started = time.perf_counter()
+                try:
+                    measured = request.experiment.measure(
+                        model, batch, **request.arguments, **execution
+                    )
+                except (MemoryError, RuntimeError) as error:
+                    batch_size = _smaller(len(batch), error)
+                    share.put_back(labels, batch_size)
+                    continue
+                arrays = declared_arrays(request, measured, len(batch))
+                session.write(labels, arrays, (time.perf_counter() - started) / len(batch))
+                bar.update(task, completed=n_asked - share.n_left)
+        finally:
+            session.end(now())
 
 
 def _smaller(batch_size: int, error: Exception) -> int:

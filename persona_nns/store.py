@@ -3,16 +3,23 @@
 Group ``/<experiment>/<run>`` holds one model's block for one grid, and plain xarray reads it:
 ``xr.open_zarr(store, group="localized_positions/<run>", consolidated=False)``. The block is
 allocated whole, before anything is measured. One cell is whole chunks in every array, so cells
-are written independently of each other, and a cell's ``completed`` is written after all the
-rest of it. Metadata is never consolidated: groups that come later would not be seen.
+are written independently of each other. A cell's ``completed`` is written after all the rest of
+it, and on a local disk only once the rest has reached the disk: whatever cuts a run off, a cell
+that says it is complete is. Metadata is never consolidated: groups that come later would not be
+seen.
+
+Whoever writes writes the same bytes to the same place, so any number of processes may allocate
+and write one run at once.
 
 Nothing here knows about models.
 """
 
+import itertools
 import json
-import os
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,11 +27,21 @@ import numpy as np
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
+from zarr.errors import ContainsArrayError
+from zarr.storage import LocalStore
 
 from persona_nns.errors import PersonaError, UsageError
+from persona_nns.places import Place, place_of
 from persona_nns.variables import FILL, Kind, Variable
 
 _DTYPES: dict[Kind, Any] = {"float": "float32", "int": "int64", "bool": "bool", "text": str}
+# A cell that is larger than this in one array is cut by layer and position inside its chunk.
+_LARGE_CELL = 2**20
+# Results up to this size are read when they are opened, larger ones as they are used.
+_EAGER = 2**28
+# What reading a chunk raises that was cut off, whichever codec notices it.
+_DAMAGED = (RuntimeError, ValueError, OSError)
 
 COMPLETED = Variable(
     "cell",
@@ -81,61 +98,106 @@ class Block:
 class RunGroup:
     """The group of one run, opened for reading and writing cells."""
 
-    def __init__(self, group: zarr.Group) -> None:
+    def __init__(self, group: zarr.Group, place: Place) -> None:
         self._group = group
-        self._place: dict[str, int] | None = None
+        self._place = place
+        self._index: dict[str, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self._places())
 
     @property
     def attrs(self) -> dict[str, Any]:
         """The run's provenance."""
         return dict(self._group.attrs)
 
-    def completed(self) -> set[str]:
-        """Labels of the cells that are complete."""
-        done = np.asarray(self._array("completed")[0], dtype=bool)
-        return {label for label, place in self._places().items() if done[place]}
+    def completed(self, labels: Iterable[str] | None = None) -> set[str]:
+        """Those of these cells (by default of all) that are complete."""
+        places = self._places()
+        asked = sorted(places[label] for label in (places if labels is None else labels))
+        done: set[int] = set()
+        for run in _stretches(asked):
+            flags = _read_flags(self._array("completed"), run)
+            done.update(place for place, flag in zip(run, flags, strict=True) if flag)
+        return {label for label, place in places.items() if place in done}
+
+    def write_cells(
+        self, labels: Sequence[str], values: Mapping[str, NDArray[Any]], seconds: float
+    ) -> None:
+        """Write cells; they count only once ``completed`` is written, which is done last.
+
+        Args:
+            labels: the cells.
+            values: the arrays by name, leading axis = cell.
+            seconds: time of one cell.
+        """
+        places = [self._places()[label] for label in labels]
+        rows = {place: row for row, place in enumerate(places)}
+        stretches = _stretches(sorted(places))
+        for name, value in values.items():
+            array = self._array(name)
+            for run in stretches:
+                array[0, run.start : run.stop] = value[[rows[place] for place in run]]
+        for run in stretches:
+            self._array("seconds")[0, run.start : run.stop] = seconds
+        self._place.flush()
+        for run in stretches:
+            self._array("completed")[0, run.start : run.stop] = True
 
     def write_cell(self, label: str, values: Mapping[str, NDArray[Any]], seconds: float) -> None:
-        """Write one cell; it counts only once ``completed`` is written, which is done last."""
-        place = self._places()[label]
-        for name, value in values.items():
-            self._array(name)[0, place] = value
-        self._array("seconds")[0, place] = seconds
-        self._array("completed")[0, place] = True
+        """Write one cell."""
+        self.write_cells([label], {name: value[None] for name, value in values.items()}, seconds)
 
     def _places(self) -> dict[str, int]:
         """Where each cell stands in this group: the order of the grid when it was allocated."""
-        if self._place is None:
+        if self._index is None:
             labels = np.asarray(self._array("cell")[...]).tolist()
-            self._place = {label: index for index, label in enumerate(labels)}
-        return self._place
+            self._index = {label: index for index, label in enumerate(labels)}
+        return self._index
 
-    def add_session(self, name: str, attrs: Mapping[str, Any]) -> None:
-        """Note who computes cells of this run, in a sub-group of its own: writers never meet."""
-        self._group.require_group(f"sessions/{name}").attrs.update(attrs)
+    def sessions(self, but: Iterable[str] = ()) -> dict[str, Mapping[str, Any]]:
+        """What the processes that compute, or computed, cells of this run say of themselves.
+
+        Args:
+            but: names of sessions to leave out.
+        """
+        known = set(but)
+        groups = _subgroups(self._group, "sessions")
+        return {name: dict(group.attrs) for name, group in groups if name not in known}
+
+    def note_session(self, name: str, attrs: Mapping[str, Any]) -> None:
+        """Say who computes cells of this run, in a sub-group of its own: writers never meet."""
+        group = self._group.require_group("sessions").require_group(name)
+        group.attrs.put(dict(attrs))
 
     def _array(self, name: str) -> zarr.Array[Any]:
         return cast("zarr.Array[Any]", self._group[name])
 
 
+def _stretches(places: Iterable[int]) -> list[range]:
+    """Ascending numbers as stretches without a gap."""
+    grouped = itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0])
+    stretches = [[place for _, place in group] for _, group in grouped]
+    return [range(stretch[0], stretch[-1] + 1) for stretch in stretches]
+
+
+def _read_flags(completed: "zarr.Array[Any]", run: range) -> list[bool]:
+    """Flags of a stretch of cells; one that was cut off while it was written is not set."""
+    try:
+        return np.asarray(completed[0, run.start : run.stop], dtype=bool).tolist()
+    except _DAMAGED:
+        if len(run) == 1:
+            return [False]
+        return [flag for place in run for flag in _read_flags(completed, range(place, place + 1))]
+
+
 def check_writable(store: str | Path) -> None:
-    """See that a local store can be written before anything is computed for it.
+    """See that a store can be written before anything is computed for it.
 
     Raises:
         UsageError: the path cannot be written, or is no Zarr store.
     """
-    if "://" in str(store):
-        return
-    path = Path(store).expanduser()
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _is_zarr(path))):
-        raise UsageError(f"{str(store)!r} exists and is no Zarr store; choose another --store.")
-    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise UsageError(f"The store {str(store)!r} cannot be written; choose another --store.")
-
-
-def _is_zarr(path: Path) -> bool:
-    return (path / "zarr.json").is_file()
+    place_of(store).check_writable()
 
 
 def find_run(store: str | Path, block: Block) -> str | None:
@@ -149,21 +211,62 @@ def find_run(store: str | Path, block: Block) -> str | None:
     return None
 
 
+def find_group(store: str | Path, block: Block) -> RunGroup | None:
+    """The group of a run, for reading; None where it is not there yet."""
+    root = _open_root(store)
+    if root is None:
+        return None
+    group: zarr.Group | None = root
+    for name in (block.experiment, *block.run.split("/")):
+        group = _subgroup(group, name) if group is not None else None
+    if group is None or not _is_allocated(group):
+        return None
+    return RunGroup(group, place_of(store))
+
+
 def completed_cells(store: str | Path, block: Block) -> set[str]:
     """Labels of the cells that are complete; none where the group is not there yet."""
-    root = _open_root(store)
-    path = f"{block.experiment}/{block.run}"
-    if root is None or f"{path}/completed" not in root:
-        return set()
-    return RunGroup(cast("zarr.Group", root[path])).completed()
+    group = find_group(store, block)
+    return set() if group is None else group.completed()
 
 
 def _open_root(store: str | Path) -> zarr.Group | None:
     """The root of a store for reading; None where there is no Zarr store."""
+    return place_of(store).open_root()
+
+
+def _subgroup(group: zarr.Group, name: str) -> zarr.Group | None:
+    """A group in a group; None where there is none, or its metadata were cut off."""
     try:
-        return zarr.open_group(_location(store), mode="r", zarr_format=3)
-    except (OSError, ValueError):
+        found = group[name]
+    except (KeyError, *_DAMAGED):
         return None
+    return found if isinstance(found, zarr.Group) else None
+
+
+def _subgroups(group: zarr.Group, *path: str) -> Iterator[tuple[str, zarr.Group]]:
+    """The groups in a group, or in one below it, by name; without any whose metadata are gone."""
+    parent: zarr.Group | None = group
+    for name in path:
+        parent = _subgroup(parent, name) if parent is not None else None
+    if parent is None:
+        return
+    try:
+        yield from sorted(parent.groups())
+    except ValueError:
+        store = parent.store
+        folder = store.root / parent.path if isinstance(store, LocalStore) else None
+        for name in sorted(child.name for child in folder.iterdir()) if folder else ():
+            if (found := _subgroup(parent, name)) is not None:
+                yield name, found
+
+
+def _is_allocated(group: zarr.Group) -> bool:
+    """Whether everything but cells has been written: ``completed`` is created last."""
+    try:
+        return "completed" in group and "identity" in group.attrs
+    except ValueError:
+        return False
 
 
 def attach(store: str | Path, block: Block) -> RunGroup:
@@ -172,10 +275,13 @@ def attach(store: str | Path, block: Block) -> RunGroup:
     Raises:
         PersonaError: the store cannot be written, or the group is another run's.
     """
+    place = place_of(store)
     try:
-        root = zarr.open_group(_location(store), mode="a", zarr_format=3)
-        group = root.require_group(block.experiment).require_group(block.run)
-        if "completed" not in group:
+        place.discard_damaged_metadata(f"{block.experiment}/{block.run}")
+        group = place.open_for_writing().require_group(block.experiment)
+        for name in block.run.split("/"):
+            group = group.require_group(name)
+        if not _is_allocated(group):
             _allocate(group, block)
     except OSError as error:
         raise PersonaError(f"The store {str(store)!r} cannot be written: {error}.") from error
@@ -183,32 +289,58 @@ def attach(store: str | Path, block: Block) -> RunGroup:
         raise PersonaError(
             f"The group {block.run!r} of {str(store)!r} holds another run; use another --store."
         )
-    return RunGroup(group)
+    return RunGroup(group, place)
 
 
 def _allocate(group: zarr.Group, block: Block) -> None:
+    """Write everything but cells.
+
+    What is there already is left as it is, or written again with the same bytes: another process
+    may be at it too, and one that was cut off may have left any part of it.
+    """
     described = _write_coordinates(group, block)
     # xarray finds coordinates that are no dimensions by this attribute.
     listing = {"variables": list(block.variables), "coordinates": " ".join(described)}
     group.attrs.update({**block.attrs, **listing})
     every = {**block.variables, "seconds": SECONDS, "completed": COMPLETED}
     for name, variable in every.items():
-        if name in group:
-            continue
         sizes = [len(block.labels(variable, axis)) for axis in variable.axes]
-        group.create_array(
+        _require_array(
+            group,
             name,
             shape=(1, *sizes),
-            chunks=(1, 1, *sizes[1:]),
             dtype=_DTYPES[variable.kind],
             fill_value=FILL[variable.kind],
             dimension_names=("model", *variable.axes),
+            compressors=ZstdCodec(checksum=True),
             attributes={
                 "long_name": variable.long_name,
                 "units": variable.units,
                 "description": variable.description,
             },
+            **_chunks(variable, sizes[1:]),
         )
+
+
+def _chunks(variable: Variable, sizes: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """One cell is one chunk; a large one is cut into chunks a (layer, position) inside a shard."""
+    if variable.kind == "text" or 8 * math.prod(sizes) <= _LARGE_CELL:
+        return {"chunks": (1, 1, *sizes)}
+    inner = [
+        1 if axis in ("layer", "position") else size
+        for axis, size in zip(variable.axes[1:], sizes, strict=True)
+    ]
+    return {"shards": (1, 1, *sizes), "chunks": (1, 1, *inner)}
+
+
+def _require_array(group: zarr.Group, name: str, **settings: Any) -> "zarr.Array[Any]":
+    """An array of a group, created unless it is there: another process may be faster."""
+    if name not in group:
+        try:
+            return group.create_array(name, **settings)
+        except ContainsArrayError:
+            pass
+    return cast("zarr.Array[Any]", group[name])
 
 
 def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
@@ -234,10 +366,9 @@ def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
             kind = "text" if isinstance(labels[0], str) else "int"
             coordinates[axis] = ((axis,), labels, kind, axis)
     for name, (dims, values, kind, long_name) in coordinates.items():
-        if name in group:
-            continue
         data = np.asarray(values, dtype=object if kind == "text" else None)
-        array = group.create_array(
+        array = _require_array(
+            group,
             name,
             shape=data.shape,
             chunks=data.shape,
@@ -249,11 +380,6 @@ def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
     return [name for name, (dims, *_) in coordinates.items() if dims != (name,)]
 
 
-def _location(store: str | Path) -> str:
-    text = str(store)
-    return text if "://" in text else str(Path(text).expanduser())
-
-
 @dataclass(frozen=True)
 class RunInfo:
     """One run in a store: its group, and what it says of itself."""
@@ -261,8 +387,17 @@ class RunInfo:
     experiment: str
     run: str
     attrs: Mapping[str, Any]
-    n_completed: int
-    n_cells: int
+    group: RunGroup
+
+    @cached_property
+    def n_completed(self) -> int:
+        """The number of its cells that are complete."""
+        return len(self.group.completed())
+
+    @property
+    def n_cells(self) -> int:
+        """The number of cells of its grid."""
+        return len(self.group)
 
     @property
     def kin(self) -> str:
@@ -295,15 +430,14 @@ def list_runs(store: str | Path, experiment: str | None = None) -> list[RunInfo]
     root = _open_root(store)
     if root is None:
         raise UsageError(f"There is no Zarr store at {str(store)!r}.")
+    place = place_of(store)
     runs: list[RunInfo] = []
-    for name, group in sorted(root.groups()):
+    for name, _ in _subgroups(root):
         if experiment not in (None, name):
             continue
-        for run, block in sorted(group.groups()):
-            if "completed" in block:
-                flags = np.asarray(cast("zarr.Array[Any]", block["completed"])[0], dtype=bool)
-                done, size = int(flags.sum()), int(flags.size)
-                runs.append(RunInfo(name, run, dict(block.attrs), done, size))
+        for run, group in _subgroups(root, name):
+            if _is_allocated(group):
+                runs.append(RunInfo(name, run, dict(group.attrs), RunGroup(group, place)))
     return sorted(runs, key=lambda info: (info.experiment, info.attrs["created"], info.run))
 
 
@@ -369,19 +503,49 @@ def _matches(info: RunInfo, grid: Any, run: str | Sequence[str] | None) -> bool:
 
 
 def _open_run(store: str | Path, info: RunInfo) -> xr.Dataset:
-    group = f"{info.experiment}/{info.run}"
-    dataset = xr.open_zarr(_location(store), group=group, consolidated=False, chunks=None).load()
-    # Zarr strings come back as numpy's StringDType, which pandas and seaborn do not all know.
+    # Flags first: a cell that is completed while the rest is read is not taken for complete.
+    # What is not complete is never read: it may be half-written.
+    done = info.group.completed()
+    whole = _open_group(place_of(store), f"{info.experiment}/{info.run}")
+    whole = whole[[*info.attrs["variables"], "seconds", "completed"]]
+    labels = whole["cell"].values.tolist()
+    flags = np.array([[label in done for label in labels]])
+    complete = whole.drop_vars("completed").isel(cell=np.flatnonzero(flags[0]))
+    try:
+        dataset = complete if complete.chunks else complete.load()
+    except _DAMAGED as error:
+        raise PersonaError(
+            f"The run {info.run!r} holds a complete cell that cannot be read ({error}); "
+            "`persona-nns verify` names it."
+        ) from error
+    dataset = _plain_texts(dataset)
+    if not flags.all():
+        described = [name for name, c in whole.coords.items() if "cell" in c.dims]
+        coords = _plain_texts(whole[described].load()).coords
+        fill = {name: _fill(array) for name, array in dataset.data_vars.items()}
+        dataset = dataset.drop_vars([name for name in described if name != "cell"])
+        dataset = dataset.reindex(cell=labels, fill_value=fill).assign_coords(coords)
+    attrs = whole["completed"].attrs
+    return dataset.assign(completed=(("model", "cell"), flags, attrs))
+
+
+def _open_group(place: Place, group: str) -> xr.Dataset:
+    """A run's group; where it is large, in dask's chunks."""
+    settings: dict[str, Any] = {"group": group, "consolidated": False}
+    if place.options:
+        settings["storage_options"] = dict(place.options)
+    dataset = xr.open_zarr(place.location, chunks=None, **settings)
+    if dataset.nbytes > _EAGER:
+        dataset = xr.open_zarr(place.location, chunks={}, **settings)
+    return dataset.assign_coords({name: c.load() for name, c in dataset.coords.items()})
+
+
+def _plain_texts(dataset: xr.Dataset) -> xr.Dataset:
+    """Texts as objects: pandas and seaborn do not all know numpy's StringDType."""
     variables = dataset.variables.items()
     texts = {name: array.astype(object) for name, array in variables if array.dtype.kind == "T"}
     dataset = dataset.assign_coords({n: a for n, a in texts.items() if n in dataset.coords})
-    dataset = dataset.assign({n: a for n, a in texts.items() if n not in dataset.coords})
-    dataset = dataset[[*info.attrs["variables"], "seconds", "completed"]]
-    done = dataset["completed"]
-    for name, array in dataset.data_vars.items():
-        if name != "completed":
-            dataset[name] = array.where(done, _fill(array)).assign_attrs(array.attrs)
-    return dataset
+    return dataset.assign({n: a for n, a in texts.items() if n not in dataset.coords})
 
 
 def _fill(array: xr.DataArray) -> Any:

@@ -1,0 +1,126 @@
+"""A process at work on a run: what it has claimed, and what it has written.
+
+Nothing here knows about models.
+"""
+
+import os
+import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from numpy.typing import NDArray
+
+from persona_nns.errors import PersonaError
+from persona_nns.store import Block, RunGroup, attach, find_group
+
+
+class Session:
+    """One process's part in a run, noted in ``sessions/<name>`` beside the cells.
+
+    The note says who computes (host, process, versions), which cells it is at now, and in the
+    end how many it wrote. A claim is no lock: nobody has to wait for it, and the claims of a
+    process that has died mean nothing.
+    """
+
+    def __init__(
+        self, store: str | Path, blocks: Sequence[Block], name: str, attrs: Mapping[str, Any]
+    ) -> None:
+        """Begin; nothing is written before there is something to write.
+
+        Args:
+            store: path or URL of the store.
+            blocks: the groups that a cell is written to; the last one's ``completed`` is
+                written last.
+            name: of the session, unlike any other's.
+            attrs: what is known of the process.
+        """
+        self._store = store
+        self._blocks = blocks
+        self._name = name
+        self._note = {
+            **attrs,
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "claims": [],
+            "n_written": 0,
+            "n_repeated": 0,
+        }
+        self._groups: list[RunGroup] = []
+        self._over: set[str] = set()
+
+    def completed(self, labels: Sequence[str]) -> set[str]:
+        """Those of these cells that are complete now."""
+        groups = self._groups or [find_group(self._store, block) for block in self._blocks]
+        return set.intersection(
+            *(group.completed(labels) if group is not None else set() for group in groups)
+        )
+
+    def claim(self, labels: Sequence[str]) -> None:
+        """Say which cells this process is at."""
+        self._note["claims"] = list(labels)
+        if self._groups:
+            self._write_note()
+
+    def claimed_by_others(self) -> Counter[str]:
+        """Cells that other processes are at, and how many of them."""
+        claims: Counter[str] = Counter()
+        group = self._groups[-1] if self._groups else find_group(self._store, self._blocks[-1])
+        if group is None:
+            return claims
+        for name, note in group.sessions(but=self._over | {self._name}).items():
+            if note.get("ended") or _has_died(note):
+                self._over.add(name)
+            else:
+                claims.update(note.get("claims", ()))
+        return claims
+
+    def write(
+        self, labels: Sequence[str], arrays: Mapping[str, NDArray[Any]], seconds: float
+    ) -> None:
+        """Write cells, but those that somebody else has completed meanwhile.
+
+        Args:
+            labels: the cells.
+            arrays: by name, leading axis = cell.
+            seconds: time of one cell.
+
+        Raises:
+            PersonaError: the store cannot be written.
+        """
+        if not self._groups:
+            self._groups = [attach(self._store, block) for block in self._blocks]
+        done = self.completed(labels)
+        rows = [row for row, label in enumerate(labels) if label not in done]
+        missing = [labels[row] for row in rows]
+        try:
+            for group, block in zip(self._groups, self._blocks, strict=True):
+                values = {name: arrays[name][rows] for name in block.variables}
+                group.write_cells(missing, values, seconds)
+            self._note["n_written"] += len(missing)
+            self._note["n_repeated"] += len(done)
+        except OSError as error:
+            raise PersonaError(
+                f"The store {str(self._store)!r} cannot be written ({error}); completed cells "
+                "are kept, and the same command goes on."
+            ) from error
+
+    def end(self, when: str) -> None:
+        """Give up what is claimed, and note the end; a store that is gone stays as it is."""
+        self._note |= {"claims": [], "ended": when}
+        if self._groups:
+            try:
+                self._write_note()
+            except OSError:
+                return  # the claims of a process that is gone mean nothing
+
+    def _write_note(self) -> None:
+        self._groups[-1].note_session(self._name, self._note)
+
+
+def _has_died(note: Mapping[str, Any]) -> bool:
+    """Whether a process of this machine is no more; of another machine, nobody knows."""
+    same = note.get("host") == socket.gethostname()
+    return same and not psutil.pid_exists(int(note.get("process", -1)))
