@@ -17,6 +17,7 @@ Nothing here knows about models.
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +29,7 @@ import xarray as xr
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
-from zarr.errors import ContainsArrayError
+from zarr.errors import ContainsArrayError, ZarrUserWarning
 from zarr.storage import LocalStore
 
 from persona_nns.errors import PersonaError, UsageError
@@ -251,14 +252,13 @@ def _subgroups(group: zarr.Group, *path: str) -> Iterator[tuple[str, zarr.Group]
         parent = _subgroup(parent, name) if parent is not None else None
     if parent is None:
         return
-    try:
+    if not isinstance(parent.store, LocalStore):
         yield from sorted(parent.groups())
-    except ValueError:
-        store = parent.store
-        folder = store.root / parent.path if isinstance(store, LocalStore) else None
-        for name in sorted(child.name for child in folder.iterdir()) if folder else ():
-            if (found := _subgroup(parent, name)) is not None:
-                yield name, found
+        return
+    # On a disk there may be metadata that were cut off, and unfinished files.
+    for metadata in sorted((parent.store.root / parent.path).glob("*/zarr.json")):
+        if (found := _subgroup(parent, metadata.parent.name)) is not None:
+            yield metadata.parent.name, found
 
 
 def _is_allocated(group: zarr.Group) -> bool:
@@ -282,7 +282,7 @@ def attach(store: str | Path, block: Block) -> RunGroup:
         for name in block.run.split("/"):
             group = group.require_group(name)
         if not _is_allocated(group):
-            _allocate(group, block)
+            _allocate(group, block, place)
     except OSError as error:
         raise PersonaError(f"The store {str(store)!r} cannot be written: {error}.") from error
     if group.attrs["identity"] != block.attrs["identity"]:
@@ -292,7 +292,7 @@ def attach(store: str | Path, block: Block) -> RunGroup:
     return RunGroup(group, place)
 
 
-def _allocate(group: zarr.Group, block: Block) -> None:
+def _allocate(group: zarr.Group, block: Block, place: Place) -> None:
     """Write everything but cells.
 
     What is there already is left as it is, or written again with the same bytes: another process
@@ -305,6 +305,8 @@ def _allocate(group: zarr.Group, block: Block) -> None:
     every = {**block.variables, "seconds": SECONDS, "completed": COMPLETED}
     for name, variable in every.items():
         sizes = [len(block.labels(variable, axis)) for axis in variable.axes]
+        if name == "completed":  # says that all the rest is there
+            place.flush()
         _require_array(
             group,
             name,
@@ -313,6 +315,7 @@ def _allocate(group: zarr.Group, block: Block) -> None:
             fill_value=FILL[variable.kind],
             dimension_names=("model", *variable.axes),
             compressors=ZstdCodec(checksum=True),
+            chunk_key_encoding={"name": "default", "separator": "."},
             attributes={
                 "long_name": variable.long_name,
                 "units": variable.units,
@@ -534,9 +537,12 @@ def _open_group(place: Place, group: str) -> xr.Dataset:
     settings: dict[str, Any] = {"group": group, "consolidated": False}
     if place.options:
         settings["storage_options"] = dict(place.options)
-    dataset = xr.open_zarr(place.location, chunks=None, **settings)
-    if dataset.nbytes > _EAGER:
-        dataset = xr.open_zarr(place.location, chunks={}, **settings)
+    with warnings.catch_warnings():
+        # A process that was killed may have left an unfinished file among the arrays.
+        warnings.filterwarnings("ignore", "Object at .* is not recognized", ZarrUserWarning)
+        dataset = xr.open_zarr(place.location, chunks=None, **settings)
+        if dataset.nbytes > _EAGER:
+            dataset = xr.open_zarr(place.location, chunks={}, **settings)
     return dataset.assign_coords({name: c.load() for name, c in dataset.coords.items()})
 
 
