@@ -3,13 +3,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test check clean
+.PHONY: demo test test-slow check clean
 
 demo: $(VENV)/ready
 	$(BIN)/persona-nns demo
 
 test: check
 	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

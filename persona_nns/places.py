@@ -95,8 +95,8 @@ class Place:
             self._check_bucket()
             return
         path = self.folder
-        damaged = (path / "zarr.json").is_file() and _is_damaged(path / "zarr.json")
-        if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _is_zarr(path))):
+        damaged = _is_zarr(path) and _is_damaged(path / "zarr.json")
+        if path.exists() and not (path.is_dir() and (_is_unused(path) or _is_zarr(path))):
             raise UsageError(f"{self.shown!r} exists and is no Zarr store; choose another --store.")
         if not damaged and _is_zarr(path) and self.open_root() is None:
             raise UsageError(
@@ -182,6 +182,11 @@ def place_of(store: str | Path) -> Place:
 
 def _is_zarr(path: Path) -> bool:
     return (path / "zarr.json").is_file()
+
+
+def _is_unused(path: Path) -> bool:
+    """Whether a folder holds nothing but what a process that was killed may have left."""
+    return all(child.suffix == ".partial" for child in path.iterdir())
 
 
 def _is_damaged(metadata: Path) -> bool:

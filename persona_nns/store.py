@@ -281,7 +281,7 @@ def attach(store: str | Path, block: Block) -> RunGroup:
         group = place.open_for_writing().require_group(block.experiment)
         for name in block.run.split("/"):
             group = group.require_group(name)
-        if not _is_allocated(group):
+        if not (_is_allocated(group) and all(name in group for name in block.variables)):
             _allocate(group, block, place)
     except OSError as error:
         raise PersonaError(f"The store {str(store)!r} cannot be written: {error}.") from error
@@ -510,7 +510,12 @@ def _open_run(store: str | Path, info: RunInfo) -> xr.Dataset:
     # What is not complete is never read: it may be half-written.
     done = info.group.completed()
     whole = _open_group(place_of(store), f"{info.experiment}/{info.run}")
-    whole = whole[[*info.attrs["variables"], "seconds", "completed"]]
+    names = [*info.attrs["variables"], "seconds", "completed"]
+    if missing := [name for name in names if name not in whole]:
+        raise PersonaError(
+            f"The run {info.run!r} lacks the arrays {', '.join(missing)}: its store is damaged."
+        )
+    whole = whole[names]
     labels = whole["cell"].values.tolist()
     flags = np.array([[label in done for label in labels]])
     complete = whole.drop_vars("completed").isel(cell=np.flatnonzero(flags[0]))
