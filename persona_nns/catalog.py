@@ -27,7 +27,8 @@ _RESERVED_VARIABLES = {
 }
 _RESERVED_OPTIONS = {
     *("experiment", "model", "grid", "cells", "backend", "dtype", "device", "template", "as_"),
-    *("store", "batch_size", "allow_float16", "progress"),
+    *("store", "batch_size", "allow_float16", "progress", "workers", "ray_address"),
+    "trust_remote_code",
 }
 
 

@@ -239,6 +239,15 @@ def _run_experiment(
     batch_size: Annotated[
         int | None, typer.Option(help="Cells at a time; by default what fits.", min=1)
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that share the work (needs Ray).", min=1)
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster for the workers; by default this machine.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that a model brings with it.")
+    ] = False,
     reuse: Annotated[
         bool,
         typer.Option("--reuse/--no-reuse", help="Reuse prefixes, or run whole sequences."),
@@ -257,40 +266,48 @@ def _run_experiment(
     from persona_nns.runs import run
     from persona_nns.store import check_writable, open_results
     from persona_nns.tables import measured, result_table
+    from persona_nns.workers import launch
 
+    if ray_address is not None and workers is None:
+        raise UsageError("A Ray address was given and no number of workers; use --workers N.")
     labels = _labels(model, as_ or [])
     check_writable(store)
     loaded_grid = load_grid(grid)
     loaded_grid.select_cells(cells)
     # What is wrong with the last model is said before the first one is run.
     for name in model:
-        sites = check_sites(experiment, count_layers(name), layers, positions)
-        render_grid(load_tokenizer(name, template), loaded_grid, sites.get("positions", []))
+        trust = {"trust_remote_code": trust_remote_code}
+        sites = check_sites(experiment, count_layers(name, **trust), layers, positions)
+        tokenizer = load_tokenizer(name, template, **trust)
+        render_grid(tokenizer, loaded_grid, sites.get("positions", []))
     names: list[str] = []
     for name, label in zip(model, labels, strict=True):
-        loaded = load_model(
-            name,
-            backend=backend,
-            dtype=dtype,
-            device=device,
-            template=template,
-            label=label,
-            allow_float16=allow_float16,
-        )
-        results = run(
-            experiment,
-            loaded,
-            loaded_grid,
-            cells=cells,
-            store=store,
-            batch_size=batch_size,
-            reuse=reuse,
-            keep_residuals=keep_residuals,
-            layers=layers,
-            positions=positions,
+        loading: dict[str, Any] = {
+            "name": name,
+            "backend": backend,
+            "dtype": dtype,
+            "device": device,
+            "template": template,
+            "label": label,
+            "allow_float16": allow_float16,
+            "trust_remote_code": trust_remote_code,
+        }
+        settings: dict[str, Any] = {
+            "grid": loaded_grid,
+            "cells": cells,
+            "store": store,
+            "batch_size": batch_size,
+            "reuse": reuse,
+            "keep_residuals": keep_residuals,
+            "layers": layers,
+            "positions": positions,
             **options,
-        )
-        names.append(results.attrs["run"])
+        }
+        if workers is None:
+            results = run(experiment, load_model(**loading), **settings)
+            names.append(results.attrs["run"])
+        else:
+            names.append(launch(experiment, loading, settings, workers, ray_address))
     results = open_results(store, experiment.name, run=names)
     for name in measured(results)[:1]:
         _out.print(result_table(results, name))

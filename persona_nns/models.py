@@ -101,6 +101,7 @@ def load_model(
     template: str | Path | None = None,
     label: str | None = None,
     allow_float16: bool = False,
+    trust_remote_code: bool = False,
 ) -> TransformersModel:
     """Load a model, give its modules the standard names, and check it at every layer.
 
@@ -114,6 +115,7 @@ def load_model(
         template: ``plain``, or a Jinja chat template that replaces the model's own.
         label: the ``model`` coordinate; by default the bundled name, hub id or folder name.
         allow_float16: load in float16 although its range is too small for residual streams.
+        trust_remote_code: run code that comes with the model; it can do whatever you can.
 
     Returns:
         The model; no parameter takes gradients.
@@ -127,12 +129,17 @@ def load_model(
     if label is not None and not label.strip():
         raise UsageError("The label of the model is empty; give it a name, or none.")
     source, shown = _find(str(name))
-    config = _read_config(source, shown)
+    config = _read_config(source, shown, trust_remote_code=trust_remote_code)
     precision = _choose_dtype(shown, config, dtype, allow_float16=allow_float16)
     place = _choose_device(device)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_DTYPES[precision], attn_implementation="eager", output_loading_info=True
+            source,
+            dtype=_DTYPES[precision],
+            attn_implementation="eager",
+            output_loading_info=True,
+            use_safetensors=True,  # the other format is a pickle
+            trust_remote_code=trust_remote_code,
         )
         module, loading = loaded
     except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
@@ -140,7 +147,7 @@ def load_model(
             f"The model {shown!r} could not be loaded: {_one_line(error)}"
         ) from error
     _check_complete(shown, loading)
-    tokenizer = load_tokenizer(name, template)
+    tokenizer = load_tokenizer(name, template, trust_remote_code=trust_remote_code)
     module.eval().requires_grad_(requires_grad=False).to(place)
     _normalise_generation(module)
     try:
@@ -165,7 +172,9 @@ def load_model(
     return model
 
 
-def load_tokenizer(name: str | Path, template: str | Path | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str | Path, template: str | Path | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, with another chat template if one is given.
 
     Raises:
@@ -175,7 +184,7 @@ def load_tokenizer(name: str | Path, template: str | Path | None = None) -> PreT
     chat_template = read_template(template) if template is not None else None
     source, shown = _find(str(name))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise PersonaError(
             f"The tokenizer of {shown!r} could not be loaded: {_one_line(error)}"
@@ -185,13 +194,14 @@ def load_tokenizer(name: str | Path, template: str | Path | None = None) -> PreT
     return tokenizer
 
 
-def count_layers(name: str | Path) -> int:
+def count_layers(name: str | Path, *, trust_remote_code: bool = False) -> int:
     """The number of decoder blocks, read from a model's configuration.
 
     Raises:
         UsageError: unknown model.
     """
-    return _read_config(*_find(str(name))).get_text_config().num_hidden_layers
+    config = _read_config(*_find(str(name)), trust_remote_code=trust_remote_code)
+    return config.get_text_config().num_hidden_layers
 
 
 def record_of(model: TransformersModel) -> ModelRecord:
@@ -247,10 +257,15 @@ def _find(name: str) -> tuple[str, str]:
     )
 
 
-def _read_config(source: str, shown: str) -> PreTrainedConfig:
+def _read_config(source: str, shown: str, *, trust_remote_code: bool) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"The model {shown!r} brings code of its own; read it, and run it with "
+                "--trust-remote-code (trust_remote_code=True) if you trust it."
+            ) from error
         raise UsageError(
             f"The model {shown!r} was not found, as a folder or on the hub: {_one_line(error)}"
         ) from error

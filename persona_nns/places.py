@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import zarr
+from zarr.errors import ContainsGroupError
 
 from persona_nns.errors import PersonaError, UsageError
 
@@ -62,7 +63,10 @@ class Place:
 
     def open_for_writing(self) -> zarr.Group:
         """The root of the store, created where there is none."""
-        return self._open("a")
+        try:
+            return self._open("a")
+        except ContainsGroupError:  # another process was faster
+            return self._open("r+")
 
     def _open(self, mode: Any) -> zarr.Group:
         if self.folder is not None:
@@ -71,7 +75,7 @@ class Place:
             return zarr.open_group(
                 self.location, mode=mode, zarr_format=3, storage_options=dict(self.options)
             )
-        except FileNotFoundError:
+        except (FileNotFoundError, ContainsGroupError):
             raise
         except ImportError as error:
             protocol = self.location.partition("://")[0]

@@ -3,32 +3,54 @@
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 from nnsight import TransformersModel
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from persona_nns.catalog import Experiment, load_experiment
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.grids import Grid, load_grid
 from persona_nns.memory import fitting_batch_size, is_out_of_memory
 from persona_nns.models import load_model
+from persona_nns.progress import progress_bar
 from persona_nns.provenance import now, session_attributes, session_name
 from persona_nns.request import Request, check_request
 from persona_nns.sessions import Session
 from persona_nns.shapes import declared_arrays
 from persona_nns.sharing import Share
 from persona_nns.store import check_writable, completed_cells, find_run, open_results
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked request and how to carry it out.
+
+    Attributes:
+        request: what to measure, and the groups it goes to.
+        model: the loaded model.
+        store: path or URL of the store.
+        batch_size: cells at a time.
+        execution: keyword arguments of `measure` that do not change its numbers.
+    """
+
+    request: Request
+    model: TransformersModel
+    store: str | Path
+    batch_size: int
+    execution: Mapping[str, Any]
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """Names of the experiment and of the run's group."""
+        return self.request.experiment.name, self.request.block.run
+
+    def carry_out(self, *, progress: bool) -> None:
+        """Measure what is missing, beside any other process that does the same."""
+        request, size = self.request, self.batch_size
+        _carry_out(request, self.model, self.store, size, self.execution, progress=progress)
 
 
 def run(
@@ -73,6 +95,44 @@ def run(
         UsageError: the request is wrong; nothing was written.
         PersonaError: it could not be carried out; what was measured is kept.
     """
+    plan = plan_run(
+        experiment,
+        model,
+        grid,
+        layers=layers,
+        positions=positions,
+        cells=cells,
+        store=store,
+        batch_size=batch_size,
+        reuse=reuse,
+        keep_residuals=keep_residuals,
+        **options,
+    )
+    plan.carry_out(progress=progress)
+    name, group = plan.group
+    return open_results(store, name, run=group)
+
+
+def plan_run(
+    experiment: str | Path | Experiment,
+    model: TransformersModel | str | Path,
+    grid: str | Path | Grid,
+    *,
+    layers: str | int | Sequence[int] | None = None,
+    positions: str | Sequence[str] | None = None,
+    cells: str | Sequence[str] | None = None,
+    store: str | Path = "stores/results.zarr",
+    batch_size: int | None = None,
+    reuse: bool = True,
+    keep_residuals: bool = False,
+    **options: Any,
+) -> Plan:
+    """Check a run without beginning it; the arguments are those of `run`.
+
+    Raises:
+        UsageError: the request is wrong; nothing was written.
+        PersonaError: the model cannot be loaded.
+    """
     check_writable(store)
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"The batch size {batch_size} is too small; use 1 or more.")
@@ -100,8 +160,7 @@ def run(
     )
     request = request.into(find_run(store, request.block) or request.block.run)
     size = batch_size or fitting_batch_size(loaded, request.prompts)
-    _carry_out(request, loaded, store, size, execution, progress=progress)
-    return open_results(store, loaded_experiment.name, run=request.block.run)
+    return Plan(request, loaded, store, size, execution)
 
 
 def _carry_out(
@@ -124,7 +183,7 @@ def _carry_out(
     share = Share(list(pending), batch_size, session)
     title = f"{request.block.model} · {request.block.attrs['grid']}"
     n_asked = len(request.cells)
-    with _progress_bar(enabled=progress) as bar:
+    with progress_bar(enabled=progress) as bar:
         task = bar.add_task(title, total=n_asked, completed=n_asked - len(pending))
         try:
             for labels in share:
@@ -164,18 +223,3 @@ def _smaller(batch_size: int, error: Exception) -> int:
         f"{batch_size} cells at a time do not fit into memory; going on with {half}.", stacklevel=2
     )
     return half
-
-
-def _progress_bar(*, enabled: bool) -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("cells"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not (enabled and console.is_terminal),
-    )

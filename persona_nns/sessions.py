@@ -53,7 +53,7 @@ class Session:
 
     def completed(self, labels: Sequence[str]) -> set[str]:
         """Those of these cells that are complete now."""
-        groups = self._groups or [find_group(self._store, block) for block in self._blocks]
+        groups = self._groups or [self._found(block) for block in self._blocks]
         return set.intersection(
             *(group.completed(labels) if group is not None else set() for group in groups)
         )
@@ -67,7 +67,7 @@ class Session:
     def claimed_by_others(self) -> Counter[str]:
         """Cells that other processes are at, and how many of them."""
         claims: Counter[str] = Counter()
-        group = self._groups[-1] if self._groups else find_group(self._store, self._blocks[-1])
+        group = self._groups[-1] if self._groups else self._found(self._blocks[-1])
         if group is None:
             return claims
         for name, note in group.sessions(but=self._over | {self._name}).items():
@@ -115,6 +115,9 @@ class Session:
                 self._write_note()
             except OSError:
                 return  # the claims of a process that is gone mean nothing
+
+    def _found(self, block: Block) -> RunGroup | None:
+        return find_group(self._store, block.experiment, block.run)
 
     def _write_note(self) -> None:
         self._groups[-1].note_session(self._name, self._note)

@@ -29,7 +29,7 @@ import xarray as xr
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
-from zarr.errors import ContainsArrayError, ZarrUserWarning
+from zarr.errors import ContainsArrayError, ContainsGroupError, ZarrUserWarning
 from zarr.storage import LocalStore
 
 from persona_nns.errors import PersonaError, UsageError
@@ -168,7 +168,7 @@ class RunGroup:
 
     def note_session(self, name: str, attrs: Mapping[str, Any]) -> None:
         """Say who computes cells of this run, in a sub-group of its own: writers never meet."""
-        group = self._group.require_group("sessions").require_group(name)
+        group = require_group(require_group(self._group, "sessions"), name)
         group.attrs.put(dict(attrs))
 
     def _array(self, name: str) -> zarr.Array[Any]:
@@ -212,13 +212,13 @@ def find_run(store: str | Path, block: Block) -> str | None:
     return None
 
 
-def find_group(store: str | Path, block: Block) -> RunGroup | None:
+def find_group(store: str | Path, experiment: str, run: str) -> RunGroup | None:
     """The group of a run, for reading; None where it is not there yet."""
     root = _open_root(store)
     if root is None:
         return None
     group: zarr.Group | None = root
-    for name in (block.experiment, *block.run.split("/")):
+    for name in (experiment, *run.split("/")):
         group = _subgroup(group, name) if group is not None else None
     if group is None or not _is_allocated(group):
         return None
@@ -227,7 +227,7 @@ def find_group(store: str | Path, block: Block) -> RunGroup | None:
 
 def completed_cells(store: str | Path, block: Block) -> set[str]:
     """Labels of the cells that are complete; none where the group is not there yet."""
-    group = find_group(store, block)
+    group = find_group(store, block.experiment, block.run)
     return set() if group is None else group.completed()
 
 
@@ -278,9 +278,9 @@ def attach(store: str | Path, block: Block) -> RunGroup:
     place = place_of(store)
     try:
         place.discard_damaged_metadata(f"{block.experiment}/{block.run}")
-        group = place.open_for_writing().require_group(block.experiment)
-        for name in block.run.split("/"):
-            group = group.require_group(name)
+        group = place.open_for_writing()
+        for name in (block.experiment, *block.run.split("/")):
+            group = require_group(group, name)
         if not (_is_allocated(group) and all(name in group for name in block.variables)):
             _allocate(group, block, place)
     except OSError as error:
@@ -302,6 +302,7 @@ def _allocate(group: zarr.Group, block: Block, place: Place) -> None:
     # xarray finds coordinates that are no dimensions by this attribute.
     listing = {"variables": list(block.variables), "coordinates": " ".join(described)}
     group.attrs.update({**block.attrs, **listing})
+    require_group(group, "sessions")
     every = {**block.variables, "seconds": SECONDS, "completed": COMPLETED}
     for name, variable in every.items():
         sizes = [len(block.labels(variable, axis)) for axis in variable.axes]
@@ -315,7 +316,6 @@ def _allocate(group: zarr.Group, block: Block, place: Place) -> None:
             fill_value=FILL[variable.kind],
             dimension_names=("model", *variable.axes),
             compressors=ZstdCodec(checksum=True),
-            chunk_key_encoding={"name": "default", "separator": "."},
             attributes={
                 "long_name": variable.long_name,
                 "units": variable.units,
@@ -336,11 +336,21 @@ def _chunks(variable: Variable, sizes: Sequence[int]) -> dict[str, tuple[int, ..
     return {"shards": (1, 1, *sizes), "chunks": (1, 1, *inner)}
 
 
+def require_group(parent: zarr.Group, name: str) -> zarr.Group:
+    """A group in a group, created unless it is there: another process may be faster."""
+    try:
+        return parent.require_group(name)
+    except ContainsGroupError:
+        return cast("zarr.Group", parent[name])
+
+
 def _require_array(group: zarr.Group, name: str, **settings: Any) -> "zarr.Array[Any]":
     """An array of a group, created unless it is there: another process may be faster."""
     if name not in group:
         try:
-            return group.create_array(name, **settings)
+            # One folder an array, rather than one for each index of a chunk.
+            keys: Any = {"name": "default", "separator": "."}
+            return group.create_array(name, chunk_key_encoding=keys, **settings)
         except ContainsArrayError:
             pass
     return cast("zarr.Array[Any]", group[name])
@@ -474,8 +484,8 @@ def open_results(
     if missing := asked - {info.run for info in runs}:
         known = ", ".join(info.run for info in runs)
         raise UsageError(f"There is no run {', '.join(sorted(missing))}; there are: {known}.")
-    choices = "; ".join(info.describe() for info in runs)
     if not chosen:
+        choices = "; ".join(info.describe() for info in runs)
         raise UsageError(f"No run of {experiment!r} matches; there are: {choices}.")
     if len({info.kin for info in chosen}) > 1:
         raise UsageError(

@@ -6,20 +6,55 @@ their cells through the store (`persona_nns.sharing`). So nothing is handed out 
 is collected.
 """
 
-from collections.abc import Callable
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from persona_nns.catalog import Experiment
 from persona_nns.errors import PersonaError, UsageError
+from persona_nns.grids import load_grid
+from persona_nns.progress import progress_bar
+from persona_nns.store import find_group
 
 _LOOK = 0.5  # seconds between two looks at how far the run has come
 
 
 class Work(Protocol):
-    """What a worker does: called until it returns, in a process of its own."""
+    """What a worker does, in a process of its own."""
 
-    def __call__(self) -> None:
-        """Do a part of the work, until nothing is left to do."""
+    @property
+    def group(self) -> tuple[str, str]:
+        """Names of the experiment and of the run's group."""
         ...
+
+    def carry_out(self, *, progress: bool) -> None:
+        """Measure what is missing, until nothing is."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunCommand:
+    """What each worker loads and runs: names rather than what they stand for.
+
+    Attributes:
+        experiment: the experiment's file.
+        model: arguments of `load_model`.
+        settings: arguments of `plan_run`, the grid among them.
+    """
+
+    experiment: str
+    model: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    def __call__(self) -> Work:
+        """Load the model, and check the request against it."""
+        from persona_nns.models import load_model
+        from persona_nns.runs import plan_run
+
+        return plan_run(self.experiment, load_model(**self.model), **self.settings)
 
 
 def require_ray() -> Any:
@@ -43,7 +78,7 @@ def run_on_workers(
     *,
     address: str | None = None,
     on_look: Callable[[], None] = lambda: None,
-    on_start: Callable[[int], None] = lambda _process: None,
+    on_start: Callable[[int, tuple[str, str]], None] = lambda _process, _group: None,
 ) -> int:
     """Let workers do one work together until one of them finds nothing left to do.
 
@@ -52,7 +87,7 @@ def run_on_workers(
         n_workers: processes at a time.
         address: of a Ray cluster (``auto``, ``ray://host:10001``); by default this machine.
         on_look: called twice a second, to show progress.
-        on_start: called with the process id of each worker once it is prepared.
+        on_start: called with each worker's process id and run once it is prepared.
 
     Returns:
         How many workers died and were replaced.
@@ -96,13 +131,13 @@ class _Worker:
     def __init__(self, prepare: Callable[[], Work]) -> None:
         self._work = prepare()
 
-    def process(self) -> int:
-        import os
-
-        return os.getpid()
+    def introduce(self) -> tuple[int, tuple[str, str]]:
+        """Its process, and the run that it works on."""
+        return os.getpid(), self._work.group
 
     def work(self) -> None:
-        self._work()
+        """Do what there is to do."""
+        self._work.carry_out(progress=False)
 
 
 def _supervise(
@@ -110,21 +145,22 @@ def _supervise(
     prepare: Callable[[], Work],
     n_workers: int,
     on_look: Callable[[], None],
-    on_start: Callable[[int], None],
+    on_start: Callable[[int, tuple[str, str]], None],
 ) -> int:
     n_gpus = 1 if ray.cluster_resources().get("GPU") else 0
     actor = ray.remote(num_cpus=0 if n_gpus else 1, num_gpus=n_gpus)(_Worker)
     deaths = 0
     workers = [actor.remote(prepare) for _ in range(n_workers)]
-    prepared = [worker.process.remote() for worker in workers]
+    prepared = [worker.introduce.remote() for worker in workers]
     jobs = {worker.work.remote(): worker for worker in workers}
     try:
         while True:
             finished, _ = ray.wait(list(jobs), num_returns=1, timeout=_LOOK)
             if prepared:
                 ready, prepared = ray.wait(prepared, num_returns=len(prepared), timeout=0)
-                for process in ready:
-                    on_start(ray.get(process))
+                for introduction in ready:
+                    with suppress(ray.exceptions.RayError):  # its job says what happened
+                        on_start(*ray.get(introduction))
             on_look()
             for job in finished:
                 worker = jobs.pop(job)
@@ -159,3 +195,42 @@ def _own(error: Any) -> BaseException:
 def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}".rstrip(": .")
+
+
+def launch(
+    experiment: Experiment,
+    model: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    n_workers: int,
+    address: str | None,
+) -> str:
+    """Run an experiment on one model by workers; returns the name of the run.
+
+    Args:
+        experiment: what to measure.
+        model: arguments of `load_model`; workers on other machines look for the same paths.
+        settings: arguments of `plan_run`.
+        n_workers: processes at a time.
+        address: of a Ray cluster; by default this machine.
+    """
+    grid = load_grid(settings["grid"])
+    asked = [cell.label for cell in grid.select_cells(settings["cells"])]
+    store = settings["store"]
+    found: list[str] = []
+    with progress_bar(enabled=True) as bar:
+        task = bar.add_task(f"{model['label']} · {grid.name}", total=len(asked))
+
+        def look() -> None:
+            group = find_group(store, experiment.name, found[0]) if found else None
+            if group is not None:
+                bar.update(task, completed=len(group.completed(asked)))
+
+        command = RunCommand(inspect.getfile(experiment.measure), model, settings)
+        run_on_workers(
+            command,
+            n_workers,
+            address=address,
+            on_look=look,
+            on_start=lambda _process, group: found.append(group[1]),
+        )
+    return found[0]
