@@ -1,4 +1,4 @@
-"""The command line: ``persona-nns demo | experiments | run | models | ls | show | plot``.
+"""The command line: ``persona-nns demo | experiments | run | models | ls | verify | show | plot``.
 
 Each experiment is a command of its own under ``run``: its options are the keyword arguments of
 its `measure`. Heavy imports wait until a command needs them.
@@ -114,7 +114,35 @@ def list_store(store: Store) -> None:
     from persona_nns.store import list_runs
     from persona_nns.tables import runs_table
 
-    _out.print(runs_table(list_runs(store), title=store))
+    _out.print(runs_table(list_runs(store), store))
+
+
+@app.command()
+def verify(
+    store: Store,
+    sample: Annotated[
+        int, typer.Option(help="Complete cells of each run to compute anew.", min=0)
+    ] = 2,
+    experiment: Annotated[
+        list[str] | None,
+        typer.Option("--experiment", help="File of an experiment of your own; repeatable."),
+    ] = None,
+) -> None:
+    """Check every array of a store, and compute a sample of its cells anew."""
+    from persona_nns.verify import verify_store
+
+    wrong = 0
+    for verdict in verify_store(store, sample=sample, experiments=experiment or []):
+        info = verdict.info
+        anew = f", {verdict.n_recomputed} computed anew" if verdict.n_recomputed else ""
+        state = "wrong" if verdict.problems else "right"
+        cells = f"{info.n_completed}/{info.n_cells} cells"
+        _say(f"{state}  {info.experiment}/{info.run} ({cells}{anew})")
+        for problem in verdict.problems:
+            _say(f"       {problem}")
+        wrong += bool(verdict.problems)
+    if wrong:
+        raise PersonaError(f"{wrong} runs of {store!r} are not right; they are named above.")
 
 
 @app.command()

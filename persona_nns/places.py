@@ -161,10 +161,22 @@ class Place:
         if self.folder is not None:
             files = (self.folder / group).rglob("*")
             return sum(file.stat().st_size for file in files if file.is_file())
+        filesystem, path = self._filesystem()
+        return int(filesystem.du(f"{path}/{group}", total=True))
+
+    def names(self, group: str) -> set[str]:
+        """What lies directly in a group or array of a store at a URL."""
+        filesystem, path = self._filesystem()
+        try:
+            found = filesystem.ls(f"{path}/{group}", detail=False)
+        except FileNotFoundError:
+            return set()
+        return {name.rpartition("/")[2] for name in found}
+
+    def _filesystem(self) -> tuple[Any, str]:
         import fsspec
 
-        filesystem, path = fsspec.url_to_fs(self.location, **self.options)
-        return int(filesystem.du(f"{path}/{group}", total=True))
+        return fsspec.url_to_fs(self.location, **self.options)
 
 
 def place_of(store: str | Path) -> Place:

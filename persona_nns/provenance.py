@@ -100,6 +100,8 @@ def run_attributes(
         "grid_digest": grid.digest,
         "personas": dict(grid.personas),
         "tasks": dict(grid.tasks),
+        "markers": {persona: list(words) for persona, words in grid.markers.items()},
+        "template": template or "",
         "template_digest": hashlib.sha256((template or "").encode()).hexdigest(),
         "parameters": dict(parameters),
         "created": now(),

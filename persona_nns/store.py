@@ -116,10 +116,17 @@ class RunGroup:
         """Those of these cells (by default of all) that are complete."""
         places = self._places()
         asked = sorted(places[label] for label in (places if labels is None else labels))
+        completed = self._array("completed")
         done: set[int] = set()
-        for run in _stretches(asked):
-            flags = _read_flags(self._array("completed"), run)
-            done.update(place for place, flag in zip(run, flags, strict=True) if flag)
+        if self._place.folder is None:
+            # An object is written whole or not at all, and only for a flag that is set: one
+            # listing says what a request for each cell would.
+            written = self._place.names(completed.path)
+            done.update(place for place in asked if f"c.0.{place}" in written)
+        else:
+            for run in _stretches(asked):
+                flags = _read_flags(completed, run)
+                done.update(place for place, flag in zip(run, flags, strict=True) if flag)
         return {label for label, place in places.items() if place in done}
 
     def write_cells(
@@ -421,12 +428,16 @@ class RunInfo:
         shared = [self.attrs["grid_digest"], self.attrs["protocol_version"], parameters]
         return json.dumps(shared, sort_keys=True)
 
+    @property
+    def configuration(self) -> str:
+        """Its parameters, as short as they can be told."""
+        return ", ".join(f"{k}={_brief(v)}" for k, v in self.attrs["parameters"].items())
+
     def describe(self) -> str:
         """One line that tells this run from its neighbours."""
-        parameters = ", ".join(f"{k}={_brief(v)}" for k, v in self.attrs["parameters"].items())
         return (
             f"{self.run} (model {self.attrs['model']}, grid {self.attrs['grid']}, "
-            f"{self.attrs['precision']}, {parameters}, {self.n_completed}/{self.n_cells} cells)"
+            f"{self.attrs['precision']}, {self.configuration}, {self.n_completed}/{self.n_cells} cells)"
         )
 
 
@@ -542,7 +553,9 @@ def _open_run(store: str | Path, info: RunInfo) -> xr.Dataset:
         coords = _plain_texts(whole[described].load()).coords
         fill = {name: _fill(array) for name, array in dataset.data_vars.items()}
         dataset = dataset.drop_vars([name for name in described if name != "cell"])
-        dataset = dataset.reindex(cell=labels, fill_value=fill).assign_coords(coords)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Increasing number of chunks")  # it is what is meant
+            dataset = dataset.reindex(cell=labels, fill_value=fill).assign_coords(coords)
     attrs = whole["completed"].attrs
     return dataset.assign(completed=(("model", "cell"), flags, attrs))
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from persona_nns.places import place_of
 from persona_nns.store import RunInfo
 from persona_nns.variables import FILL
 
@@ -118,11 +120,14 @@ def _short(value: float) -> str:
     return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
 
-def runs_table(runs: Iterable[RunInfo], title: str) -> Table:
+def runs_table(runs: Iterable[RunInfo], store: str) -> Table:
     """What a store holds, a row a run, under the names of the experiments."""
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("run", "precision", "cells", "created (UTC)"):
+    table = Table(title=Text(store), title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("run", "precision", "cells", "size", "created (UTC)"):
         table.add_column(heading, no_wrap=True)
+    table.add_column("age", no_wrap=True)
+    table.add_column("parameters")
+    place = place_of(store)
     last = None
     for info in runs:
         if info.experiment != last:
@@ -131,10 +136,30 @@ def runs_table(runs: Iterable[RunInfo], title: str) -> Table:
             Text(f"  {info.run}"),
             info.attrs["precision"],
             f"{info.n_completed}/{info.n_cells}",
+            _bytes(place.size(f"{info.experiment}/{info.run}")),
             info.attrs["created"][:16].replace("T", " "),
+            _age(info.attrs["created"]),
+            Text(info.configuration),
         )
         last = info.experiment
     return table
+
+
+def _bytes(size: int) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size = round(size / 1000)
+    return f"{size} TB"
+
+
+def _age(created: str) -> str:
+    """How long ago something was, in its largest unit."""
+    seconds = (datetime.now(UTC) - datetime.fromisoformat(created)).total_seconds()
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
 
 
 def models_table(models: Mapping[str, Path]) -> Table:
