@@ -11,6 +11,7 @@ import ast
 import hashlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def load_experiment(name: str | Path) -> Experiment:
         raise UsageError(
             f"Unknown experiment {str(name)!r}; use {', '.join(bundled)}, or a path ending in .py."
         )
-    if not file.is_file():
+    if not os.path.isfile(file):  # False, too, for what can be no path
         raise UsageError(f"The experiment file {str(name)!r} does not exist.")
     return _read(file)
 

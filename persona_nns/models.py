@@ -244,8 +244,12 @@ def _find(name: str) -> tuple[str, str]:
     bundled = bundled_models()
     if name in bundled:
         return str(bundled[name]), name
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        is_folder = bool(name) and folder.is_dir()
+    except (OSError, RuntimeError) as error:  # too long a name, or ~ of nobody
+        raise UsageError(f"The model {name!r} is no path: {_one_line(error)}") from error
+    if is_folder:
         if not (folder / "config.json").exists():
             raise UsageError(f"The folder {name!r} holds no model: it has no config.json.")
         return str(folder), folder.resolve().name

@@ -56,7 +56,7 @@ class Place:
             return self._open("r")
         except FileNotFoundError:
             return None
-        except ValueError:
+        except (OSError, ValueError):
             if self.folder is None:
                 raise
             return None  # no Zarr, or its metadata were cut off
@@ -98,7 +98,14 @@ class Place:
         if self.folder is None:
             self._check_bucket()
             return
-        path = self.folder
+        try:
+            self._check_folder(self.folder)
+        except OSError as error:  # a name that is too long, a folder that may not be read
+            raise UsageError(
+                f"The store {self.shown!r} cannot be written: {error.strerror}."
+            ) from error
+
+    def _check_folder(self, path: Path) -> None:
         damaged = _is_zarr(path) and _is_damaged(path / "zarr.json")
         if path.exists() and not (path.is_dir() and (_is_unused(path) or _is_zarr(path))):
             raise UsageError(f"{self.shown!r} exists and is no Zarr store; choose another --store.")
@@ -147,7 +154,7 @@ class Place:
             return
         path = self.folder / group
         above = [self.folder, *(self.folder / part for part in Path(group).parents), path]
-        within = [child for child in path.glob("*") if child.is_dir() and child.name != "sessions"]
+        within = [child for child in path.glob("*") if child.is_dir()]
         for folder in dict.fromkeys([*above, *within]):
             metadata = folder / "zarr.json"
             if metadata.is_file() and _is_damaged(metadata):

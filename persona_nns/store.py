@@ -103,6 +103,7 @@ class RunGroup:
         self._group = group
         self._place = place
         self._index: dict[str, int] | None = None
+        self._arrays: dict[str, zarr.Array[Any]] = {}
 
     def __len__(self) -> int:
         return len(self._places())
@@ -179,7 +180,9 @@ class RunGroup:
         group.attrs.put(dict(attrs))
 
     def _array(self, name: str) -> zarr.Array[Any]:
-        return cast("zarr.Array[Any]", self._group[name])
+        if name not in self._arrays:
+            self._arrays[name] = cast("zarr.Array[Any]", self._group[name])
+        return self._arrays[name]
 
 
 def _stretches(places: Iterable[int]) -> list[range]:

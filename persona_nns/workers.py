@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from persona_nns.catalog import Experiment
@@ -111,6 +112,7 @@ def _connect(ray: Any, address: str | None, n_workers: int) -> bool:
     """Connect to a cluster, or start Ray here; returns whether it was done here."""
     if ray.is_initialized():
         return False
+    address = address or os.environ.get("RAY_ADDRESS")
     settings: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
     if address is None:
         # Workers share the cores there are: asking for more of them than there are cores is
@@ -215,7 +217,7 @@ def launch(
     """
     grid = load_grid(settings["grid"])
     asked = [cell.label for cell in grid.select_cells(settings["cells"])]
-    store = settings["store"]
+    store = str(settings["store"])
     found: list[str] = []
     with progress_bar(enabled=True) as bar:
         task = bar.add_task(f"{model['label']} · {grid.name}", total=len(asked))
@@ -225,7 +227,11 @@ def launch(
             if group is not None:
                 bar.update(task, completed=len(group.completed(asked)))
 
-        command = RunCommand(inspect.getfile(experiment.measure), model, settings)
+        file = str(Path(inspect.getfile(experiment.measure)).resolve())
+        # Workers need not stand in this folder.
+        name = str(Path(model["name"]).resolve()) if Path(model["name"]).is_dir() else model["name"]
+        there = {**settings, "store": store if "://" in store else str(Path(store).absolute())}
+        command = RunCommand(file, {**model, "name": name}, there)
         run_on_workers(
             command,
             n_workers,
