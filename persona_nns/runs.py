@@ -177,9 +177,7 @@ def _carry_out(
     if not pending:
         return
     attributes = {**execution, "batch_size": batch_size, "device": str(model.device)}
-    session = Session(
-        store, request.blocks, session_name(), {**session_attributes(), **attributes}
-    )
+    session = Session(store, request.blocks, session_name(), {**session_attributes(), **attributes})
     share = Share(list(pending), batch_size, session)
     title = f"{request.block.model} · {request.block.attrs['grid']}"
     n_asked = len(request.cells)

@@ -440,7 +440,8 @@ class RunInfo:
         """One line that tells this run from its neighbours."""
         return (
             f"{self.run} (model {self.attrs['model']}, grid {self.attrs['grid']}, "
-            f"{self.attrs['precision']}, {self.configuration}, {self.n_completed}/{self.n_cells} cells)"
+            f"{self.attrs['precision']}, {self.configuration}, "
+            f"{self.n_completed}/{self.n_cells} cells)"
         )
 
 

@@ -83,7 +83,9 @@ def _check_provenance(attrs: Mapping[str, Any]) -> Iterator[str]:
 
 def _check_arrays(results: xr.Dataset, info: RunInfo) -> Iterator[str]:
     """Shapes, labels, and that complete cells hold what they should."""
-    expected = [f"{p}/{t}" for p, t in zip(results.persona.values, results.task.values, strict=True)]
+    expected = [
+        f"{p}/{t}" for p, t in zip(results.persona.values, results.task.values, strict=True)
+    ]
     if results.cell.values.tolist() != expected:
         yield "The labels of its cells are not persona/task."
     personas, tasks = set(info.attrs["personas"]), set(info.attrs["tasks"])
@@ -107,7 +109,10 @@ def _check_arrays(results: xr.Dataset, info: RunInfo) -> Iterator[str]:
         values = array.sel(layer=parameters["layers"]) if _at_asked(array, parameters) else array
         if np.isinf(values).any():
             yield f"{name!r} is infinite in a complete cell."
-        if values.size and np.isnan(values).all(dim=[d for d in values.dims if d != "cell"]).any():
+        if (
+            values.size
+            and np.isnan(values).all(dim=[d for d in map(str, values.dims) if d != "cell"]).any()
+        ):
             yield f"{name!r} is NaN throughout a complete cell."
 
 

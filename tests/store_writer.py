@@ -71,7 +71,7 @@ def write_all(
     n_cells: int,
     batch_size: int,
     seconds: float = 0.0,
-    on_batch: Callable[[list[str]], None] = lambda _labels: None,
+    on_batch: Callable[[list[str]], object] = lambda _labels: None,
     identity: str = "i",
 ) -> list[list[str]]:
     """Measure and write what is missing; returns the batches that were measured."""

@@ -36,7 +36,9 @@ def test_four_processes_share_a_run_while_it_is_read(tmp_path: Path) -> None:
         seen.append(int(results.completed.sum()))
     said = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * 4
-    measured = Counter(label for text in said for batch in text.split() for label in batch.split(","))
+    measured = Counter(
+        label for text in said for batch in text.split() for label in batch.split(",")
+    )
     assert len(measured) == N_CELLS
     twice = {label for label, n in measured.items() if n > 1}
     print(f"{len(twice)} of {N_CELLS} cells measured more than once by 4 processes")
@@ -53,7 +55,9 @@ def test_four_processes_share_a_run_while_it_is_read(tmp_path: Path) -> None:
 
 def test_different_configurations_do_not_disturb_each_other(tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
-    write_all(store, 3, 1, identity="one", on_batch=lambda _: write_all(store, 4, 2, identity="two"))
+    write_all(
+        store, 3, 1, identity="one", on_batch=lambda _: write_all(store, 4, 2, identity="two")
+    )
     for identity, n_cells in (("one", 3), ("two", 4)):
         results = open_results(store, "e", run=f"m.g.{identity}")
         assert results.completed.values.tolist() == [[True] * n_cells]

@@ -30,7 +30,9 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3),
     max_leaves=4,
 )
-tables = st.dictionaries(st.sampled_from(["baseline", "a", "b.c", "ä", ""]) | texts, values, max_size=4)
+tables = st.dictionaries(
+    st.sampled_from(["baseline", "a", "b.c", "ä", ""]) | texts, values, max_size=4
+)
 
 
 def toml(value: Any) -> str:
@@ -120,7 +122,9 @@ def test_a_request_is_checked_or_one_sentence(
 
 
 @shared
-@given(name=texts | st.sampled_from(["~nobody/x", "", " ", ".", "a\0b", "/proc/x", "x" * 300, "s3://"]))
+@given(
+    name=texts | st.sampled_from(["~nobody/x", "", " ", ".", "a\0b", "/proc/x", "x" * 300, "s3://"])
+)
 def test_a_store_is_a_place_or_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -168,7 +172,11 @@ def test_a_wrong_command_line_exits_with_two_and_writes_nothing(
     arguments: list[tuple[str, str]],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    wrong = ["--grid", "none-such", *(part for pair in arguments for part in pair if "\0" not in part)]
+    wrong = [
+        "--grid",
+        "none-such",
+        *(part for pair in arguments for part in pair if "\0" not in part),
+    ]
     command = ["run", "localized_positions", "--model", str(GOLDEN / "qwen2"), *wrong]
     monkeypatch.setattr(sys, "argv", ["persona-nns", *command, "--grid", "no-such-grid"])
     with pytest.raises(SystemExit) as stop:
@@ -206,7 +214,9 @@ def test_code_of_a_model_is_run_only_when_asked(make_folder: Callable[..., Path]
         f"Path({str(ran)!r}).touch()\n"
         "class MineConfig(Qwen2Config):\n    model_type = 'mine'\n"
     )
-    with pytest.raises(pn.UsageError, match="brings code of its own.*--trust-remote-code") as caught:
+    with pytest.raises(
+        pn.UsageError, match=r"brings code of its own.*--trust-remote-code"
+    ) as caught:
         pn.load_model(folder)
     one_sentence(caught.value)
     assert not ran.exists()

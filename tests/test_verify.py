@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from nnsight import TransformersModel
 
 import persona_nns as pn
 from persona_nns.grids import Grid
@@ -18,9 +17,7 @@ NAME = "localized_positions"
 
 
 @pytest.fixture
-def store(
-    tmp_path: Path, random_folder: Callable[[str], Path], small_grid: Grid
-) -> Path:
+def store(tmp_path: Path, random_folder: Callable[[str], Path], small_grid: Grid) -> Path:
     model = pn.load_model(random_folder("qwen2"), template="plain")
     marked = Grid("small", small_grid.personas, small_grid.tasks, {"yoda": ("force",)})
     place = tmp_path / "s.zarr"
@@ -30,7 +27,9 @@ def store(
 
 
 def problems(store: Path, sample: int = 2) -> list[str]:
-    return [problem for verdict in verify_store(store, sample=sample) for problem in verdict.problems]
+    return [
+        problem for verdict in verify_store(store, sample=sample) for problem in verdict.problems
+    ]
 
 
 def group_of(store: Path) -> zarr.Group:

@@ -26,7 +26,6 @@ class Writing:
     n_cells: int
     seconds: float
 
-
     def __call__(self) -> "Writing":
         return self
 
@@ -104,7 +103,7 @@ def test_two_workers_finish_the_long_grid_and_one_is_killed(
     monkeypatch.setattr(workers, "run_on_workers", supervised)
     model = {"name": str(HERE / "golden" / "qwen2"), "label": "qwen2"}
     settings = {"grid": "long", "cells": None, "store": store, "batch_size": 2}
-    sites = {"layers": "2,4", "positions": "p_last"}
+    sites: dict[str, Any] = {"layers": "2,4", "positions": "p_last"}
     experiment = load_experiment("localized_positions")
     run = workers.launch(experiment, model, {**settings, **sites}, 2, None)
     assert len(killed) == 1

@@ -1,6 +1,6 @@
 """How well workers share cells: a model of fixed latency, 1, 2, 4 and 8 workers of Ray.
 
-``python tests/benchmarks/scaling.py [CELLS [SECONDS]]`` prints, for each number of workers, the
+``python tests/benchmarks/scaling.py [CELLS SECONDS WORKERS…]`` prints, for each number of workers, the
 time from the moment all of them are ready until every cell is complete, the cells measured twice,
 and the efficiency: the time that the measuring alone takes, over workers times that time. Nothing
 is computed while a batch is measured, so more workers than cores are as good as more machines.
@@ -17,10 +17,10 @@ HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
 
-from store_writer import write_all
+from store_writer import write_all  # noqa: E402
 
-from persona_nns.store import list_runs
-from persona_nns.workers import run_on_workers
+from persona_nns.store import list_runs  # noqa: E402
+from persona_nns.workers import run_on_workers  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,15 @@ def measure(folder: Path, n_workers: int, n_cells: int, seconds: float) -> None:
     )
 
 
-def main(n_cells: int = 96, seconds: float = 1.0) -> None:
-    for n_workers in (1, 2, 4, 8):
+def main(n_cells: int, seconds: float, numbers: list[int]) -> None:
+    for n_workers in numbers:
         with tempfile.TemporaryDirectory() as folder:
             measure(Path(folder), n_workers, n_cells, seconds)
 
 
 if __name__ == "__main__":
-    main(*[kind(text) for kind, text in zip((int, float), sys.argv[1:], strict=False)])
+    cells, latency, *workers = [
+        *sys.argv[1:],
+        *("80", "1.0", "1", "2", "4", "8")[len(sys.argv) - 1 :],
+    ]
+    main(int(cells), float(latency), [int(number) for number in workers])
