@@ -1,11 +1,12 @@
 """How well workers share cells: a model of fixed latency, 1, 2, 4 and 8 workers of Ray.
 
-``python tests/benchmarks/scaling.py [CELLS SECONDS WORKERS…]`` prints, for each number of workers, the
-time from the moment all of them are ready until every cell is complete, the cells measured twice,
+``python tests/benchmarks/scaling.py`` prints, for each number of workers, the time
+from the moment all of them are ready until every cell is complete, the cells measured twice,
 and the efficiency: the time that the measuring alone takes, over workers times that time. Nothing
 is computed while a batch is measured, so more workers than cores are as good as more machines.
 """
 
+import argparse
 import os
 import sys
 import tempfile
@@ -74,8 +75,9 @@ def main(n_cells: int, seconds: float, numbers: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    cells, latency, *workers = [
-        *sys.argv[1:],
-        *("80", "1.0", "1", "2", "4", "8")[len(sys.argv) - 1 :],
-    ]
-    main(int(cells), float(latency), [int(number) for number in workers])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cells", type=int, default=80)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
+    arguments = parser.parse_args()
+    main(arguments.cells, arguments.seconds, arguments.workers)
