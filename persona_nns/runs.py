@@ -47,10 +47,14 @@ class Plan:
         """Names of the experiment and of the run's group."""
         return self.request.experiment.name, self.request.block.run
 
-    def carry_out(self, *, progress: bool) -> None:
-        """Measure what is missing, beside any other process that does the same."""
-        request, size = self.request, self.batch_size
-        _carry_out(request, self.model, self.store, size, self.execution, progress=progress)
+    def carry_out(self, *, progress: bool, shared: bool = False) -> None:
+        """Measure what is missing, beside any other process that does the same.
+
+        Args:
+            progress: show a progress bar.
+            shared: others start at the same moment: allocate the run before the first batch.
+        """
+        _carry_out(self, progress=progress, shared=shared)
 
 
 def run(
@@ -163,21 +167,17 @@ def plan_run(
     return Plan(request, loaded, store, size, execution)
 
 
-def _carry_out(
-    request: Request,
-    model: TransformersModel,
-    store: str | Path,
-    batch_size: int,
-    execution: Mapping[str, Any],
-    *,
-    progress: bool,
-) -> None:
+def _carry_out(plan: Plan, *, progress: bool, shared: bool) -> None:
+    request, model, store = plan.request, plan.model, plan.store
+    batch_size, execution = plan.batch_size, plan.execution
     done = set.intersection(*(completed_cells(store, block) for block in request.blocks))
     pending = {cell.label: cell for cell in request.cells if cell.label not in done}
     if not pending:
         return
     attributes = {**execution, "batch_size": batch_size, "device": str(model.device)}
     session = Session(store, request.blocks, session_name(), {**session_attributes(), **attributes})
+    if shared:
+        session.begin()
     share = Share(list(pending), batch_size, session)
     title = f"{request.block.model} · {request.block.attrs['grid']}"
     n_asked = len(request.cells)

@@ -51,6 +51,15 @@ class Session:
         self._groups: list[RunGroup] = []
         self._over: set[str] = set()
 
+    def begin(self) -> None:
+        """Allocate the run before anything is measured, so that the first claims are seen too.
+
+        Raises:
+            PersonaError: the store cannot be written.
+        """
+        if not self._groups:
+            self._groups = [attach(self._store, block) for block in self._blocks]
+
     def completed(self, labels: Sequence[str]) -> set[str]:
         """Those of these cells that are complete now."""
         groups = self._groups or [self._found(block) for block in self._blocks]
@@ -90,8 +99,7 @@ class Session:
         Raises:
             PersonaError: the store cannot be written.
         """
-        if not self._groups:
-            self._groups = [attach(self._store, block) for block in self._blocks]
+        self.begin()
         done = self.completed(labels)
         rows = [row for row, label in enumerate(labels) if label not in done]
         missing = [labels[row] for row in rows]

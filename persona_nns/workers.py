@@ -31,7 +31,7 @@ class Work(Protocol):
         """Names of the experiment and of the run's group."""
         ...
 
-    def carry_out(self, *, progress: bool) -> None:
+    def carry_out(self, *, progress: bool, shared: bool) -> None:
         """Measure what is missing, until nothing is."""
         ...
 
@@ -139,7 +139,7 @@ class _Worker:
 
     def work(self) -> None:
         """Do what there is to do."""
-        self._work.carry_out(progress=False)
+        self._work.carry_out(progress=False, shared=True)
 
 
 def _supervise(

@@ -73,12 +73,16 @@ def write_all(
     seconds: float = 0.0,
     on_batch: Callable[[list[str]], object] = lambda _labels: None,
     identity: str = "i",
+    *,
+    shared: bool = False,
 ) -> list[list[str]]:
     """Measure and write what is missing; returns the batches that were measured."""
     block = block_of(n_cells, identity)
     session = Session(store, [block], secrets.token_hex(4), {})
     labels = [f"{persona}/{task}" for persona, task in block.cells]
     batches: list[list[str]] = []
+    if shared:
+        session.begin()
     for batch in Share(labels, batch_size, session):
         time.sleep(seconds)
         batches.append(batch)

@@ -33,9 +33,10 @@ class Writing:
     def group(self) -> tuple[str, str]:
         return "e", "m.g.i"
 
-    def carry_out(self, *, progress: bool) -> None:
+    def carry_out(self, *, progress: bool, shared: bool) -> None:
+        assert shared
         assert not progress
-        write_all(self.store, self.n_cells, 1, self.seconds)
+        write_all(self.store, self.n_cells, 1, self.seconds, shared=shared)
 
 
 @pytest.fixture

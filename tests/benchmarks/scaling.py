@@ -40,7 +40,7 @@ class Sleeping:
     def group(self) -> tuple[str, str]:
         return "e", "m.g.i"
 
-    def carry_out(self, *, progress: bool) -> None:
+    def carry_out(self, *, progress: bool, shared: bool) -> None:
         del progress
         ready = Path(self.store + ".ready")
         ready.mkdir(exist_ok=True)
@@ -48,7 +48,7 @@ class Sleeping:
         while len(list(ready.iterdir())) < self.n_workers:
             time.sleep(0.02)
         started = time.time()
-        write_all(self.store, self.n_cells, 1, self.seconds)
+        write_all(self.store, self.n_cells, 1, self.seconds, shared=shared)
         Path(self.store + f".{os.getpid()}.time").write_text(f"{started} {time.time()}")
 
 
