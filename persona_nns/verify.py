@@ -109,8 +109,8 @@ def _check_arrays(results: xr.Dataset, info: RunInfo) -> Iterator[str]:
         values = array.sel(layer=parameters["layers"]) if _at_asked(array, parameters) else array
         if np.isinf(values).any():
             yield f"{name!r} is infinite in a complete cell."
-        others = [dim for dim in map(str, values.dims) if dim != "cell"]
-        if values.size and np.isnan(values).all(dim=others).any():
+        others = [dim for dim in values.dims if dim != "cell"]
+        if values.size and values.isnull().all(dim=others).any():
             yield f"{name!r} is NaN throughout a complete cell."
 
 
