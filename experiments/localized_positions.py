@@ -3,8 +3,14 @@
 Of each cell, four prompts: BB, XB, BY, XY. At a site (layer, position) the residuals of the four
 give ΔX, ΔY and ΔXY. How well does ΔX + ΔY point along ΔXY? And if h_BB + ΔX + ΔY replaces the
 residual of XY at that one site, how far do the next ten tokens move from where they were?
+
+Where the sum misses in size and the tokens hardly move, is it the next block's norm that absorbs
+the difference in size? The same distances after that norm, and the same substitution with the
+size alone put right, or alone put wrong, say.
 """
 
+import warnings
+from itertools import product
 from typing import Annotated
 
 import torch
@@ -15,11 +21,18 @@ from torch import Tensor
 
 from persona_nns.batches import left_pad
 from persona_nns.continuations import read_continuation
-from persona_nns.decomposition import additive, cos_additive, cos_persona_task, interaction_ratio
+from persona_nns.decomposition import (
+    additive,
+    cos_additive,
+    cos_persona_task,
+    gap_ratio,
+    interaction_ratio,
+    match_rms,
+)
 from persona_nns.grids import Cell
 from persona_nns.metrics import log_probabilities, summed_kl
 from persona_nns.models import end_tokens
-from persona_nns.plots import cells_heatmap, lines_by_layer
+from persona_nns.plots import cells_heatmap, compare_by_layer, lines_by_layer
 from persona_nns.prompts import ROLE_PROMPTS, render_cell
 from persona_nns.sites import (
     generated_index,
@@ -29,9 +42,9 @@ from persona_nns.sites import (
     tokens_from_first_site,
 )
 from persona_nns.variables import Variable
-from persona_nns.window import open_window, prefill, read_clean_run
+from persona_nns.window import open_window, prefill, read_clean_run, stack_windows
 
-protocol_version = 1
+protocol_version = 2
 defaults = {"layers": "0.25,0.40,0.55,0.70,0.85", "positions": "p_last,g1,g2"}
 
 variables = {
@@ -41,6 +54,18 @@ variables = {
         units="nat",
         description="KL(clean ‖ substituted) summed over the scored reference tokens, with "
         "h_BB + ΔX + ΔY in place of the XY residual at (layer, position).",
+    ),
+    "kl_rms_matched": Variable(
+        "cell layer position",
+        "causal KL, size put right",
+        units="nat",
+        description="The same with h_BB + ΔX + ΔY rescaled to the root mean square of h_XY.",
+    ),
+    "kl_rms_only": Variable(
+        "cell layer position",
+        "causal KL, size alone wrong",
+        units="nat",
+        description="The same with h_XY rescaled to the root mean square of h_BB + ΔX + ΔY.",
     ),
     "n_eval": Variable(
         "cell position",
@@ -68,6 +93,20 @@ variables = {
         description="Size of what the sum leaves out, relative to the whole effect.",
         every_layer=True,
     ),
+    "gap_ratio": Variable(
+        "cell layer position",
+        "‖h_add − h_XY‖ / ‖ΔXY‖",
+        description="What the sum misses before the next block's norm; h_add = h_BB + ΔX + ΔY, "
+        "so it is the interaction ratio.",
+        every_layer=True,
+    ),
+    "gap_ratio_post_norm": Variable(
+        "cell layer position",
+        "‖N(h_add) − N(h_XY)‖ / ‖N(h_XY) − N(h_BB)‖",
+        description="What the sum misses after N, the input norm of the block that reads the "
+        "layer. NaN after the last block, and where blocks have no input norm (OLMo2).",
+        every_layer=True,
+    ),
     "residuals": Variable(
         "cell prompt layer position d_model",
         "residual",
@@ -88,6 +127,15 @@ figures = {
     "kl_by_layer": lambda ds: lines_by_layer(beyond_embedding(ds), ["kl"], log=True, reference=0.1),
     "cosines_by_layer": lambda ds: lines_by_layer(
         beyond_embedding(ds), ["cos_additive", "cos_persona_task", "interaction_ratio"]
+    ),
+    "norm": lambda ds: compare_by_layer(
+        beyond_embedding(ds),
+        {
+            "relative distance": ["gap_ratio", "gap_ratio_post_norm"],
+            "KL (nat)": ["kl", "kl_rms_matched", "kl_rms_only"],
+        },
+        position=ds.position.values.tolist()[0],
+        log=["KL (nat)"],
     ),
     "kl_by_persona": lambda ds: cells_heatmap(beyond_embedding(ds), "kl", "persona"),
     "kl_by_task": lambda ds: cells_heatmap(beyond_embedding(ds), "kl", "task"),
@@ -120,14 +168,20 @@ def measure(
     n_tokens = n_forced + n_eval
     n_shown = tokens_from_first_site(prompts, positions)
 
+    # Each distinct prompt once, up to the first site: its keys and values are kept.
+    n_cells = len(cells)
+    xy = [prompt["XY"].ids for prompt in prompts]
+    others = [prompt[name].ids for name in ("BB", "XB", "BY") for prompt in prompts]
+    prefix = prefill(model, [ids[:-n_shown] for ids in xy + others], reuse=reuse)
+    before_xy = prefix.rows(slice(n_cells)) if prefix is not None else None
+    before_others = prefix.rows(slice(n_cells, None)) if prefix is not None else None
+
     # The reference: what the model says, greedily, to the clean XY prompt. The pass that says it
     # is the clean run, whose distributions the others are compared with.
-    rows = [prompt["XY"].ids for prompt in prompts]
-    prefix = prefill(model, [ids[:-n_shown] for ids in rows], reuse=reuse)
-    xy = left_pad(rows, device=model.device)
+    batch = left_pad(xy, device=model.device)
     with model.generate(
-        xy.tokens,
-        past_key_values=prefix.cache() if prefix is not None else None,
+        batch.tokens,
+        past_key_values=before_xy.cache() if before_xy is not None else None,
         max_new_tokens=n_tokens,
         do_sample=False,
         num_beams=1,
@@ -136,50 +190,69 @@ def measure(
         return_dict_in_generate=True,
     ) as tracer:
         said = save(tracer.result)
-    reference = read_continuation(
-        said.sequences, xy.input_ids.shape[1], n_tokens, end_tokens(model)
-    )
+    reference = read_continuation(said.sequences, batch.width, n_tokens, end_tokens(model))
     reference.warn_if_short([cell.label for cell in cells], n_tokens)
-    run = read_clean_run(said, rows, reference.ids, prefix)
+    run = read_clean_run(said, xy, reference.ids, before_xy)
     clean = log_probabilities(run.logits)
 
-    # Residuals of the four prompts at every site, each prompt followed by the first reference
-    # tokens and read at its own positions. [layer, cell, position, d_model]
-    site, residual = {}, {}
-    for name in ("XY", "BB", "XB", "BY"):
-        rows = [prompt[name].ids for prompt in prompts]
-        if name != "XY":
-            prefix = prefill(model, [ids[:-n_shown] for ids in rows], reuse=reuse)
-        site[name] = index_sites([prompt[name] for prompt in prompts], positions).to(model.device)
-        window = open_window(rows, reference.ids[:, :n_forced], prefix)
-        column = window.column(site[name])
-        with model.trace(window.inputs(), logits_to_keep=1):
-            read = save(
-                [take(block.input, column) for block in model.layers]
-                + [take(model.final_norm.output, column)]
-            )
-        residual[name] = torch.stack(read).float()
-    bb, xb, by, together = (residual[name] for name in ROLE_PROMPTS)
+    # Residuals at every site, [layer, cell, position, d_model]: of XY in the clean run, of the
+    # other prompts when the first reference tokens are put after them, each at its own positions.
+    site = index_sites([prompt["XY"] for prompt in prompts], positions).to(model.device)
+    together = torch.stack([take(h, run.window.column(site)) for h in run.residual]).float()
+    window = open_window(others, reference.ids[:, :n_forced].repeat(3, 1), before_others)
+    other_prompts = [prompt[name] for name in ("BB", "XB", "BY") for prompt in prompts]
+    column = window.column(index_sites(other_prompts, positions).to(model.device))
+    has_norm = all(hasattr(block, "input_norm") for block in model.layers)
+    if not has_norm:
+        warnings.warn(
+            "The blocks of this model have no input norm: gap_ratio_post_norm is NaN.", stacklevel=2
+        )
+    with model.trace(window.inputs(), logits_to_keep=1):
+        read = [take(block.input, column) for block in model.layers]
+        read = save(torch.stack([*read, take(model.final_norm.output, column)]).float())
+        # What the block that reads the layer makes of it, in the model's own precision.
+        bb, xb, by = read.split(n_cells, dim=1)
+        residuals = torch.stack([additive(bb, xb, by), together, bb]).to(model.dtype)
+        normed = save(
+            [
+                block.input_norm(residuals[:, layer]) if has_norm else residuals[:, layer]
+                for layer, block in enumerate(model.layers)
+            ]
+        )
+    bb, xb, by = read.split(n_cells, dim=1)
     prediction = additive(bb, xb, by)
+    post_norm = torch.full(prediction.shape[:-1], torch.nan, device=model.device)
+    if has_norm:
+        post_norm[:-1] = gap_ratio(*torch.stack(normed, dim=1))
 
-    # The clean run again with the prediction at one site, once for each position and layer.
-    kl = torch.full((len(cells), len(layers), len(positions)), torch.nan, device=model.device)
-    for p, position in enumerate(positions):
-        scored = reference.scored(position, n_eval)
-        if not scored.any():
-            continue
-        first = generated_index(position)
-        window = run.narrow(site["XY"][:, p], n_generated=first + n_eval)
-        column = window.column(site["XY"][:, p])
-        for k, layer in enumerate(layers):
+    # The clean run again with another residual at one site, once for each layer; the positions
+    # are rows of one pass, next to each other: [position, cell]. The prediction; the prediction
+    # with the size of the clean residual; and the clean residual with that of the prediction.
+    written = {
+        "kl": prediction,
+        "kl_rms_matched": match_rms(prediction, together),
+        "kl_rms_only": match_rms(together, prediction),
+    }
+    nowhere = torch.full((n_cells, len(layers), len(positions)), torch.nan, device=model.device)
+    kl = {name: nowhere.clone() for name in written}
+    scored = [reference.scored(position, n_eval) for position in positions]
+    firsts = [generated_index(position) for position in positions]
+    windows = [
+        run.narrow(site[:, p], n_generated=firsts[p] + n_eval) for p in range(len(positions))
+    ]
+    for places, window in stack_windows(windows):
+        column = window.column(torch.cat([site[:, p] for p in places]))
+        counted = torch.cat([scored[p] for p in places])
+        expected = torch.cat([clean[:, firsts[p] : firsts[p] + n_eval] for p in places])
+        for name, (k, layer) in product(written, enumerate(layers)):
+            value = torch.cat([written[name][layer, :, p] for p in places])
             with model.trace(window.inputs(), logits_to_keep=n_eval):
                 window.resume(model, layer)
-                model.layers[layer].input = substitute(
-                    model.layers[layer].input, column, prediction[layer, :, p]
-                )
+                model.layers[layer].input = substitute(model.layers[layer].input, column, value)
                 intervened = log_probabilities(model.output.logits)
-                moved = save(summed_kl(clean[:, first : first + n_eval], intervened, scored))
-            kl[:, k, p] = torch.where(scored.any(1), moved, torch.nan)
+                moved = save(summed_kl(expected, intervened, counted))
+            moved = torch.where(counted.any(1), moved, torch.nan)
+            kl[name][:, k, places] = moved.view(len(places), n_cells).T
 
     exists = torch.stack([reference.reaches(position) for position in positions], dim=1)
 
@@ -187,13 +260,13 @@ def measure(
         return torch.where(exists[:, None], values.transpose(0, 1), torch.nan)
 
     results = {
-        "kl": kl,
-        "n_eval": torch.stack(
-            [reference.scored(position, n_eval).sum(1) for position in positions], dim=1
-        ),
+        **kl,
+        "n_eval": torch.stack([tokens.sum(1) for tokens in scored], dim=1),
         "cos_additive": by_cell(cos_additive(bb, xb, by, together)),
         "cos_persona_task": by_cell(cos_persona_task(bb, xb, by)),
         "interaction_ratio": by_cell(interaction_ratio(bb, xb, by, together)),
+        "gap_ratio": by_cell(gap_ratio(prediction, together, bb)),
+        "gap_ratio_post_norm": by_cell(post_norm),
     }
     if keep_residuals:  # [cell, prompt, layer, position, d_model]
         by_prompt = torch.stack([bb, xb, by, together]).permute(2, 0, 1, 3, 4)

@@ -29,6 +29,11 @@ class Batch:
     padding: Tensor
 
     @property
+    def width(self) -> int:
+        """Columns."""
+        return self.input_ids.shape[1]
+
+    @property
     def tokens(self) -> dict[str, Tensor]:
         """What a model needs to run the batch."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}

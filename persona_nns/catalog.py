@@ -2,9 +2,14 @@
 
 An experiment is a Python file with a docstring (its first line is the summary), ``variables``
 (name → `Variable`) and ``measure(model, cells, *, layers, positions, …)``. It may set
-``defaults`` for layers and positions, ``figures`` (name → function of the result), and
-``protocol_version``, to be raised by hand whenever a change alters the numbers; without it,
-every edit of the file counts as another version.
+``defaults`` for grid, layers, layer sets and positions, ``figures`` (name → function of the
+result), and ``protocol_version``, to be raised by hand whenever a change alters the numbers;
+without it, every edit of the file counts as another version.
+
+One that does not run on a grid of personas and tasks also has ``plan(tokenizer, *, …)``, which
+makes a `Plan` of its inputs: the units, with their token ids, that `measure` then gets instead of
+cells. The keyword arguments of both are the experiment's options; one that `plan` alone takes is
+known by the plan's content, not by its value.
 """
 
 import ast
@@ -13,12 +18,13 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from persona_nns.errors import PersonaError, UsageError
+from persona_nns.units import Plan
 from persona_nns.variables import Variable
 
 _PACKAGE = Path(__file__).parent
@@ -28,8 +34,8 @@ _RESERVED_VARIABLES = {
 }
 _RESERVED_OPTIONS = {
     *("experiment", "model", "grid", "cells", "backend", "dtype", "device", "template", "as_"),
-    *("store", "batch_size", "allow_float16", "progress", "workers", "ray_address"),
-    "trust_remote_code",
+    *("store", "batch_size", "allow_float16", "progress", "deadline", "verbose"),
+    *("workers", "ray_address", "trust_remote_code"),
 }
 
 
@@ -43,8 +49,15 @@ class Experiment:
         version: its protocol version, or the digest of its source.
         variables: what `measure` returns, by name.
         measure: the function with the tracing contexts.
-        options: keyword parameters of `measure` beside those that all share.
+        plan: the function that makes units of the inputs; None where they are a grid's cells.
+        plan_options: keyword parameters of `plan`.
+        plan_only: those of them that `measure` does not take.
+        site_axes: dimensions whose labels every experiment has, where its `measure` asks for
+            them.
+        options: keyword parameters of `plan` and `measure` beside those that all share.
+        grid: the grid where none is given; None where one has to be, or is of no use.
         layers: request for layers where none is given; None where it has no layers.
+        layer_sets: request for sets of layers where none is given; None where it has none.
         positions: request for positions where none is given; None where it has no positions.
         reuses: it can reuse prefixes (``reuse``), and do without.
         keeps_residuals: it can return its residuals too (``keep_residuals``).
@@ -56,8 +69,14 @@ class Experiment:
     version: str
     variables: Mapping[str, Variable]
     measure: Callable[..., dict[str, Any]]
+    plan: Callable[..., Plan] | None
+    plan_options: tuple[str, ...]
+    plan_only: frozenset[str]
+    site_axes: frozenset[str]
     options: Mapping[str, inspect.Parameter]
+    grid: str | None
     layers: str | None
+    layer_sets: str | None
     positions: str | None
     reuses: bool
     keeps_residuals: bool
@@ -105,28 +124,73 @@ def _read(file: Path) -> Experiment:
             "and a function 'measure(model, cells, *, layers, positions)'."
         )
     parameters = dict(list(inspect.signature(measure, eval_str=True).parameters.items())[2:])
-    _check_declarations(file, variables, parameters)
+    plan = getattr(module, "plan", None)
+    of_plan = {}
+    if plan is not None:
+        of_plan = dict(list(inspect.signature(plan, eval_str=True).parameters.items())[1:])
+    plan_only = frozenset(set(of_plan) - set(parameters))
+    _check_declarations(file, variables, {**of_plan, **parameters}, on_grid=plan is None)
+    site_axes = _site_axes(parameters)
     defaults = getattr(module, "defaults", {})
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+    def site(name: str, otherwise: str) -> str | None:
+        """What is asked for by default, where `measure` has such an argument."""
+        return defaults.get(name, otherwise) if parameters.pop(name, None) else None
+
     return Experiment(
         name=file.stem,
         summary=(inspect.getdoc(module) or "").partition("\n")[0],
         version=str(getattr(module, "protocol_version", digest)),
         variables=variables,
         measure=cast("Callable[..., dict[str, Any]]", measure),
-        layers=defaults.get("layers", "all") if parameters.pop("layers", None) else None,
-        positions=defaults.get("positions", "p_last")
-        if parameters.pop("positions", None)
-        else None,
+        plan=cast("Callable[..., Plan] | None", plan),
+        plan_options=tuple(of_plan),
+        plan_only=plan_only,
+        site_axes=frozenset(site_axes),
+        grid=defaults.get("grid"),
+        layers=site("layers", "all"),
+        layer_sets=site("layer_sets", "0.55"),
+        positions=site("positions", "p_last"),
         reuses=parameters.pop("reuse", None) is not None,
         keeps_residuals=parameters.pop("keep_residuals", None) is not None,
-        options=parameters,
+        options={**of_plan, **parameters},
         figures=getattr(module, "figures", {}),
     )
 
 
+def _site_axes(parameters: Mapping[str, inspect.Parameter]) -> set[str]:
+    """Dimensions whose labels come with the request, or with the model."""
+    return {"d_model"} | {dim for dim in ("layer", "position") if f"{dim}s" in parameters}
+
+
+def check_axes(name: str, variable: Variable, source: str, known: Iterable[str]) -> None:
+    """See that all of a variable's dimensions have labels.
+
+    Args:
+        name: what the variable is called.
+        variable: the variable.
+        source: the experiment, for the message.
+        known: the dimensions that get labels from elsewhere.
+
+    Raises:
+        PersonaError: one has none.
+    """
+    for axis in variable.axes:
+        if axis not in {*known, *variable.coords}:
+            raise PersonaError(
+                f"The variable {name!r} of {source!r} has a dimension {axis!r} without "
+                "labels: give them in its coords (layer and position get theirs from "
+                "measure's arguments 'layers' and 'positions')."
+            )
+
+
 def _check_declarations(
-    file: Path, variables: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]
+    file: Path,
+    variables: Mapping[str, Any],
+    parameters: Mapping[str, inspect.Parameter],
+    *,
+    on_grid: bool,
 ) -> None:
     """See that variables and options are such that the store and the command line can take them.
 
@@ -134,22 +198,17 @@ def _check_declarations(
         PersonaError: one of them is not.
     """
     for name, variable in variables.items():
-        if not isinstance(variable, Variable) or variable.axes[:1] != ("cell",):
+        if not isinstance(variable, Variable):
+            raise PersonaError(f"The variable {name!r} of {str(file)!r} has to be a Variable.")
+        if on_grid and variable.axes[:1] != ("cell",):
             raise PersonaError(
                 f"The variable {name!r} of {str(file)!r} has to be a Variable whose dims begin "
                 "with 'cell'."
             )
         if name in _RESERVED_VARIABLES:
             raise PersonaError(f"{str(file)!r} cannot call a variable {name!r}: the store does.")
-        known = {"cell", "d_model", *variable.coords}
-        known |= {dim for dim in ("layer", "position") if f"{dim}s" in parameters}
-        for axis in variable.axes:
-            if axis not in known:
-                raise PersonaError(
-                    f"The variable {name!r} of {str(file)!r} has a dimension {axis!r} without "
-                    "labels: give them in its coords (layer and position get theirs from "
-                    "measure's arguments 'layers' and 'positions')."
-                )
+        if on_grid:
+            check_axes(name, variable, str(file), {"cell", *_site_axes(parameters)})
     for option in parameters:
         if option in _RESERVED_OPTIONS:
             raise PersonaError(

@@ -27,7 +27,7 @@ def check_model(model: TransformersModel, shown: str) -> None:
     Raises:
         PersonaError: the model fails a check; the message says which, and at what layer.
     """
-    _check_names(model, shown)
+    check_names(model, shown)
     n_layers = len(model.layers)
     device = next(model._module.parameters()).device
     probe = left_pad([[7, 3, 11, 5]], device=device)
@@ -95,7 +95,12 @@ def check_model(model: TransformersModel, shown: str) -> None:
             )
 
 
-def _check_names(model: TransformersModel, shown: str) -> None:
+def check_names(model: TransformersModel, shown: str) -> None:
+    """Check that every module answers to its standard name; this needs no weights.
+
+    Raises:
+        PersonaError: one does not.
+    """
     missing = [name for name in _NAMES if not hasattr(model, name)]
     if not missing:
         missing = [

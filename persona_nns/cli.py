@@ -1,7 +1,7 @@
-"""The command line: ``persona-nns demo | experiments | run | models | ls | verify | show | plot``.
+"""The command line: demo, experiments, run, models, ls, verify, show, plot and compare.
 
 Each experiment is a command of its own under ``run``: its options are the keyword arguments of
-its `measure`. Heavy imports wait until a command needs them.
+its `plan` and `measure`. Heavy imports wait until a command needs them.
 """
 
 import inspect
@@ -10,6 +10,7 @@ import shlex
 import sys
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,8 +27,12 @@ from persona_nns.errors import PersonaError, UsageError
 if TYPE_CHECKING:
     import xarray as xr
 
+    from persona_nns.remote.hosts import Host
+    from persona_nns.units import Plan
+
 DEFAULT_STORE = "stores/results.zarr"
 DEMO_STORE = "stores/demo.zarr"
+_INTERRUPTED = "Interrupted; completed cells are kept, the same command goes on."
 
 _out = Console()
 _err = Console(stderr=True)
@@ -96,16 +101,41 @@ def experiments() -> None:
 
 @app.command()
 def models(
-    backend: Annotated[str, typer.Option(help="Where models are hosted.")] = "local",
+    backend: Annotated[
+        str, typer.Option(help="local, simulate, ndif, or the URL of a server.")
+    ] = "local",
 ) -> None:
-    """List the bundled models."""
-    from persona_nns.models import BACKENDS, bundled_models
+    """List the bundled models, or what a server hosts."""
+    from persona_nns.models import bundled_models
+    from persona_nns.remote.hosts import Host, read_backend
     from persona_nns.tables import models_table
 
-    if backend not in BACKENDS:
-        raise UsageError(f"Unknown backend {backend!r}; use {', '.join(BACKENDS)}.")
+    host = read_backend(backend)
+    if isinstance(host, Host):
+        _list_hosted(host)
+        return
     _out.print(models_table(bundled_models()))
     _out.print("A local folder or a hub id (org/name) is loaded in the same way.")
+
+
+def _list_hosted(host: "Host") -> None:
+    """Print a server's models, and how its versions compare with those here."""
+    from persona_nns.remote.connection import Connection, Patience
+    from persona_nns.remote.environment import read_deployments, read_environment
+    from persona_nns.tables import hosted_table
+
+    connection = Connection(host, Patience(unreachable=10.0, read=30.0))
+    try:
+        _out.print(hosted_table(read_deployments(connection), host.url))
+        environment = read_environment(connection)
+    finally:
+        connection.close()
+    for warning in environment.check(host.url):
+        _say(warning)
+    if environment.packages and not environment.differences:
+        _say("Its versions are those here.")
+    key = "set" if host.headers() else "not set (NDIF_API_KEY, or `nnsight login`)"
+    _say(f"API key: {key}.")
 
 
 @app.command(name="ls")
@@ -121,14 +151,14 @@ def list_store(store: Store) -> None:
 def verify(
     store: Store,
     sample: Annotated[
-        int, typer.Option(help="Complete cells of each run to compute anew.", min=0)
+        int, typer.Option(help="Complete units (cells) of each run to compute anew.", min=0)
     ] = 2,
     experiment: Annotated[
         list[str] | None,
         typer.Option("--experiment", help="File of an experiment of your own; repeatable."),
     ] = None,
 ) -> None:
-    """Check every array of a store, and compute a sample of its cells anew."""
+    """Check every array of a store, and compute a sample of its units (cells) anew."""
     from persona_nns.verify import verify_store
 
     wrong = 0
@@ -136,8 +166,8 @@ def verify(
         info = verdict.info
         anew = f", {verdict.n_recomputed} computed anew" if verdict.n_recomputed else ""
         state = "wrong" if verdict.problems else "right"
-        cells = f"{info.n_completed}/{info.n_cells} cells"
-        _say(f"{state}  {info.experiment}/{info.run} ({cells}{anew})")
+        units = f"{info.n_completed}/{info.n_units} {info.noun}s"
+        _say(f"{state}  {info.experiment}/{info.run} ({units}{anew})")
         for problem in verdict.problems:
             _say(f"       {problem}")
         wrong += bool(verdict.problems)
@@ -154,6 +184,10 @@ def show(
     ] = None,
     grid: GridChoice = None,
     run: RunChoice = None,
+    bootstrap: Annotated[  # noqa: FBT002
+        bool,
+        typer.Option("--bootstrap", help="Bootstrap intervals of the medians, not quartiles."),
+    ] = False,
 ) -> None:
     """Print medians and quartiles over cells."""
     from persona_nns.tables import measured, result_table
@@ -164,7 +198,7 @@ def show(
             known = ", ".join(map(str, results.data_vars))
             raise UsageError(f"{experiment!r} has no variable {name!r}; it has {known}.")
     for name in variable or measured(results):
-        _out.print(result_table(results, name))
+        _out.print(result_table(results, name, bootstrap=bootstrap))
 
 
 @app.command()
@@ -201,6 +235,58 @@ def plot(
             _say(path)
 
 
+@app.command()
+def compare(
+    store: Store,
+    experiment: Name,
+    with_: Annotated[
+        str | None,
+        typer.Option("--with", help="Store to compare with; by default the published numbers."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Folder for CSV and figures; by default compare/ beside STORE."
+        ),
+    ] = None,
+    grid: GridChoice = None,
+    run: RunChoice = None,
+    relative: Annotated[
+        float | None, typer.Option(help="Relative tolerance of numbers.", min=0)
+    ] = None,
+    absolute: Annotated[
+        float | None, typer.Option(help="Absolute tolerance of numbers.", min=0)
+    ] = None,
+) -> None:
+    """Put results beside the published ones: tables, CSV and a figure."""
+    from persona_nns.compare import Tolerance, compare_results, match_results
+    from persona_nns.compare_plots import compare_figures
+    from persona_nns.compare_tables import agreement_tables, comparison_tables
+    from persona_nns.plots import save_figure
+    from persona_nns.published import published_store
+    from persona_nns.tables import save_csv
+
+    if (relative is None) != (absolute is None):
+        raise UsageError("A tolerance has two parts; give both --relative and --absolute.")
+    tolerance = None
+    if relative is not None and absolute is not None:
+        tolerance = Tolerance(relative, absolute)
+    name = Path(experiment).stem if experiment.endswith(".py") else experiment
+    matched = match_results(store, name, with_ or published_store(), grid=grid, run=run or None)
+    compared = compare_results(matched, tolerance)
+    for table in comparison_tables(compared.side_by_side) + agreement_tables(compared.agreement):
+        _out.print(table)
+    beside = Path() if "://" in store else Path(store).expanduser().parent
+    folder = (output or beside / "compare").expanduser()
+    written = [save_csv(compared.side_by_side, folder / f"{name}-side_by_side.csv")]
+    if not compared.agreement.empty:
+        written.append(save_csv(compared.agreement, folder / f"{name}-agreement.csv"))
+    for title, figure in compare_figures(matched, compared.side_by_side).items():
+        written += save_figure(figure, folder / f"{name}-{title}.png", pdf=True)
+    for path in written:
+        _say(path)
+
+
 def _open(store: str, experiment: str, grid: str | None, run: list[str] | None) -> "xr.Dataset":
     from persona_nns.store import open_results
 
@@ -222,10 +308,12 @@ def _experiment_command(experiment: Experiment) -> Any:
     ]
     shared = inspect.signature(_run_experiment).parameters.values()
     kept = [
-        parameter
+        _with_default(parameter, experiment.grid) if parameter.name == "grid" else parameter
         for parameter in shared
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        and (parameter.name not in ("grid", "cells") or experiment.plan is None)
         and (parameter.name != "layers" or experiment.layers is not None)
+        and (parameter.name != "layer_sets" or experiment.layer_sets is not None)
         and (parameter.name != "positions" or experiment.positions is not None)
         and (parameter.name != "reuse" or experiment.reuses)
         and (parameter.name != "keep_residuals" or experiment.keeps_residuals)
@@ -241,19 +329,28 @@ def _experiment_command(experiment: Experiment) -> Any:
     return typer.main.get_command(single)
 
 
+def _with_default(parameter: inspect.Parameter, default: str | None) -> inspect.Parameter:
+    """The parameter of a command with this default; without one it has to be given."""
+    return parameter.replace(default=inspect.Parameter.empty if default is None else default)
+
+
 def _run_experiment(
     experiment: Experiment,
     *,
     model: Annotated[list[str], typer.Option(help="Bundled name, folder, or hub id; repeatable.")],
-    grid: Annotated[str, typer.Option(help="short, long, review, or a .toml file.")],
+    grid: Annotated[str | None, typer.Option(help="short, long, review, or a .toml file.")] = None,
     layers: Annotated[
         str | None, typer.Option(help="all, layers (6,10,14), or depths (0.25,0.5).")
     ] = None,
+    layer_sets: Annotated[str | None, typer.Option(help="Sets of layers, as 14;10,12,14.")] = None,
     positions: Annotated[
         str | None, typer.Option(help="p_last, p_last-1, p_user_last, g1, g2, …")
     ] = None,
     cells: Annotated[str | None, typer.Option(help="Only these, as engineer/arch,…")] = None,
-    backend: Annotated[str, typer.Option(help="Where traces run: local.")] = "local",
+    backend: Annotated[
+        str,
+        typer.Option(help="Where it runs: local, simulate, ndif, or the URL of a server."),
+    ] = "local",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …")] = None,
     template: Annotated[
@@ -261,11 +358,15 @@ def _run_experiment(
     ] = None,
     as_: Annotated[
         list[str] | None,
-        typer.Option("--as", help="Label of the model in the results; one for each --model."),
+        typer.Option(
+            "--as",
+            help="Label of the model in the results; one for each --model. On a server, the "
+            "hosted model (org/name) that a folder stands for.",
+        ),
     ] = None,
     store: Annotated[str, typer.Option(help="Path or URL of the Zarr store.")] = DEFAULT_STORE,
     batch_size: Annotated[
-        int | None, typer.Option(help="Cells at a time; by default what fits.", min=1)
+        int | None, typer.Option(help="Units (cells) at a time; by default what fits.", min=1)
     ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Processes that share the work (needs Ray).", min=1)
@@ -286,11 +387,18 @@ def _run_experiment(
     allow_float16: Annotated[
         bool, typer.Option("--allow-float16", help="Use float16 although it overflows.")
     ] = False,
+    deadline: Annotated[
+        float | None,
+        typer.Option(help="Seconds that a job on a server may go without news (3600).", min=1),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print what becomes of each job on a server.")
+    ] = False,
     **options: Any,
 ) -> None:
     from persona_nns.grids import load_grid
-    from persona_nns.models import count_layers, load_model, load_tokenizer
-    from persona_nns.request import check_sites, render_grid
+    from persona_nns.models import check_hosting, count_layers, load_model, load_tokenizer
+    from persona_nns.request import check_inputs, check_options, check_sites, make_plan
     from persona_nns.runs import run
     from persona_nns.store import check_writable, open_results
     from persona_nns.tables import measured, result_table
@@ -298,18 +406,27 @@ def _run_experiment(
 
     if ray_address is not None and workers is None:
         raise UsageError("A Ray address was given and no number of workers; use --workers N.")
+    if workers is not None and backend != "local":
+        raise UsageError(
+            f"Workers hold a model each; leave out --workers with the backend {backend!r}, which "
+            "is sent several jobs at a time."
+        )
     labels = _labels(model, as_ or [])
+    check_hosting(model, as_, backend)
     check_writable(store)
-    loaded_grid = load_grid(grid)
-    loaded_grid.select_cells(cells)
+    loaded_grid = None if grid is None else load_grid(grid)
+    check_inputs(experiment, loaded_grid, cells)
+    own = check_options(experiment, options)
+    plans: list[Plan] = []
     # What is wrong with the last model is said before the first one is run.
     for name in model:
         trust = {"trust_remote_code": trust_remote_code}
-        sites = check_sites(experiment, count_layers(name, **trust), layers, positions)
+        sites = check_sites(experiment, count_layers(name, **trust), layers, layer_sets, positions)
         tokenizer = load_tokenizer(name, template, **trust)
-        render_grid(tokenizer, loaded_grid, sites.get("positions", []))
+        plan = make_plan(experiment, tokenizer, loaded_grid, sites.get("positions", []), own)
+        plans.append(plan)
     names: list[str] = []
-    for name, label in zip(model, labels, strict=True):
+    for name, label, plan in zip(model, labels, plans, strict=True):
         loading: dict[str, Any] = {
             "name": name,
             "backend": backend,
@@ -328,14 +445,19 @@ def _run_experiment(
             "reuse": reuse,
             "keep_residuals": keep_residuals,
             "layers": layers,
+            "layer_sets": layer_sets,
             "positions": positions,
+            "deadline": deadline,
+            "verbose": verbose,
             **options,
         }
         if workers is None:
             results = run(experiment, load_model(**loading), **settings)
             names.append(results.attrs["run"])
         else:
-            names.append(launch(experiment, loading, settings, workers, ray_address))
+            units = plan.units if loaded_grid is None else loaded_grid.select_cells(cells)
+            asked = replace(plan, units=units)
+            names.append(launch(experiment, loading, settings, asked, workers, ray_address))
     results = open_results(store, experiment.name, run=names)
     for name in measured(results)[:1]:
         _out.print(result_table(results, name))
@@ -362,8 +484,13 @@ def _labels(models: list[str], given: list[str]) -> list[str]:
 
 
 def _argument_help(experiment: Experiment) -> dict[str, str]:
-    """What the docstring of `measure` says about its arguments (Google style)."""
-    text = inspect.getdoc(experiment.measure) or ""
+    """What the docstrings of `plan` and `measure` say of their arguments (Google style)."""
+    of_plan = _documented(experiment.plan) if experiment.plan is not None else {}
+    return {**of_plan, **_documented(experiment.measure)}
+
+
+def _documented(function: Any) -> dict[str, str]:
+    text = inspect.getdoc(function) or ""
     section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", text, flags=re.MULTILINE)
     if section is None:
         return {}
@@ -392,15 +519,13 @@ def main() -> None:
         message = getattr(error, "format_message", lambda: "")() or str(error)
         _fail(message, debug=debug, code=2)
     except KeyboardInterrupt:
-        _fail(
-            "Interrupted; completed cells are kept, the same command goes on.",
-            debug=debug,
-            code=130,
-        )
+        _fail(_INTERRUPTED, debug=debug, code=130)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         _fail(f"{reason} (--debug shows the traceback)", debug=debug, code=1)
     else:
+        if code == 130:  # typer makes an exit of an interrupt
+            _fail(_INTERRUPTED, debug=debug, code=130)
         sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from persona_nns.sites import generated_index
 
@@ -48,6 +49,12 @@ class Continuation:
     def reaches(self, position: str) -> Tensor:
         """Whether the continuation is long enough for the position to exist, [row]."""
         return self.length >= generated_index(position)
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """What was said in each row, without special tokens and what stands after the end."""
+        rows = zip(self.ids.tolist(), self.length.tolist(), strict=True)
+        said = [ids[:length] for ids, length in rows]
+        return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in said]
 
 
 def read_continuation(

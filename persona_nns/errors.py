@@ -11,3 +11,41 @@ class UsageError(PersonaError):
     """The request itself was wrong (a name, a number, a file); the command line exits with 2."""
 
     exit_code = 2
+
+
+class RemoteError(PersonaError):
+    """Something failed on a server, or on the way to it.
+
+    Attributes:
+        server_traceback: what the server said, where it said more than the message.
+    """
+
+    def __init__(self, message: str, server_traceback: str = "") -> None:
+        super().__init__(message)
+        self.server_traceback = server_traceback
+        if server_traceback:
+            self.add_note(f"On the server:\n{server_traceback}")
+
+
+class UnreachableError(RemoteError):
+    """The server did not answer for as long as was waited."""
+
+
+class AccessError(RemoteError):
+    """The server does not accept the API key, or wants one."""
+
+
+class NotHostedError(RemoteError):
+    """The server does not host the model."""
+
+
+class JobFailedError(RemoteError):
+    """What was measured raised an exception on the server."""
+
+
+class JobTooLargeError(RemoteError):
+    """A job did not fit into the server's memory or time."""
+
+
+class JobLostError(RemoteError):
+    """The server does not know a job any more, or cannot give its result."""

@@ -47,6 +47,11 @@ class Cell:
         """The name of the cell in every result, for example ``engineer/arch``."""
         return f"{self.persona}/{self.task}"
 
+    @property
+    def place(self) -> dict[str, str]:
+        """Where it stands in every result."""
+        return {"cell": self.label}
+
     def texts(self, prompt: PromptName) -> tuple[str | None, str]:
         """The persona and task text of one prompt of the cell; ``BARE`` has no persona."""
         persona = {"B": self.baseline_persona_text, "X": self.persona_text}

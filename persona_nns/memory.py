@@ -1,12 +1,10 @@
 """How many cells fit into memory at a time, and what to do when they did not."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 
 import psutil
 import torch
 from nnsight import TransformersModel
-
-from persona_nns.prompts import Prompt
 
 # A batch may take this much on a CPU, where larger batches are hardly faster, and this share of
 # what is free anywhere.
@@ -19,7 +17,7 @@ _CONTINUATION = 16
 _COPIES = 6
 
 
-def fitting_batch_size(model: TransformersModel, prompts: Iterable[Prompt]) -> int:
+def fitting_batch_size(model: TransformersModel, prompts: Iterable[Sized]) -> int:
     """How many cells to measure at a time.
 
     An estimate from the size of a cell's key-value cache and next-token distributions, not more
@@ -27,7 +25,7 @@ def fitting_batch_size(model: TransformersModel, prompts: Iterable[Prompt]) -> i
 
     Args:
         model: the loaded model.
-        prompts: the prompts to come; the longest counts.
+        prompts: token ids of the prompts to come; the longest counts.
     """
     config = model.config.get_text_config()
     longest = max(map(len, prompts))
@@ -50,4 +48,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a batch did not fit."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
+
+
+def says_out_of_memory(message: str) -> bool:
+    """Whether a message, or a server's traceback, says that a batch did not fit."""
+    return any(words in message for words in ("DefaultCPUAllocator", "OutOfMemoryError"))

@@ -12,15 +12,16 @@ GPT-2 and GPT-NeoX. Another decoder is loaded if it passes the same checks.
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from nnsight import TransformersModel
+from nnsight.modeling.huggingface import _ID_CACHE
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -32,12 +33,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from persona_nns.checks import check_model
+from persona_nns.checks import check_model, check_names
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.organism import ORGANISMS, organism_folder
 from persona_nns.prompts import read_template
+from persona_nns.remote.hosts import Host, read_backend
 
-BACKENDS = ("local",)
+#: Precision of a model on somebody's server, until its first job has told.
+HOSTED = "hosted"
 
 STANDARD_NAMES = {
     "*.layers": "layers",
@@ -77,6 +80,7 @@ class ModelRecord:
         attn_implementation: how attention is computed.
         n_layers: number of decoder blocks.
         d_model: width of the residual stream.
+        n_heads: number of attention heads of a block.
     """
 
     label: str
@@ -87,9 +91,26 @@ class ModelRecord:
     attn_implementation: str
     n_layers: int
     d_model: int
+    n_heads: int
+
+
+@dataclass(frozen=True)
+class HostedModel:
+    """Where a model runs that is not loaded here.
+
+    Attributes:
+        host: the server.
+        repo_id: the name it is hosted under.
+        key: what nnsight asks the server for.
+    """
+
+    host: Host
+    repo_id: str
+    key: str
 
 
 _RECORDS: WeakKeyDictionary[TransformersModel, ModelRecord] = WeakKeyDictionary()
+_HOSTED: WeakKeyDictionary[TransformersModel, "HostedModel"] = WeakKeyDictionary()
 
 
 def load_model(
@@ -107,13 +128,16 @@ def load_model(
 
     Args:
         name: a bundled model, a local folder, or a hub id (``org/name``).
-        backend: where traces run; ``local`` is the one there is.
+        backend: where traces run: ``local``; ``simulate`` (a server process on this machine, as
+            NDIF's); ``ndif``, or the URL of such a server. On a server the model's weights are
+            never loaded here: its configuration and tokenizer are.
         dtype: ``float32``, ``bfloat16`` or ``float16``. By default float32 for Gemma-2 (as in
             the paper) and for float16 checkpoints, otherwise the checkpoint's own (bfloat16
             for the published Qwen models).
         device: a torch device; by default ``cuda`` where there is one, else ``cpu``.
         template: ``plain``, or a Jinja chat template that replaces the model's own.
-        label: the ``model`` coordinate; by default the bundled name, hub id or folder name.
+        label: the ``model`` coordinate; by default the bundled name, hub id or folder name. On
+            NDIF, a folder or bundled model needs one, ``org/name``: the hosted model it is.
         allow_float16: load in float16 although its range is too small for residual streams.
         trust_remote_code: run code that comes with the model; it can do whatever you can.
 
@@ -124,10 +148,20 @@ def load_model(
         UsageError: unknown model, backend, dtype or device, or float16 without being forced.
         PersonaError: the model cannot be loaded, or fails a check.
     """
-    if backend not in BACKENDS:
-        raise UsageError(f"Unknown backend {backend!r}; use {', '.join(BACKENDS)}.")
+    where = read_backend(backend)
     if label is not None and not label.strip():
         raise UsageError("The label of the model is empty; give it a name, or none.")
+    if where != "local":
+        if dtype is not None or device is not None:
+            what = "dtype" if dtype is not None else "device"
+            raise UsageError(
+                f"A server chooses precision and device itself; leave out --{what} with the "
+                f"backend {backend!r}."
+            )
+        host = None if where == "simulate" else where
+        return _load_weightless(
+            str(name), host, template, label, trust_remote_code=trust_remote_code
+        )
     source, shown = _find(str(name))
     config = _read_config(source, shown, trust_remote_code=trust_remote_code)
     precision = _choose_dtype(shown, config, dtype, allow_float16=allow_float16)
@@ -159,17 +193,119 @@ def load_model(
             f"The model {shown!r} ({type(module).__name__}) is not supported: {_one_line(error)}"
         ) from error
     check_model(model, shown)
-    _RECORDS[model] = ModelRecord(
-        label=label or shown,
-        source=str(name),
-        version=_version(source, config),
+    _RECORDS[model] = _record(model, label or shown, str(name), _version(source, config), precision)
+    return model
+
+
+def _record(
+    model: TransformersModel, label: str, source: str, version: str, precision: str
+) -> ModelRecord:
+    text_config = model.config.get_text_config()
+    return ModelRecord(
+        label=label,
+        source=source,
+        version=version,
         architecture=type(model._module).__name__,
         precision=precision,
         attn_implementation=model.config._attn_implementation,
         n_layers=len(model.layers),
-        d_model=model.config.get_text_config().hidden_size,
+        d_model=text_config.hidden_size,
+        n_heads=text_config.num_attention_heads,
     )
+
+
+def _load_weightless(
+    name: str,
+    host: Host | None,
+    template: str | Path | None,
+    label: str | None,
+    *,
+    trust_remote_code: bool,
+) -> TransformersModel:
+    """Build the client of a hosted model: names and tokenizer, no weights.
+
+    Args:
+        name: a bundled model, a local folder, or a hub id.
+        host: the server; None starts one.
+        template: as in `load_model`.
+        label: as in `load_model`.
+        trust_remote_code: as in `load_model`.
+    """
+    source, shown = _find(name)
+    repo_id = hosted_name(name, label) if host is not None else f"simulated/{Path(shown).name}"
+    config = _read_config(source, shown, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, template, trust_remote_code=trust_remote_code)
+    trusted = {"trust_remote_code": True} if trust_remote_code else {}
+    try:
+        model = TransformersModel(
+            source,
+            task="text-generation",
+            tokenizer=tokenizer,
+            rename=STANDARD_NAMES,
+            attn_implementation="eager",
+            **trusted,
+        )
+    except ValueError as error:
+        raise PersonaError(f"The model {shown!r} is not supported: {_one_line(error)}") from error
+    check_names(model, shown)
+    _ID_CACHE[source] = repo_id
+    if host is None:
+        precision, version = _choose_dtype(shown, config, None), _version(source, config)
+        host = simulate(model, source, repo_id, precision)
+    else:
+        precision, name = HOSTED, repo_id
+        version = f"{HOSTED} {_hosted_version(source, config)}"
+    _HOSTED[model] = HostedModel(host, repo_id, model.to_model_key())
+    _RECORDS[model] = _record(model, label or shown, name, version, precision)
     return model
+
+
+def simulate(model: TransformersModel, source: str, repo_id: str, precision: str) -> Host:
+    """Start a server process for a model, which ends when the model is gone."""
+    from persona_nns.loopback import LoopbackServer
+
+    server = LoopbackServer(source, repo_id, precision)
+    finalize(model, server.stop)  # this also keeps it
+    return server.host
+
+
+def hosted_name(name: str, label: str | None) -> str:
+    """The ``org/name`` under which a server is asked for a model.
+
+    Raises:
+        UsageError: a folder or bundled model without the name of a hosted one.
+    """
+    source, shown = _find(name)
+    if source == name and not Path(name).expanduser().is_dir():
+        return name
+    if label is None or not _HUB_ID.fullmatch(label):
+        raise UsageError(
+            f"A server is asked for {shown!r} under the name it is hosted under; "
+            "add --as org/name (its configuration and tokenizer are read here)."
+        )
+    return label
+
+
+def check_hosting(names: Sequence[str], labels: Sequence[str] | None, backend: str) -> None:
+    """See that a backend can be asked for some models before anything runs.
+
+    Raises:
+        UsageError: no such backend, or a model that it cannot be asked for.
+    """
+    if isinstance(read_backend(backend), Host):
+        for name, label in zip(names, labels or [None] * len(names), strict=True):
+            hosted_name(name, label)
+
+
+def _hosted_version(source: str, config: PreTrainedConfig) -> str:
+    """What is known here of a hosted model's version: never its weights."""
+    folder = Path(source)
+    return _digest([folder / "config.json"]) if folder.is_dir() else _version(source, config)
+
+
+def hosted(model: TransformersModel) -> HostedModel | None:
+    """Where a model runs that is not loaded here; None for one that is."""
+    return _HOSTED.get(model)
 
 
 def load_tokenizer(
@@ -276,7 +412,7 @@ def _read_config(source: str, shown: str, *, trust_remote_code: bool) -> PreTrai
 
 
 def _choose_dtype(
-    shown: str, config: PreTrainedConfig, dtype: str | None, *, allow_float16: bool
+    shown: str, config: PreTrainedConfig, dtype: str | None, *, allow_float16: bool = False
 ) -> str:
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"Unknown dtype {dtype!r}; use {', '.join(_DTYPES)}.")

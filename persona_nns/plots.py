@@ -5,7 +5,7 @@ units come from the variables' attributes.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,52 @@ def lines_by_layer(
                 _log_scale(axes[row, 0], results[name])
         _one_legend(figure, axes)
         figure.suptitle(_title(results, "median over cells, band 25–75 %"), fontsize="medium")
+    return figure
+
+
+def compare_by_layer(
+    results: xr.Dataset,
+    groups: Mapping[str, Sequence[str]],
+    *,
+    position: str,
+    log: Sequence[str] = (),
+) -> Figure:
+    """Several variables in one panel against layer, at one position; a column a model.
+
+    Args:
+        results: with dimensions model, cell, layer and position.
+        groups: the variables of each row of panels, by what stands on its vertical axis.
+        position: the position that is drawn.
+        log: the rows with a logarithmic axis.
+
+    Returns:
+        The figure: medians over cells with 25–75 % bands, a legend a row.
+    """
+    with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
+        models = results.model.values.tolist()
+        size = (3.4 + 3.6 * len(models), 0.7 + 2.7 * len(groups))
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        axes = figure.subplots(len(groups), len(models), squeeze=False, sharey="row")
+        for row, (label, names) in enumerate(groups.items()):
+            long_names = [results[name].attrs.get("long_name", name) for name in names]
+            together = xr.concat(
+                [results[name].drop_attrs() for name in names],
+                dim=pd.Index(long_names, name="variable"),
+            ).sel(position=position, drop=True)
+            for column, model in enumerate(models):
+                axis = axes[row, column]
+                _line_panel(axis, together.sel(model=model), hue="variable")
+                axis.set_title(_panel_title(results, model) if row == 0 else "")
+                axis.set_xlabel("layer" if row == len(groups) - 1 else "")
+                axis.set_ylabel(label if column == 0 else "")
+                if column < len(models) - 1:
+                    axis.get_legend().remove()
+            sns.move_legend(axes[row, -1], "center left", bbox_to_anchor=(1, 0.5), title=None)
+            if label in log:
+                _log_scale(axes[row, 0], together)
+        figure.suptitle(
+            _title(results, f"{position}, median over cells, band 25–75 %"), fontsize="medium"
+        )
     return figure
 
 
@@ -179,21 +225,21 @@ def save_figure(figure: Figure, file: Path, *, pdf: bool = False) -> list[str]:
     return [str(path) for path in files]
 
 
-def _line_panel(axis: Axes, values: xr.DataArray) -> None:
-    frame = _frame(values)
-    hue = "position" if "position" in values.dims else None
+def _line_panel(axis: Axes, values: xr.DataArray, hue: str = "position") -> None:
+    frame = _frame(values, hue)
+    told_apart = hue if hue in values.dims else None
     sns.lineplot(
         frame,
         x="layer",
         y="value",
-        hue=hue,
-        style=hue,
-        markers=True if hue else None,
-        marker=None if hue else "o",
+        hue=told_apart,
+        style=told_apart,
+        markers=True if told_apart else None,
+        marker=None if told_apart else "o",
         dashes=False,
         estimator=np.median,
         errorbar=QUARTILES,
-        palette="colorblind" if hue else None,
+        palette="colorblind" if told_apart else None,
         ax=axis,
     )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -209,12 +255,12 @@ def _log_scale(axis: Axes, values: xr.DataArray) -> None:
         axis.set_ylim(bottom=float(visible.min()) / 1.5)
 
 
-def _frame(values: xr.DataArray) -> pd.DataFrame:
-    """A long table of the measured numbers; positions keep their order."""
+def _frame(values: xr.DataArray, hue: str) -> pd.DataFrame:
+    """A long table of the measured numbers; what is told apart by colour keeps its order."""
     frame = values.rename("value").to_dataframe().reset_index().dropna(subset="value")
-    if "position" in values.dims:
-        order = values.position.values.tolist()
-        frame["position"] = pd.Categorical(frame["position"], categories=order, ordered=True)
+    if hue in values.dims:
+        order = values[hue].values.tolist()
+        frame[hue] = pd.Categorical(frame[hue], categories=order, ordered=True)
     return frame
 
 

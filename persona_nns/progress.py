@@ -11,14 +11,14 @@ from rich.progress import (
 )
 
 
-def progress_bar(*, enabled: bool) -> Progress:
-    """A bar of cells with an ETA; nothing where there is no terminal."""
+def progress_bar(noun: str, *, enabled: bool) -> Progress:
+    """A bar of units, or whatever they are called, with an ETA; nothing without a terminal."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("cells"),
+        TextColumn(f"{noun}s"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

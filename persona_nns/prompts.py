@@ -6,7 +6,7 @@ generation header. It is tokenised as it stands, without special tokens being ad
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,10 +50,25 @@ class Prompt:
         return len(self.ids)
 
 
+@dataclass(frozen=True)
+class RenderedCell(Cell):
+    """A cell that carries its prompts, for a place that renders none itself."""
+
+    prompts: Mapping[PromptName, Prompt] = field(default_factory=dict[PromptName, Prompt])
+
+
+def with_prompts(tokenizer: PreTrainedTokenizerBase, cell: Cell) -> RenderedCell:
+    """A cell with all its prompts, for a place that renders none itself."""
+    texts = {part.name: getattr(cell, part.name) for part in fields(Cell)}
+    return RenderedCell(**texts, prompts=render_cell(tokenizer, cell, (*ROLE_PROMPTS, "BARE")))
+
+
 def render_cell(
     tokenizer: PreTrainedTokenizerBase, cell: Cell, names: Iterable[PromptName] = ROLE_PROMPTS
 ) -> dict[PromptName, Prompt]:
     """Render the prompts of a cell (by default BB, XB, BY and XY)."""
+    if isinstance(cell, RenderedCell):
+        return {name: cell.prompts[name] for name in names}
     return {name: render(tokenizer, *cell.texts(name)) for name in names}
 
 
@@ -94,6 +109,13 @@ def render(tokenizer: PreTrainedTokenizerBase, persona: str | None, task: str) -
         spans=spans,
         user_last=_user_last(text, turn, encoded["offset_mapping"]),
     )
+
+
+def tokens_between(tokenizer: PreTrainedTokenizerBase, text: str, start: int, stop: int) -> range:
+    """The tokens of a rendered text whose first non-space character is start … stop − 1."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts = _first_characters(text, encoded["offset_mapping"])
+    return range(bisect_left(starts, start), bisect_left(starts, stop))
 
 
 def apply_template(tokenizer: PreTrainedTokenizerBase, content: str, *, header: bool) -> str:

@@ -5,17 +5,15 @@ import json
 import platform
 import secrets
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from persona_nns.catalog import Experiment
-from persona_nns.grids import Cell, Grid, PromptName
 from persona_nns.models import ModelRecord
-from persona_nns.prompts import Prompt
+from persona_nns.units import Plan
 
 _PACKAGES = ("persona-nns", "nnsight", "torch", "transformers", "tokenizers", "xarray", "zarr")
 
@@ -23,20 +21,18 @@ _PACKAGES = ("persona-nns", "nnsight", "torch", "transformers", "tokenizers", "x
 def identity(
     experiment: Experiment,
     record: ModelRecord,
-    cells: Iterable[Cell],
-    prompts: Mapping[str, Mapping[PromptName, Prompt]],
+    plan: Plan,
     parameters: Mapping[str, Any],
 ) -> str:
     """Hash of all that determines the numbers of a run, 64 hexadecimal digits.
 
-    Not in it, because the numbers do not depend on them: which cells were asked for, device,
+    Not in it, because the numbers do not depend on them: which units were asked for, device,
     batch size, package versions.
 
     Args:
         experiment: what is measured.
         record: on which model, in which precision.
-        cells: the cells of the grid; their texts and markers count, their order does not.
-        prompts: every prompt of every cell, by cell label and prompt name.
+        plan: on which inputs; texts, markers and token ids count, their order does not.
         parameters: layers, positions and options, complete.
     """
     determining = {
@@ -47,11 +43,8 @@ def identity(
         ],
         "precision": record.precision,
         "attn_implementation": record.attn_implementation,
-        "cells": {cell.label: asdict(cell) for cell in cells},
-        "token_ids": {
-            cell: {name: list(prompt.ids) for name, prompt in of_cell.items()}
-            for cell, of_cell in prompts.items()
-        },
+        "cells": dict(plan.content),
+        "token_ids": {key: dict(of_key) for key, of_key in plan.token_ids.items()},
         "parameters": dict(parameters),
     }
     return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
@@ -62,30 +55,41 @@ def _is_digest(version: str) -> bool:
     return len(version) == 64
 
 
-def run_name(label: str, grid: Grid, digest: str) -> str:
+def run_name(label: str, plan: Plan, digest: str) -> str:
     """The name of a run's group: readable, and different for each label and identity.
 
-    The order of the cells is in it too: two processes that allocate one run at the same moment
+    The order of the inputs is in it too: two processes that allocate one run at the same moment
     agree on what they write.
     """
-    order = [cell.label for cell in grid.cells]
-    unique = hashlib.sha256("\n".join([label, digest, *order]).encode()).hexdigest()
-    return f"{label.replace('/', '--')}.{grid.name}.{unique[:10]}"
+    determining = json.dumps([label, digest, [[axis, *of] for axis, of in plan.axes.items()]])
+    unique = hashlib.sha256(determining.encode()).hexdigest()
+    return f"{label.replace('/', '--')}.{plan.name}.{unique[:10]}"
 
 
 def run_attributes(
     experiment: Experiment,
     record: ModelRecord,
-    grid: Grid,
+    plan: Plan,
     parameters: Mapping[str, Any],
+    plan_options: Mapping[str, Any],
     digest: str,
     template: str | None,
 ) -> dict[str, Any]:
-    """What a run's group says of itself."""
+    """What a run's group says of itself.
+
+    Args:
+        experiment: what is measured.
+        record: on which model.
+        plan: on which inputs.
+        parameters: layers, positions and options, complete.
+        plan_options: options that only say where the inputs come from.
+        digest: the run's identity.
+        template: the chat template, if there is one.
+    """
     return {
         "experiment": experiment.name,
         "summary": experiment.summary,
-        "run": run_name(record.label, grid, digest),
+        "run": run_name(record.label, plan, digest),
         "protocol_version": experiment.version,
         "identity": digest,
         "model": record.label,
@@ -96,14 +100,13 @@ def run_attributes(
         "attn_implementation": record.attn_implementation,
         "n_layers": record.n_layers,
         "d_model": record.d_model,
-        "grid": grid.name,
-        "grid_digest": grid.digest,
-        "personas": dict(grid.personas),
-        "tasks": dict(grid.tasks),
-        "markers": {persona: list(words) for persona, words in grid.markers.items()},
+        "grid": plan.name,
+        "grid_digest": plan.digest,
+        **plan.attrs,
         "template": template or "",
         "template_digest": hashlib.sha256((template or "").encode()).hexdigest(),
         "parameters": dict(parameters),
+        "plan_options": json.loads(json.dumps(dict(plan_options), default=str)),
         "created": now(),
         "session": session_attributes(),
     }

@@ -2,21 +2,23 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nnsight import TransformersModel
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.catalog import Experiment
-from persona_nns.errors import UsageError
-from persona_nns.grids import Cell, Grid, PromptName
+from persona_nns.catalog import Experiment, check_axes
+from persona_nns.errors import PersonaError, UsageError
+from persona_nns.grids import Grid, PromptName
 from persona_nns.models import record_of
 from persona_nns.prompts import ROLE_PROMPTS, Prompt, render_cell
 from persona_nns.provenance import identity, run_attributes, run_name
-from persona_nns.sites import parse_layers, parse_positions, position_index
+from persona_nns.sites import parse_layer_sets, parse_layers, parse_positions, position_index
 from persona_nns.store import Block
+from persona_nns.units import Plan, Unit
+from persona_nns.variables import Variable
 
 _PROMPTS: tuple[PromptName, ...] = (*ROLE_PROMPTS, "BARE")
 
@@ -27,24 +29,32 @@ class Request:
 
     Attributes:
         experiment: what to measure.
-        cells: the cells asked for.
-        prompts: every prompt of the grid.
+        plan: what there is to measure.
+        units: the units asked for.
         arguments: keyword arguments of `measure`.
         block: the group the results go to.
         residuals: the group for residuals below it, where they are kept.
     """
 
     experiment: Experiment
-    cells: tuple[Cell, ...]
-    prompts: tuple[Prompt, ...]
+    plan: Plan
+    units: tuple[Unit, ...]
     arguments: Mapping[str, Any]
     block: Block
     residuals: Block | None
 
     @property
     def blocks(self) -> list[Block]:
-        """Where a cell is written: residuals first, so that a completed cell has them."""
+        """Where a unit is written: residuals first, so that a completed unit has them."""
         return [block for block in (self.residuals, self.block) if block is not None]
+
+    def as_hosted(self, precision: str) -> "Request":
+        """The same request with the precision that a server has told of."""
+        return replace(
+            self,
+            block=_in_precision(self.block, precision),
+            residuals=self.residuals and _in_precision(self.residuals, precision),
+        )
 
     def into(self, run: str) -> "Request":
         """The same request with its results in the group of this name."""
@@ -55,53 +65,133 @@ class Request:
 def check_request(
     experiment: Experiment,
     model: TransformersModel,
-    grid: Grid,
+    grid: Grid | None,
     layers: str | int | Sequence[int] | None,
+    layer_sets: str | int | Sequence[int | Sequence[int]] | None,
     positions: str | Sequence[str] | None,
     cells: str | Sequence[str] | None,
     options: Mapping[str, Any],
     *,
     keep_residuals: bool,
 ) -> Request:
-    """Check a request against the experiment, the model and the grid.
+    """Check a request against the experiment, the model and the inputs.
 
     Raises:
         UsageError: something in it is wrong; the message says what, and what to do.
     """
     record = record_of(model)
-    sites = check_sites(experiment, record.n_layers, layers, positions)
-    arguments = {**sites, **_check_options(experiment, options)}
-    asked = grid.select_cells(cells)
-    prompts = render_grid(model.tokenizer, grid, sites.get("positions", []))
-    digest = identity(experiment, record, grid.cells, prompts, arguments)
+    sites = check_sites(experiment, record.n_layers, layers, layer_sets, positions)
+    own = check_options(experiment, options)
+    plan = make_plan(experiment, model.tokenizer, grid, sites.get("positions", []), own)
+    taken = {name: own[name] for name in own if name not in experiment.plan_only}
+    planning = {name: own[name] for name in own if name in experiment.plan_only}
+    arguments = {**sites, **taken}
+    units = plan.units if grid is None else grid.select_cells(cells)
+    digest = identity(experiment, record, plan, arguments)
     template = model.tokenizer.chat_template
-    every = any(variable.every_layer for variable in experiment.variables.values())
+    variables = {name: v.for_run(record, arguments) for name, v in experiment.variables.items()}
+    every = any(variable.every_layer for variable in variables.values())
     block = Block(
         experiment=experiment.name,
-        run=run_name(record.label, grid, digest),
+        run=run_name(record.label, plan, digest),
         model=record.label,
         n_layers=record.n_layers,
         d_model=record.d_model,
         precision=record.precision,
-        cells=[(cell.persona, cell.task) for cell in grid.cells],
+        plan=plan,
         layers=list(range(record.n_layers + 1)) if every else sites.get("layers", []),
         positions=sites.get("positions", []),
-        variables={name: v for name, v in experiment.variables.items() if not v.is_residual},
-        attrs=run_attributes(experiment, record, grid, arguments, digest, template),
+        variables={name: v for name, v in variables.items() if not v.is_residual},
+        attrs=run_attributes(experiment, record, plan, arguments, planning, digest, template),
     )
     return Request(
         experiment=experiment,
-        cells=asked,
-        prompts=tuple(prompt for of_cell in prompts.values() for prompt in of_cell.values()),
+        plan=plan,
+        units=tuple(units),
         arguments=arguments,
         block=block,
-        residuals=_residuals(experiment, block) if keep_residuals else None,
+        residuals=_residuals(variables, block) if keep_residuals else None,
     )
 
 
-def _residuals(experiment: Experiment, block: Block) -> Block:
+def check_inputs(
+    experiment: Experiment, grid: Grid | None, cells: str | Sequence[str] | None
+) -> None:
+    """See that a grid was given exactly where the experiment runs on one.
+
+    Raises:
+        UsageError: one is missing, or of no use; or the grid has no such cell.
+    """
+    if experiment.plan is not None and (grid is not None or cells is not None):
+        raise UsageError(
+            f"The experiment {experiment.name!r} runs on no grid of personas and tasks; its "
+            f"inputs are its options: {', '.join(experiment.options)}."
+        )
+    if experiment.plan is None and grid is None:
+        raise UsageError(f"The experiment {experiment.name!r} needs a grid, such as 'short'.")
+    if grid is not None:
+        grid.select_cells(cells)
+
+
+def make_plan(
+    experiment: Experiment,
+    tokenizer: PreTrainedTokenizerBase,
+    grid: Grid | None,
+    positions: Sequence[str],
+    options: Mapping[str, Any],
+) -> Plan:
+    """What there is to measure: the cells of the grid, or what the experiment's file says.
+
+    Raises:
+        UsageError: the inputs cannot be used, or not with this model.
+        PersonaError: a variable has a dimension that the plan gives no labels.
+    """
+    if experiment.plan is None:
+        assert grid is not None
+        return plan_of_grid(grid, render_grid(tokenizer, grid, positions))
+    plan = experiment.plan(tokenizer, **{name: options[name] for name in experiment.plan_options})
+    for name, variable in experiment.variables.items():
+        check_axes(name, variable, experiment.name, {*experiment.site_axes, *plan.axes})
+        if not plan.placed_axes & set(variable.axes):
+            raise PersonaError(
+                f"The variable {name!r} of {experiment.name!r} has none of the dimensions that "
+                f"its units have a place on: {', '.join(sorted(plan.placed_axes))}."
+            )
+    return plan
+
+
+def plan_of_grid(grid: Grid, prompts: Mapping[str, Mapping[PromptName, Prompt]]) -> Plan:
+    """A plan whose units are the cells of a grid, with their rendered prompts."""
+    return Plan(
+        name=grid.name,
+        units=grid.cells,
+        axes={"cell": [cell.label for cell in grid.cells]},
+        unit_axes=("cell",),
+        content={cell.label: asdict(cell) for cell in grid.cells},
+        token_ids={
+            cell: {name: list(prompt.ids) for name, prompt in of_cell.items()}
+            for cell, of_cell in prompts.items()
+        },
+        digest=grid.digest,
+        coords={
+            "persona": ("cell", [cell.persona for cell in grid.cells]),
+            "task": ("cell", [cell.task for cell in grid.cells]),
+        },
+        attrs={
+            "personas": dict(grid.personas),
+            "tasks": dict(grid.tasks),
+            "markers": {persona: list(words) for persona, words in grid.markers.items()},
+        },
+    )
+
+
+def _in_precision(block: Block, precision: str) -> Block:
+    return replace(block, precision=precision, attrs={**block.attrs, "precision": precision})
+
+
+def _residuals(variables: Mapping[str, Variable], block: Block) -> Block:
     """The group for what is as wide as the model, below the run it belongs to."""
-    wide = {name: v for name, v in experiment.variables.items() if v.is_residual}
+    wide = {name: v for name, v in variables.items() if v.is_residual}
     return replace(block, run=f"{block.run}/residuals", variables=wide)
 
 
@@ -125,9 +215,10 @@ def check_sites(
     experiment: Experiment,
     n_layers: int,
     layers: str | int | Sequence[int] | None,
+    layer_sets: str | int | Sequence[int | Sequence[int]] | None,
     positions: str | Sequence[str] | None,
 ) -> dict[str, Any]:
-    """The layers and positions to measure at, where the experiment has them.
+    """The layers, layer sets and positions to measure at, where the experiment has them.
 
     Raises:
         UsageError: not a layer or position, or the experiment has none to choose.
@@ -135,6 +226,7 @@ def check_sites(
     sites: dict[str, Any] = {}
     for name, asked, default in (
         ("layers", layers, experiment.layers),
+        ("layer sets", layer_sets, experiment.layer_sets),
         ("positions", positions, experiment.positions),
     ):
         if default is None and asked is not None:
@@ -142,13 +234,16 @@ def check_sites(
     if experiment.layers is not None:
         spec = experiment.layers if layers is None else layers
         sites["layers"] = parse_layers(spec, n_layers)
+    if experiment.layer_sets is not None:
+        spec = experiment.layer_sets if layer_sets is None else layer_sets
+        sites["layer_sets"] = parse_layer_sets(spec, n_layers)
     if experiment.positions is not None:
         spec = experiment.positions if positions is None else positions
         sites["positions"] = parse_positions(spec)
     return sites
 
 
-def _check_options(experiment: Experiment, options: Mapping[str, Any]) -> dict[str, Any]:
+def check_options(experiment: Experiment, options: Mapping[str, Any]) -> dict[str, Any]:
     """The experiment's own options, defaults filled in."""
     for name in options:
         if name not in experiment.options:

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from persona_nns.errors import PersonaError
 from persona_nns.store import Block, RunGroup, attach, find_group
+from persona_nns.units import Unit
 
 
 class Session:
-    """One process's part in a run, noted in ``sessions/<name>`` beside the cells.
+    """One process's part in a run, noted in ``sessions/<name>`` beside the units.
 
-    The note says who computes (host, process, versions), which cells it is at now, and in the
-    end how many it wrote. A claim is no lock: nobody has to wait for it, and the claims of a
+    The note says who computes (host, process, versions), which units (say, cells) it is at now,
+    and in the end how many it wrote. A claim is no lock: nobody has to wait for it, and the claims of a
     process that has died mean nothing.
     """
 
@@ -32,7 +33,7 @@ class Session:
 
         Args:
             store: path or URL of the store.
-            blocks: the groups that a cell is written to; the last one's ``completed`` is
+            blocks: the groups that a unit is written to; the last one's ``completed`` is
                 written last.
             name: of the session, unlike any other's.
             attrs: what is known of the process.
@@ -60,21 +61,21 @@ class Session:
         if not self._groups:
             self._groups = [attach(self._store, block) for block in self._blocks]
 
-    def completed(self, labels: Sequence[str]) -> set[str]:
-        """Those of these cells that are complete now."""
+    def completed(self, units: Sequence[Unit]) -> set[str]:
+        """Labels of those of these units that are complete now."""
         groups = self._groups or [self._found(block) for block in self._blocks]
         return set.intersection(
-            *(group.completed(labels) if group is not None else set() for group in groups)
+            *(group.completed(units) if group is not None else set() for group in groups)
         )
 
-    def claim(self, labels: Sequence[str]) -> None:
-        """Say which cells this process is at."""
-        self._note["claims"] = list(labels)
+    def claim(self, units: Sequence[Unit]) -> None:
+        """Say which units this process is at."""
+        self._note["claims"] = [unit.label for unit in units]
         if self._groups:
             self._write_note()
 
     def claimed_by_others(self) -> Counter[str]:
-        """Cells that other processes are at, and how many of them."""
+        """Labels of the units that other processes are at, and how many of them are."""
         claims: Counter[str] = Counter()
         group = self._groups[-1] if self._groups else self._found(self._blocks[-1])
         if group is None:
@@ -87,32 +88,36 @@ class Session:
         return claims
 
     def write(
-        self, labels: Sequence[str], arrays: Mapping[str, NDArray[Any]], seconds: float
+        self, units: Sequence[Unit], arrays: Mapping[str, NDArray[Any]], seconds: float
     ) -> None:
-        """Write cells, but those that somebody else has completed meanwhile.
+        """Write units, but those that somebody else has completed meanwhile.
 
         Args:
-            labels: the cells.
-            arrays: by name, leading axis = cell.
-            seconds: time of one cell.
+            units: the units.
+            arrays: by name, leading axis = unit.
+            seconds: time of one unit.
 
         Raises:
             PersonaError: the store cannot be written.
         """
         self.begin()
-        done = self.completed(labels)
-        rows = [row for row, label in enumerate(labels) if label not in done]
-        missing = [labels[row] for row in rows]
+        done = self.completed(units)
+        rows = {row: unit for row, unit in enumerate(units) if unit.label not in done}
         try:
             for group, block in zip(self._groups, self._blocks, strict=True):
-                values = {name: arrays[name][rows] for name in block.variables}
-                group.write_cells(missing, values, seconds)
-            self._note["n_written"] += len(missing)
+                axes = {name: variable.axes for name, variable in block.variables.items()}
+                measured = [
+                    (unit, {name: arrays[name][row, ...] for name in names})
+                    for row, unit in rows.items()
+                    for names in [block.plan.names_written(unit, axes)]
+                ]
+                group.write_units(measured, seconds)
+            self._note["n_written"] += len(rows)
             self._note["n_repeated"] += len(done)
         except OSError as error:
             raise PersonaError(
-                f"The store {str(self._store)!r} cannot be written ({error}); completed cells "
-                "are kept, and the same command goes on."
+                f"The store {str(self._store)!r} cannot be written ({error}); what is "
+                "complete is kept, and the same command goes on."
             ) from error
 
     def end(self, when: str) -> None:

@@ -1,6 +1,6 @@
 """What an experiment returned, as arrays of the shapes that it declared."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,15 @@ _KINDS: dict[Kind, str] = {"float": "fiu", "int": "iu", "bool": "b", "text": "O"
 
 
 def declared_arrays(
-    request: Request, measured: Mapping[str, Any], n_cells: int
+    request: Request, measured: Mapping[str, Any], n_units: int
 ) -> dict[str, np.ndarray[Any, Any]]:
     """What `measure` returned, as arrays of the declared shapes.
+
+    Args:
+        request: with the declarations.
+        measured: by variable; the leading axis is the unit, in place of the dimensions that
+            units have a place on.
+        n_units: units of the batch.
 
     Raises:
         PersonaError: `measure` did not return what its file declares.
@@ -30,6 +36,7 @@ def declared_arrays(
             f"measure() of {request.experiment.name!r} returned {sorted(measured)}, but its file "
             f"declares {sorted(declared)}."
         )
+    placed = request.plan.placed_axes
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     for name, variable in declared.items():
         value = measured[name]
@@ -43,9 +50,9 @@ def declared_arrays(
                 f"measure() of {request.experiment.name!r} returned {name!r} as {array.dtype}; "
                 f"its kind is {variable.kind!r}."
             )
-        array = _spread_layers(request, name, array)
-        sizes = [len(request.block.labels(variable, axis)) for axis in variable.axes[1:]]
-        shape = (n_cells, *sizes)
+        array = _spread_layers(request, name, array, placed)
+        own = [axis for axis in variable.axes if axis not in placed]
+        shape = (n_units, *(len(request.block.labels(variable, axis)) for axis in own))
         if array.shape != shape:
             raise PersonaError(
                 f"measure() of {request.experiment.name!r} returned {name!r} of shape "
@@ -56,13 +63,14 @@ def declared_arrays(
 
 
 def _spread_layers(
-    request: Request, name: str, array: np.ndarray[Any, Any]
+    request: Request, name: str, array: np.ndarray[Any, Any], placed: Set[str]
 ) -> np.ndarray[Any, Any]:
     """Put an array over the layers asked for onto the layer axis of the block."""
     variable = request.experiment.variables[name]
     if "layer" not in variable.axes or variable.every_layer:
         return array
-    axis, asked = variable.axes.index("layer"), request.arguments["layers"]
+    own = ["unit", *(axis for axis in variable.axes if axis not in placed)]
+    axis, asked = own.index("layer"), request.arguments["layers"]
     if array.ndim <= axis or array.shape[axis] != len(asked):
         return array
     labels = list(request.block.layers)

@@ -10,6 +10,7 @@ and nothing else.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,38 @@ def parse_layers(spec: str | int | Sequence[int], n_layers: int) -> list[int]:
     if not layers:
         raise UsageError("No layer was asked for; use 'all' or numbers such as 6,10,14.")
     return layers
+
+
+def parse_layer_sets(
+    spec: str | int | Sequence[int | Sequence[int]], n_layers: int
+) -> list[list[int]]:
+    """The sets of layers that a request names, in its order, each in ascending order.
+
+    Args:
+        spec: sets of layers or depths such as ``"14;10,12,14"``, or a sequence of sets.
+        n_layers: number of decoder blocks.
+
+    Raises:
+        UsageError: not a layer, out of range, or a set given twice.
+    """
+    if isinstance(spec, str):
+        sets: Sequence[Any] = [part for part in spec.split(";") if part.strip()]
+    else:
+        sets = [spec] if isinstance(spec, int) else list(spec)
+    layer_sets = [parse_layers(layers, n_layers) for layers in sets]
+    if not layer_sets:
+        raise UsageError('No layer set was asked for; use sets such as "14;10,12,14".')
+    for layers in layer_sets:
+        if layer_sets.count(layers) > 1:
+            raise UsageError(
+                f"The layer set {label_layer_set(layers)} is given twice; name each one once."
+            )
+    return layer_sets
+
+
+def label_layer_set(layers: Sequence[int]) -> str:
+    """The label of a set of layers: ``10,12,14``."""
+    return ",".join(map(str, layers))
 
 
 def _layer(text: str, n_layers: int) -> int:

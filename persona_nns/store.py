@@ -1,10 +1,10 @@
-"""Results on disk: labelled arrays in one Zarr v3 hierarchy, a cell at a time.
+"""Results on disk: labelled arrays in one Zarr v3 hierarchy, a unit (say, a cell) at a time.
 
 Group ``/<experiment>/<run>`` holds one model's block for one grid, and plain xarray reads it:
 ``xr.open_zarr(store, group="localized_positions/<run>", consolidated=False)``. The block is
-allocated whole, before anything is measured. One cell is whole chunks in every array, so cells
-are written independently of each other. A cell's ``completed`` is written after all the rest of
-it, and on a local disk only once the rest has reached the disk: whatever cuts a run off, a cell
+allocated whole, before anything is measured. One unit is whole chunks in every array, so units
+are written independently of each other. A unit's ``completed`` is written after all the rest of
+it, and on a local disk only once the rest has reached the disk: whatever cuts a run off, a unit
 that says it is complete is. Metadata is never consolidated: groups that come later would not be
 seen.
 
@@ -22,42 +22,59 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
+from xarray.backends import BackendArray
+from xarray.core import indexing
 from zarr.codecs import ZstdCodec
 from zarr.errors import ContainsArrayError, ContainsGroupError, ZarrUserWarning
 from zarr.storage import LocalStore
 
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.places import Place, place_of
+from persona_nns.units import Plan, Unit, noun_of
 from persona_nns.variables import FILL, Kind, Variable
 
 _DTYPES: dict[Kind, Any] = {"float": "float32", "int": "int64", "bool": "bool", "text": str}
-# A cell that is larger than this in one array is cut by layer and position inside its chunk.
-_LARGE_CELL = 2**20
+# What labels stand for, where their dimension's name does not say it.
+_NAMES = {"cell": "persona/task"}
+# A unit that is larger than this in one array is cut by layer and position inside its chunk.
+_LARGE_UNIT = 2**20
 # Results up to this size are read when they are opened, larger ones as they are used.
 _EAGER = 2**28
 # What reading a chunk raises that was cut off, whichever codec notices it.
 _DAMAGED = (RuntimeError, ValueError, OSError)
 
-COMPLETED = Variable(
-    "cell",
-    "cell is complete",
-    description="True once everything else of the cell has been written.",
-    kind="bool",
-)
-SECONDS = Variable(
-    "cell", "time", units="s", description="Wall-clock time of the cell's batch, divided by cells."
-)
+# Where something stands in an array: an index for each of some of its dimensions.
+Index = tuple[int, ...]
+
+
+def _bookkeeping(plan: Plan) -> dict[str, Variable]:
+    """What is stored of every unit beside its results; ``completed`` is last."""
+    dims, noun = " ".join(plan.unit_axes), plan.noun
+    return {
+        "seconds": Variable(
+            dims,
+            "time",
+            units="s",
+            description=f"Wall-clock time of the {noun}'s batch, divided by {noun}s.",
+        ),
+        "completed": Variable(
+            dims,
+            f"{noun} is complete",
+            description=f"True once everything else of the {noun} has been written.",
+            kind="bool",
+        ),
+    }
 
 
 @dataclass(frozen=True)
 class Block:
-    """Everything that is known about a run's group before the first cell is measured.
+    """Everything that is known about a run's group before the first unit is measured.
 
     Attributes:
         experiment: name of the experiment.
@@ -66,7 +83,7 @@ class Block:
         n_layers: its number of decoder blocks.
         d_model: width of its residual stream.
         precision: its precision.
-        cells: (persona, task) keys, in the order of the grid.
+        plan: what there is to measure.
         layers: labels of the layer axis.
         positions: labels of the position axis.
         variables: the arrays.
@@ -79,7 +96,7 @@ class Block:
     n_layers: int
     d_model: int
     precision: str
-    cells: Sequence[tuple[str, str]]
+    plan: Plan
     layers: Sequence[int]
     positions: Sequence[str]
     variables: Mapping[str, Variable]
@@ -88,84 +105,126 @@ class Block:
     def labels(self, variable: Variable, axis: str) -> Sequence[Any]:
         """The labels of one of a variable's dimensions."""
         shared: dict[str, Sequence[Any]] = {
-            "cell": [f"{persona}/{task}" for persona, task in self.cells],
+            **self.plan.axes,
             "layer": self.layers,
             "position": self.positions,
             "d_model": range(self.d_model),
         }
-        return shared[axis] if axis in shared else variable.coords[axis]
+        return shared[axis] if axis in shared else variable.labels(axis)
 
 
 class RunGroup:
-    """The group of one run, opened for reading and writing cells."""
+    """The group of one run, opened for reading and writing units."""
 
     def __init__(self, group: zarr.Group, place: Place) -> None:
         self._group = group
         self._place = place
-        self._index: dict[str, int] | None = None
+        self._order: dict[str, dict[str, int]] = {}
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     def __len__(self) -> int:
-        return len(self._places())
+        return self._array("completed").size
 
     @property
     def attrs(self) -> dict[str, Any]:
         """The run's provenance."""
         return dict(self._group.attrs)
 
-    def completed(self, labels: Iterable[str] | None = None) -> set[str]:
-        """Those of these cells (by default of all) that are complete."""
-        places = self._places()
-        asked = sorted(places[label] for label in (places if labels is None else labels))
-        completed = self._array("completed")
-        done: set[int] = set()
-        if self._place.folder is None:
-            # An object is written whole or not at all, and only for a flag that is set: one
-            # listing says what a request for each cell would.
-            written = self._place.names(completed.path)
-            done.update(place for place in asked if f"c.0.{place}" in written)
-        else:
-            for run in _stretches(asked):
-                flags = _read_flags(completed, run)
-                done.update(place for place, flag in zip(run, flags, strict=True) if flag)
-        return {label for label, place in places.items() if place in done}
+    @property
+    def unit_axes(self) -> tuple[str, ...]:
+        """The dimensions of ``completed``: those that every unit has a place on."""
+        return _axes(self._array("completed"))
 
-    def write_cells(
-        self, labels: Sequence[str], values: Mapping[str, NDArray[Any]], seconds: float
+    def flags(self) -> NDArray[np.bool_]:
+        """The array ``completed``, without what was cut off while it was written."""
+        flags = np.zeros(self._array("completed").shape, dtype=bool)
+        for index in self._complete(np.ndindex(flags.shape[1:])):
+            flags[0, *index] = True
+        return flags
+
+    def completed(self, units: Iterable[Unit]) -> set[str]:
+        """Labels of those of the units that are complete."""
+        array = self._array("completed")
+        places = {unit.label: self._index(array, unit) for unit in units}
+        done = self._complete(places.values())
+        return {label for label, index in places.items() if index in done}
+
+    def _complete(self, places: Iterable[Index]) -> set[Index]:
+        """Those of these places in ``completed`` that are set."""
+        array = self._array("completed")
+        if self._place.folder is None and set(array.chunks) == {1}:
+            # An object is written whole or not at all, and only for a flag that is set: one
+            # listing says what a request for each unit would.
+            key = cast("Any", array.metadata).encode_chunk_key
+            written = self._place.names(array.path)
+            return {index for index in places if key((0, *index)) in written}
+        done: set[Index] = set()
+        for stretch in _stretches(places):
+            flags = self._read_flags(array, stretch)
+            done.update(index for index, flag in zip(stretch, flags, strict=True) if flag)
+        return done
+
+    def _read_flags(self, completed: "zarr.Array[Any]", stretch: Sequence[Index]) -> list[bool]:
+        """Flags of a stretch of places; one that was cut off while it was written is not set."""
+        try:
+            found = completed[0, *_box(stretch)]
+        except _DAMAGED:
+            if self._place.folder is None:
+                raise
+            if len(stretch) == 1:
+                return [False]
+            return [flag for index in stretch for flag in self._read_flags(completed, [index])]
+        return np.asarray(found, dtype=bool).ravel().tolist()
+
+    def write_units(
+        self, measured: Sequence[tuple[Unit, Mapping[str, NDArray[Any]]]], seconds: float
     ) -> None:
-        """Write cells; they count only once ``completed`` is written, which is done last.
+        """Write units; they count only once ``completed`` is written, which is done last.
 
         Args:
-            labels: the cells.
-            values: the arrays by name, leading axis = cell.
-            seconds: time of one cell.
+            measured: each unit with the arrays that it writes, by name.
+            seconds: time of one unit.
         """
-        places = [self._places()[label] for label in labels]
-        rows = {place: row for row, place in enumerate(places)}
-        stretches = _stretches(sorted(places))
-        for name, value in values.items():
-            array = self._array(name)
-            for run in stretches:
-                array[0, run.start : run.stop] = value[[rows[place] for place in run]]
-        for run in stretches:
-            self._array("seconds")[0, run.start : run.stop] = seconds
+        if not measured:
+            return
+        for name in dict.fromkeys(name for _, values in measured for name in values):
+            self._write(name, [(unit, values[name]) for unit, values in measured if name in values])
+        self._write("seconds", [(unit, np.asarray(seconds)) for unit, _ in measured])
         self._place.flush()
-        for run in stretches:
-            self._array("completed")[0, run.start : run.stop] = True
+        self._write("completed", [(unit, np.asarray(True)) for unit, _ in measured])  # noqa: FBT003
 
-    def write_cell(self, label: str, values: Mapping[str, NDArray[Any]], seconds: float) -> None:
-        """Write one cell."""
-        self.write_cells([label], {name: value[None] for name, value in values.items()}, seconds)
+    def write_unit(self, unit: Unit, values: Mapping[str, NDArray[Any]], seconds: float) -> None:
+        """Write one unit."""
+        self.write_units([(unit, values)], seconds)
 
-    def _places(self) -> dict[str, int]:
-        """Where each cell stands in this group: the order of the grid when it was allocated."""
-        if self._index is None:
-            labels = np.asarray(self._array("cell")[...]).tolist()
-            self._index = {label: index for index, label in enumerate(labels)}
-        return self._index
+    def _write(self, name: str, rows: Sequence[tuple[Unit, NDArray[Any]]]) -> None:
+        """Write what units have in one array, neighbours at once."""
+        array = self._array(name)
+        axes = _axes(array)
+        placed = [axis for axis in axes if axis in rows[0][0].place]
+        own = [axis for axis in axes if axis not in placed]
+        values = {self._index(array, unit): value for unit, value in rows}
+        for stretch in _stretches(values):
+            stacked = xr.Variable((placed[-1], *own), np.stack([values[i] for i in stretch]))
+            box = dict(zip(placed, _box(stretch), strict=True))
+            region = tuple(box.get(axis, slice(None)) for axis in axes)
+            sizes = {axis: stacked.sizes.get(axis, 1) for axis in axes}
+            array[0, *region] = stacked.set_dims(sizes).values
+
+    def _index(self, array: "zarr.Array[Any]", unit: Unit) -> Index:
+        """Where a unit stands in an array, on those dimensions that it has a place on."""
+        place = unit.place
+        return tuple(self._places(axis)[place[axis]] for axis in _axes(array) if axis in place)
+
+    def _places(self, axis: str) -> dict[str, int]:
+        """Where each label stands in this group: the order of the plan when it was allocated."""
+        if axis not in self._order:
+            labels = np.asarray(self._array(axis)[...]).tolist()
+            self._order[axis] = {label: index for index, label in enumerate(labels)}
+        return self._order[axis]
 
     def sessions(self, but: Iterable[str] = ()) -> dict[str, Mapping[str, Any]]:
-        """What the processes that compute, or computed, cells of this run say of themselves.
+        """What the processes that compute, or computed, units of this run say of themselves.
 
         Args:
             but: names of sessions to leave out.
@@ -175,7 +234,7 @@ class RunGroup:
         return {name: dict(group.attrs) for name, group in groups if name not in known}
 
     def note_session(self, name: str, attrs: Mapping[str, Any]) -> None:
-        """Say who computes cells of this run, in a sub-group of its own: writers never meet."""
+        """Say who computes units of this run, in a sub-group of its own: writers never meet."""
         group = require_group(require_group(self._group, "sessions"), name)
         group.attrs.put(dict(attrs))
 
@@ -185,21 +244,22 @@ class RunGroup:
         return self._arrays[name]
 
 
-def _stretches(places: Iterable[int]) -> list[range]:
-    """Ascending numbers as stretches without a gap."""
-    grouped = itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0])
-    stretches = [[place for _, place in group] for _, group in grouped]
-    return [range(stretch[0], stretch[-1] + 1) for stretch in stretches]
+def _axes(array: "zarr.Array[Any]") -> tuple[str, ...]:
+    """The dimensions of an array after ``model``."""
+    return tuple(cast("Any", array.metadata).dimension_names[1:])
 
 
-def _read_flags(completed: "zarr.Array[Any]", run: range) -> list[bool]:
-    """Flags of a stretch of cells; one that was cut off while it was written is not set."""
-    try:
-        return np.asarray(completed[0, run.start : run.stop], dtype=bool).tolist()
-    except _DAMAGED:
-        if len(run) == 1:
-            return [False]
-        return [flag for place in run for flag in _read_flags(completed, range(place, place + 1))]
+def _stretches(places: Iterable[Index]) -> list[list[Index]]:
+    """Places in an array as stretches without a gap along its last dimension."""
+    grouped = itertools.groupby(
+        enumerate(sorted(set(places))), lambda pair: (pair[1][:-1], pair[1][-1] - pair[0])
+    )
+    return [[index for _, index in group] for _, group in grouped]
+
+
+def _box(stretch: Sequence[Index]) -> tuple[slice, ...]:
+    """The part of an array that a stretch of places is."""
+    return tuple(slice(a, b + 1) for a, b in zip(stretch[0], stretch[-1], strict=True))
 
 
 def check_writable(store: str | Path) -> None:
@@ -224,21 +284,16 @@ def find_run(store: str | Path, block: Block) -> str | None:
 
 def find_group(store: str | Path, experiment: str, run: str) -> RunGroup | None:
     """The group of a run, for reading; None where it is not there yet."""
-    root = _open_root(store)
-    if root is None:
-        return None
-    group: zarr.Group | None = root
-    for name in (experiment, *run.split("/")):
-        group = _subgroup(group, name) if group is not None else None
+    group = open_group(store, f"{experiment}/{run}", "r")
     if group is None or not _is_allocated(group):
         return None
     return RunGroup(group, place_of(store))
 
 
-def completed_cells(store: str | Path, block: Block) -> set[str]:
-    """Labels of the cells that are complete; none where the group is not there yet."""
+def completed_units(store: str | Path, block: Block) -> set[str]:
+    """Labels of the units that are complete; none where the group is not there yet."""
     group = find_group(store, block.experiment, block.run)
-    return set() if group is None else group.completed()
+    return set() if group is None else group.completed(block.plan.units)
 
 
 def _open_root(store: str | Path) -> zarr.Group | None:
@@ -272,11 +327,25 @@ def _subgroups(group: zarr.Group, *path: str) -> Iterator[tuple[str, zarr.Group]
 
 
 def _is_allocated(group: zarr.Group) -> bool:
-    """Whether everything but cells has been written: ``completed`` is created last."""
+    """Whether everything but units has been written: ``completed`` is created last."""
     try:
         return "completed" in group and "identity" in group.attrs
     except ValueError:
         return False
+
+
+def open_group(store: str | Path, path: str, mode: Literal["r", "a"]) -> zarr.Group | None:
+    """A group of a store by its path; to write (``a``) it is made, to read it may be None."""
+    names = path.split("/") if path else []
+    if mode == "a":
+        made = place_of(store).open_for_writing()
+        for name in names:
+            made = require_group(made, name)
+        return made
+    group = _open_root(store)
+    for name in names:
+        group = _subgroup(group, name) if group is not None else None
+    return group
 
 
 def attach(store: str | Path, block: Block) -> RunGroup:
@@ -303,7 +372,7 @@ def attach(store: str | Path, block: Block) -> RunGroup:
 
 
 def _allocate(group: zarr.Group, block: Block, place: Place) -> None:
-    """Write everything but cells.
+    """Write everything but units.
 
     What is there already is left as it is, or written again with the same bytes: another process
     may be at it too, and one that was cut off may have left any part of it.
@@ -311,17 +380,20 @@ def _allocate(group: zarr.Group, block: Block, place: Place) -> None:
     described = _write_coordinates(group, block)
     # xarray finds coordinates that are no dimensions by this attribute.
     listing = {"variables": list(block.variables), "coordinates": " ".join(described)}
+    placed = block.plan.placed_axes
+    if placed - set(block.plan.unit_axes):  # what tells which units write such a dimension
+        listing["units"] = [dict(unit.place) for unit in block.plan.units]
     group.attrs.update({**block.attrs, **listing})
     require_group(group, "sessions")
-    every = {**block.variables, "seconds": SECONDS, "completed": COMPLETED}
+    every = {**block.variables, **_bookkeeping(block.plan)}
     for name, variable in every.items():
-        sizes = [len(block.labels(variable, axis)) for axis in variable.axes]
+        sizes = {axis: len(block.labels(variable, axis)) for axis in variable.axes}
         if name == "completed":  # says that all the rest is there
             place.flush()
         _require_array(
             group,
             name,
-            shape=(1, *sizes),
+            shape=(1, *sizes.values()),
             dtype=_DTYPES[variable.kind],
             fill_value=FILL[variable.kind],
             dimension_names=("model", *variable.axes),
@@ -331,19 +403,24 @@ def _allocate(group: zarr.Group, block: Block, place: Place) -> None:
                 "units": variable.units,
                 "description": variable.description,
             },
-            **_chunks(variable, sizes[1:]),
+            **_chunks(
+                variable, {axis: 1 if axis in placed else size for axis, size in sizes.items()}
+            ),
         )
 
 
-def _chunks(variable: Variable, sizes: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """One cell is one chunk; a large one is cut into chunks a (layer, position) inside a shard."""
-    if variable.kind == "text" or 8 * math.prod(sizes) <= _LARGE_CELL:
-        return {"chunks": (1, 1, *sizes)}
-    inner = [
-        1 if axis in ("layer", "position") else size
-        for axis, size in zip(variable.axes[1:], sizes, strict=True)
-    ]
-    return {"shards": (1, 1, *sizes), "chunks": (1, 1, *inner)}
+def _chunks(variable: Variable, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """One unit is one chunk; a large one is cut into chunks a (layer, position) inside a shard.
+
+    Args:
+        variable: the array.
+        sizes: of what a unit has in it.
+    """
+    whole = (1, *sizes.values())
+    if variable.kind == "text" or 8 * math.prod(whole) <= _LARGE_UNIT:
+        return {"chunks": whole}
+    inner = (1 if axis in ("layer", "position") else size for axis, size in sizes.items())
+    return {"shards": whole, "chunks": (1, *inner)}
 
 
 def require_group(parent: zarr.Group, name: str) -> zarr.Group:
@@ -368,13 +445,17 @@ def _require_array(group: zarr.Group, name: str, **settings: Any) -> "zarr.Array
 
 def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
     """Write the labels; returns the names of those that are not dimensions."""
-    personas, tasks = zip(*block.cells, strict=True)
     depth = [layer / block.n_layers for layer in block.layers]
     coordinates: dict[str, tuple[tuple[str, ...], Any, str, str]] = {
         "model": (("model",), [block.model], "text", "model"),
-        "cell": (("cell",), [f"{p}/{t}" for p, t in block.cells], "text", "persona/task"),
-        "persona": (("cell",), personas, "text", "persona"),
-        "task": (("cell",), tasks, "text", "task"),
+        **{
+            axis: ((axis,), labels, _kind(labels), _NAMES.get(axis, axis))
+            for axis, labels in block.plan.axes.items()
+        },
+        **{
+            name: ((axis,), labels, _kind(labels), name)
+            for name, (axis, labels) in block.plan.coords.items()
+        },
         "n_layers": (("model",), [block.n_layers], "int", "number of decoder blocks"),
         "precision": (("model",), [block.precision], "text", "precision of the model"),
     }
@@ -385,9 +466,9 @@ def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
     if "position" in axes:
         coordinates["position"] = (("position",), block.positions, "text", "position")
     for variable in block.variables.values():
-        for axis, labels in variable.coords.items():
-            kind = "text" if isinstance(labels[0], str) else "int"
-            coordinates[axis] = ((axis,), labels, kind, axis)
+        for axis in variable.coords:
+            labels = variable.labels(axis)
+            coordinates[axis] = ((axis,), labels, _kind(labels), axis)
     for name, (dims, values, kind, long_name) in coordinates.items():
         data = np.asarray(values, dtype=object if kind == "text" else None)
         array = _require_array(
@@ -403,6 +484,11 @@ def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
     return [name for name, (dims, *_) in coordinates.items() if dims != (name,)]
 
 
+def _kind(labels: Sequence[Any]) -> Kind:
+    kinds: dict[type, Kind] = {str: "text", int: "int", float: "float"}
+    return kinds[type(labels[0])]
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """One run in a store: its group, and what it says of itself."""
@@ -414,19 +500,26 @@ class RunInfo:
 
     @cached_property
     def n_completed(self) -> int:
-        """The number of its cells that are complete."""
-        return len(self.group.completed())
+        """The number of its units that are complete."""
+        return int(self.group.flags().sum())
 
     @property
-    def n_cells(self) -> int:
-        """The number of cells of its grid."""
+    def n_units(self) -> int:
+        """The number of its units."""
         return len(self.group)
+
+    @property
+    def noun(self) -> str:
+        """What one of its units is called in messages."""
+        return noun_of(self.group.unit_axes)
 
     @property
     def kin(self) -> str:
         """What runs of different models have in common when they can be read as one result."""
         parameters = {
-            name: value for name, value in self.attrs["parameters"].items() if name != "layers"
+            name: value
+            for name, value in self.attrs["parameters"].items()
+            if name not in ("layers", "layer_sets")
         }
         shared = [self.attrs["grid_digest"], self.attrs["protocol_version"], parameters]
         return json.dumps(shared, sort_keys=True)
@@ -441,12 +534,16 @@ class RunInfo:
         return (
             f"{self.run} (model {self.attrs['model']}, grid {self.attrs['grid']}, "
             f"{self.attrs['precision']}, {self.configuration}, "
-            f"{self.n_completed}/{self.n_cells} cells)"
+            f"{self.n_completed}/{self.n_units} complete)"
         )
 
 
 def _brief(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if not isinstance(value, list):
+        return str(value)
+    if value and isinstance(value[0], list):
+        return ";".join(map(_brief, value))
+    return ",".join(map(str, value))
 
 
 def list_runs(store: str | Path, experiment: str | None = None) -> list[RunInfo]:
@@ -479,8 +576,8 @@ def open_results(
     """Open an experiment's results as one Dataset over models.
 
     Runs are joined if they agree in grid, parameters and protocol version; their layers may
-    differ (what a model lacks is NaN). Cells that are not complete read as NaN (integers −1,
-    text empty).
+    differ (what a model lacks is NaN). Cells (or other units) that are not complete read as NaN
+    (integers −1, text empty).
 
     Args:
         store: path or URL of the store.
@@ -531,9 +628,8 @@ def _matches(info: RunInfo, grid: Any, run: str | Sequence[str] | None) -> bool:
 
 
 def _open_run(store: str | Path, info: RunInfo) -> xr.Dataset:
-    # Flags first: a cell that is completed while the rest is read is not taken for complete.
-    # What is not complete is never read: it may be half-written.
-    done = info.group.completed()
+    # Flags first: a unit that is completed while the rest is read is not taken for complete.
+    flags = info.group.flags()
     whole = _open_group(place_of(store), f"{info.experiment}/{info.run}")
     names = [*info.attrs["variables"], "seconds", "completed"]
     if missing := [name for name in names if name not in whole]:
@@ -541,31 +637,30 @@ def _open_run(store: str | Path, info: RunInfo) -> xr.Dataset:
             f"The run {info.run!r} lacks the arrays {', '.join(missing)}: its store is damaged."
         )
     whole = whole[names]
-    labels = whole["cell"].values.tolist()
-    flags = np.array([[label in done for label in labels]])
-    complete = whole.drop_vars("completed").isel(cell=np.flatnonzero(flags[0]))
+    completed = whole["completed"].copy(data=flags)
+    units = info.attrs.get("units", [])
+    complete = {
+        name: _complete_only(whole[name], _done(completed, whole[name], units))
+        for name in names[:-1]
+    }
+    dataset = whole.assign({**complete, "completed": completed})
+    if dataset.nbytes > _EAGER:
+        chunks = {
+            name: dict(zip(array.dims, whole[name].encoding["chunks"], strict=True))
+            for name, array in complete.items()
+        }
+        return dataset.assign({name: array.chunk(chunks[name]) for name, array in complete.items()})
     try:
-        dataset = complete if complete.chunks else complete.load()
+        return dataset.load()
     except _DAMAGED as error:
         raise PersonaError(
-            f"The run {info.run!r} holds a complete cell that cannot be read ({error}); "
+            f"The run {info.run!r} holds a complete {info.noun} that cannot be read ({error}); "
             "`persona-nns verify` names it."
         ) from error
-    dataset = _plain_texts(dataset)
-    if not flags.all():
-        described = [name for name, c in whole.coords.items() if "cell" in c.dims]
-        coords = _plain_texts(whole[described].load()).coords
-        fill = {name: _fill(array) for name, array in dataset.data_vars.items()}
-        dataset = dataset.drop_vars([name for name in described if name != "cell"])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Increasing number of chunks")  # it is what is meant
-            dataset = dataset.reindex(cell=labels, fill_value=fill).assign_coords(coords)
-    attrs = whole["completed"].attrs
-    return dataset.assign(completed=(("model", "cell"), flags, attrs))
 
 
 def _open_group(place: Place, group: str) -> xr.Dataset:
-    """A run's group; where it is large, in dask's chunks."""
+    """A run's group, of which only the labels have been read."""
     settings: dict[str, Any] = {"group": group, "consolidated": False}
     if place.options:
         settings["storage_options"] = dict(place.options)
@@ -573,17 +668,93 @@ def _open_group(place: Place, group: str) -> xr.Dataset:
         # A process that was killed may have left an unfinished file among the arrays.
         warnings.filterwarnings("ignore", "Object at .* is not recognized", ZarrUserWarning)
         dataset = xr.open_zarr(place.location, chunks=None, **settings)
-        if dataset.nbytes > _EAGER:
-            dataset = xr.open_zarr(place.location, chunks={}, **settings)
-    return dataset.assign_coords({name: c.load() for name, c in dataset.coords.items()})
+    return dataset.assign_coords(
+        {name: _plain_text(c.load()) for name, c in dataset.coords.items()}
+    )
 
 
-def _plain_texts(dataset: xr.Dataset) -> xr.Dataset:
+def _plain_text(array: xr.DataArray) -> xr.DataArray:
     """Texts as objects: pandas and seaborn do not all know numpy's StringDType."""
-    variables = dataset.variables.items()
-    texts = {name: array.astype(object) for name, array in variables if array.dtype.kind == "T"}
-    dataset = dataset.assign_coords({n: a for n, a in texts.items() if n in dataset.coords})
-    return dataset.assign({n: a for n, a in texts.items() if n not in dataset.coords})
+    return array.astype(object) if array.dtype.kind == "T" else array
+
+
+def _done(
+    completed: xr.DataArray, array: xr.DataArray, units: Sequence[Mapping[str, str]]
+) -> NDArray[np.bool_]:
+    """Where a variable is complete; of size 1 on the dimensions that no unit has a place on.
+
+    Args:
+        completed: of the run.
+        array: the variable; it is not read.
+        units: the place of every unit, where some have one beyond the dimensions of
+            ``completed``: a variable on such a dimension is complete where its own unit is.
+    """
+    unit_axes = completed.dims[1:]
+    placed = {axis for place in units for axis in place} or set(unit_axes)
+    axes = [str(axis) for axis in array.dims if axis in placed]
+    if not axes:  # a published summary over cells has no cell to be complete
+        return np.ones((1,) * array.ndim, dtype=bool)
+    if set(axes) <= set(unit_axes):  # written by every unit
+        done = completed.variable.any([axis for axis in unit_axes if axis not in axes])
+    else:
+        index = {
+            axis: {label: i for i, label in enumerate(labels.values.tolist())}
+            for axis, labels in {**completed.coords, **array.coords}.items()
+            if axis in placed
+        }
+        done = xr.Variable(axes, np.zeros([array.sizes[axis] for axis in axes], dtype=bool))
+        for place in units:
+            if set(axes) <= set(place):
+                here = tuple(index[axis][place[axis]] for axis in axes)
+                there = tuple(index[str(axis)][place[str(axis)]] for axis in unit_axes)
+                done.values[here] |= completed.values[0, *there]
+    return done.set_dims({axis: done.sizes.get(axis, 1) for axis in array.dims}).values
+
+
+def _complete_only(array: xr.DataArray, done: NDArray[np.bool_]) -> xr.DataArray:
+    """A variable, still to be read, of which only what is complete is ever read."""
+    values = indexing.LazilyIndexedArray(_Complete(array.variable, done, _fill(array)))
+    return array.copy(data=values)
+
+
+class _Complete(BackendArray):
+    """An array on disk with a fill value in place of what is not complete.
+
+    That may be half-written, or cut off so that it cannot be read, and in a store at a URL each
+    piece of it is a request.
+    """
+
+    def __init__(self, stored: xr.Variable, done: NDArray[np.bool_], fill: Any) -> None:
+        self._stored = stored
+        self._done = done
+        self._fill = fill
+        self.shape = stored.shape
+        self.dtype = np.dtype(object) if stored.dtype.kind == "T" else stored.dtype
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        support = indexing.IndexingSupport.BASIC
+        return indexing.explicit_indexing_adapter(key, self.shape, support, self._read)
+
+    def _read(self, key: tuple[int | slice, ...]) -> NDArray[Any]:
+        """What stands in a part of the array."""
+        box = tuple(k if isinstance(k, slice) else slice(k, k + 1) for k in key)
+        stored = self._stored[box]
+        each = self._done.shape
+        done = self._done[
+            tuple(slice(None) if n == 1 else k for n, k in zip(each, box, strict=True))
+        ]
+        if done.all():
+            values = stored.values.astype(self.dtype, copy=False)
+        else:
+            values = np.full(stored.shape, self._fill, dtype=self.dtype)
+            axes = [axis for axis, n in enumerate(each) if n > 1] or [0]
+            places = np.argwhere(done)[:, axes].tolist()
+            for stretch in _stretches(map(tuple, places)):
+                region = [slice(None)] * stored.ndim
+                for axis, part in zip(axes, _box(stretch), strict=True):
+                    region[axis] = part
+                values[tuple(region)] = stored[tuple(region)].values
+        return values[tuple(slice(None) if isinstance(k, slice) else 0 for k in key)]
 
 
 def _fill(array: xr.DataArray) -> Any:
@@ -603,7 +774,11 @@ def _join(datasets: list[xr.Dataset], experiment: str) -> xr.Dataset:
         fill_value=fill,
         combine_attrs="drop_conflicts",
     )
-    # Joining may sort; cells keep the order of the grid, variables that of the experiment.
-    order = list(dict.fromkeys(cell for ds in datasets for cell in ds.cell.values.tolist()))
+    # Joining may sort; labels keep the order of the plan, variables that of the experiment.
+    order = {
+        dim: list(dict.fromkeys(label for ds in datasets for label in ds[dim].values.tolist()))
+        for dim in map(str, joined.dims)
+        if joined[dim].dtype.kind == "O"
+    }
     named = {"experiment": experiment, "grid": datasets[0].attrs["grid"]}
-    return joined.sel(cell=order)[list(datasets[0].data_vars)].assign_attrs(named)
+    return joined.sel(order)[list(datasets[0].data_vars)].assign_attrs(named)

@@ -4,75 +4,110 @@ import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from persona_nns.errors import UsageError
+from persona_nns.intervals import interval
+from persona_nns.missing import measured_values
 from persona_nns.places import place_of
+from persona_nns.remote.environment import Deployment
 from persona_nns.store import RunInfo
-from persona_nns.variables import FILL
 
+# Columns of a table; more are not readable.
+_MOST_COLUMNS = 12
 # Beside the results: what the store notes about their making.
 _BOOKKEEPING = ("seconds", "completed")
+# Dimensions whose labels are rows of a table; of two of them, the first.
+_DOWN = ("layer", "layer_band", "control", "layer_set", "site")
 
 
-def result_table(results: xr.Dataset, name: str) -> Table:
-    """A variable over cells: a row a layer, a column a position (or what else it has).
+def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> Table:
+    """A variable over cells: a row a layer (or layer set, or site), a column a position.
 
-    Numbers are summarised by median and quartiles, truth values by their share; texts stand
-    as they are, a row a cell.
+    Numbers are summarised by median and quartiles, truth values by their share and its bootstrap
+    interval; texts stand as they are, a row a cell. Of other units than cells, the summary is
+    over all that they have a place on, and over dimensions with numbered labels where columns
+    would be too many.
 
     Args:
         results: of one experiment.
         name: the variable.
+        bootstrap: the bootstrap interval of the median in place of the quartiles.
     """
     array = results[name]
     if array.dtype.kind == "O":
         return _text_table(array)
     units = array.attrs.get("units", "1")
     title = f"{name}: {array.attrs.get('long_name', name)}"
-    n_cells = int(results["completed"].any("model").sum())
-    what = "share" if array.dtype.kind == "b" else "median [25 %, 75 %]"
+    down = next((dim for dim in _DOWN if dim in array.dims), None)
+    # A summary over cells is five numbers, whose median and quartiles are its own.
+    is_summary = "statistic" in array.dims
+    present = array if is_summary else measured_values(results, name)
+    if is_summary:
+        array = present = array.rename(statistic="cell")
+    over, across = _summarised(results, array, down)
+    n_units = int(results["completed"].any("model").sum())
+    counted = f"{n_units} cells" if over == ["cell"] else f"every {', '.join(over)}"
+    is_share = array.dtype.kind == "b"
+    summarise = _share if is_share else _median_interval if bootstrap else _quartiles
+    statistic = "share" if is_share else "median"
+    spread = "95 % bootstrap interval" if is_share or bootstrap else "25 %, 75 %"
+    what = f"{statistic} [{spread}]"
     table = Table(
         title=Text(title if units == "1" else f"{title} in {units}"),
-        caption=Text(f"{what} over {n_cells} cells"),
+        caption=Text(f"{what} over {counted}"),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    leading = [dim for dim in ("model", "layer") if dim in array.dims]
-    for dim in leading:
-        table.add_column(dim, justify="left" if dim == "model" else "right")
-    if "layer" in leading:
+    table.add_column("model")
+    if down is not None:
+        table.add_column(down.replace("_", " "), justify="right")
+    if down == "layer":
         table.add_column("depth", justify="right")
-    across = [str(dim) for dim in array.dims if dim not in ("model", "cell", "layer")]
-    present = array.where(results["completed"] & _measured(array))
     stacked = present.stack(column=across) if across else present.expand_dims(column=[""])
+    stacked = stacked.stack(sample=over) if over else stacked.expand_dims(sample=[0])
     for label in stacked.column.values.tolist():
         heading = " · ".join(map(str, label)) if isinstance(label, tuple) else str(label)
-        table.add_column(Text(heading or what.partition(" ")[0]), justify="right")
+        table.add_column(Text(heading or statistic), justify="right")
     for model in array.model.values.tolist():
         rows = stacked.sel(model=model)
-        if "layer" in leading:
-            rows = rows.dropna("layer", how="all")
-        layers = rows.layer.values.tolist() if "layer" in leading else [None]
-        for layer in layers:
-            row = rows if layer is None else rows.sel(layer=layer)
-            site = [] if layer is None else [str(layer), f"{layer / int(rows.n_layers):.2f}"]
-            columns = row.transpose("column", "cell").values.astype(float)
-            summarise = _share if array.dtype.kind == "b" else _quartiles
-            head = Text(model if layer == layers[0] else "")
-            last = layer == layers[-1]
+        labels: list[Any] = [None]
+        if down is not None:
+            rows = rows.dropna(down, how="all")
+            labels = rows[down].values.tolist()
+        for label in labels:
+            row = rows if down is None else rows.sel({down: label})
+            site = [] if down is None else [str(label)]
+            if down == "layer":
+                site.append(f"{label / int(rows.n_layers):.2f}")
+            columns = row.transpose("column", "sample").values.astype(float)
+            head = Text(model if label == labels[0] else "")
+            last = label == labels[-1]
             table.add_row(head, *site, *map(summarise, columns), end_section=last)
     return table
 
 
-def _measured(array: xr.DataArray) -> xr.DataArray:
-    """Where something was measured: integers cannot be NaN, and hold −1 where nothing was."""
-    return array != FILL["int"] if array.dtype.kind == "i" else array.notnull()
+def _summarised(
+    results: xr.Dataset, array: xr.DataArray, down: str | None
+) -> tuple[list[str], list[str]]:
+    """The dimensions that a table summarises over, and those that make its columns."""
+    placed = {axis for place in results.attrs.get("units", []) for axis in place}
+    over = [str(dim) for dim in array.dims if dim in results["completed"].dims and dim != "model"]
+    across = [str(dim) for dim in array.dims if dim not in (*over, "model", down)]
+    numbered = [dim for dim in across if array[dim].dtype.kind in "iu"]
+    for many in (numbered, [dim for dim in across if dim in placed]):
+        if np.prod([array.sizes[dim] for dim in across]) > _MOST_COLUMNS:
+            over += many
+            across = [dim for dim in across if dim not in many]
+    return over, across
 
 
 def _text_table(array: xr.DataArray) -> Table:
@@ -98,7 +133,19 @@ def measured(results: xr.Dataset) -> list[str]:
 
 def _share(values: np.ndarray[tuple[int], np.dtype[np.floating]]) -> str:
     present = values[~np.isnan(values)]
-    return f"{100 * present.mean():.1f} %" if present.size else "–"
+    if not present.size:
+        return "–"
+    low, high = interval(present, statistic=np.mean)
+    return f"{100 * present.mean():.1f} % [dim]\\[{100 * low:.0f},{100 * high:.0f}][/dim]"
+
+
+def _median_interval(values: np.ndarray[tuple[int], np.dtype[np.floating]]) -> str:
+    present = values[~np.isnan(values)]
+    if not present.size:
+        return "–"
+    low, high = interval(present)
+    spread = f"{short_number(low)},{short_number(high)}"
+    return f"{number(float(np.median(present)))} [dim]\\[{spread}][/dim]"
 
 
 def _quartiles(values: np.ndarray[tuple[int], np.dtype[np.floating]]) -> str:
@@ -106,7 +153,7 @@ def _quartiles(values: np.ndarray[tuple[int], np.dtype[np.floating]]) -> str:
     if not present.size:
         return "–"
     low, median, high = np.percentile(present, [25, 50, 75])
-    return f"{number(median)} [dim]\\[{_short(low)},{_short(high)}][/dim]"
+    return f"{number(median)} [dim]\\[{short_number(low)},{short_number(high)}][/dim]"
 
 
 def number(value: float) -> str:
@@ -114,16 +161,30 @@ def number(value: float) -> str:
     return f"{value:.3f}".replace("-0.000", "0.000")
 
 
-def _short(value: float) -> str:
+def short_number(value: float) -> str:
     """Three significant places without the leading zero, as the paper's tables have it."""
     text = number(value) if abs(value) < 10 else f"{value:.1f}"
     return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
 
+def save_csv(frame: pd.DataFrame, file: Path) -> str:
+    """Write a table; returns the path.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        frame.to_csv(file, index=False)
+    except OSError as error:
+        raise UsageError(f"The table {str(file)!r} cannot be written: {error}.") from error
+    return str(file)
+
+
 def runs_table(runs: Iterable[RunInfo], store: str) -> Table:
     """What a store holds, a row a run, under the names of the experiments."""
     table = Table(title=Text(store), title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("run", "precision", "cells", "size", "created (UTC)"):
+    for heading in ("run", "precision", "complete", "size", "created (UTC)"):
         table.add_column(heading, no_wrap=True)
     table.add_column("age", no_wrap=True)
     table.add_column("parameters")
@@ -135,7 +196,7 @@ def runs_table(runs: Iterable[RunInfo], store: str) -> Table:
         table.add_row(
             Text(f"  {info.run}"),
             info.attrs["precision"],
-            f"{info.n_completed}/{info.n_cells}",
+            f"{info.n_completed}/{info.n_units}",
             _bytes(place.size(f"{info.experiment}/{info.run}")),
             info.attrs["created"][:16].replace("T", " "),
             _age(info.attrs["created"]),
@@ -160,6 +221,16 @@ def _age(created: str) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
+
+
+def hosted_table(deployments: Iterable[Deployment], url: str) -> Table:
+    """The models that a server hosts, a row each."""
+    table = Table(title=Text(f"Models on {url}"), title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("name", "revision", "level", "state"):
+        table.add_column(heading)
+    for one in deployments:
+        table.add_row(*map(Text, (one.repo_id, one.revision, one.level, one.state)))
+    return table
 
 
 def models_table(models: Mapping[str, Path]) -> Table:

@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from persona_nns.batches import left_pad
+from persona_nns.shared_heads import head_lengths
 
 # Rows are prefilled together while padding is less than this share of their columns.
-_MOST_PADDING = 0.08
+_MOST_PADDING = 0.15
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ class Prefix:
         """Columns."""
         return self.attention_mask.shape[1]
 
-    def rows(self, index: Tensor) -> "Prefix":
-        """Some of the rows, or some of them several times."""
+    def rows(self, index: Tensor | slice) -> "Prefix":
+        """Some of the rows, or some of them several times; as wide as the longest of them."""
+        attention_mask = self.attention_mask[index]
+        first = int(attention_mask.any(0).long().argmax())
         return Prefix(
-            tuple(keys[index] for keys in self.keys),
-            tuple(values[index] for values in self.values),
-            self.attention_mask[index],
+            tuple(keys[index][:, :, first:] for keys in self.keys),
+            tuple(values[index][:, :, first:] for values in self.values),
+            attention_mask[:, first:],
         )
 
     def until(self, column: int) -> "Prefix":
@@ -58,6 +61,26 @@ class Prefix:
             tuple(keys[:, :, :column] for keys in self.keys),
             tuple(values[:, :, :column] for values in self.values),
             self.attention_mask[:, :column],
+        )
+
+    def begin(self, index: Tensor, length: Tensor) -> "Prefix":
+        """The first tokens of some of the rows, right-aligned.
+
+        Args:
+            index: [row], which row of this prefix.
+            length: [row], how many of its tokens, at most all; none where it is not positive.
+        """
+        width = int(length.max())
+        token = torch.arange(width, device=length.device) - (width - length[:, None])
+        padding = self.width - self.attention_mask.sum(1)
+        column = (padding[index][:, None] + token).clamp(0, self.width - 1)[:, None, :, None]
+
+        def moved(tensor: Tensor) -> Tensor:
+            rows = tensor[index]
+            return rows.gather(2, column.expand(-1, rows.shape[1], -1, rows.shape[3]))
+
+        return Prefix(
+            tuple(map(moved, self.keys)), tuple(map(moved, self.values)), (token >= 0).long()
         )
 
     def cache(self) -> DynamicCache:
@@ -117,6 +140,26 @@ class Window:
         """Columns of the window in which tokens stand, [row, …], by their place in the row."""
         return index + self.padding.view(-1, *[1] * (index.dim() - 1)) - self.start
 
+    def rows(self, index: Tensor, layer: int, width: int) -> "Window":
+        """Some of the rows, or some of them several times, for a pass that resumes at a layer.
+
+        Args:
+            index: [row], rows of this window.
+            layer: where the pass resumes.
+            width: the columns of these rows that are not all padding on the right.
+        """
+        clean = None if self.clean is None else self.clean[layer, index, :width]
+        return Window(
+            input_ids=self.input_ids[index, :width],
+            attention_mask=self.attention_mask[index, : self.start + width],
+            position_ids=self.position_ids[index, :width],
+            start=self.start,
+            padding=self.padding[index],
+            prefix=None if self.prefix is None else self.prefix.rows(index),
+            # A view that repeats the one layer that is read, so that the others are not copied.
+            clean=None if clean is None else clean.expand(layer + 1, -1, -1, -1),
+        )
+
     def resume(self, model: TransformersModel, layer: int) -> None:
         """Inside a trace: go on from the clean run's residual at the input of block ``layer``.
 
@@ -130,7 +173,9 @@ class Window:
 def prefill(
     model: TransformersModel, rows: Sequence[Sequence[int]], *, reuse: bool = True
 ) -> Prefix | None:
-    """Run rows of tokens once and keep their caches; equal rows are run once.
+    """Run rows of tokens once and keep their caches.
+
+    Equal rows are run once, and so is a head that several rows begin with.
 
     Args:
         model: from `load_model`.
@@ -143,30 +188,69 @@ def prefill(
     if not reuse or not all(rows):
         return None
     distinct = list(dict.fromkeys(map(tuple, rows)))
-    order = sorted(range(len(distinct)), key=lambda row: len(distinct[row]))
+    n_head = head_lengths(distinct)
+    head = [row[:n] for row, n in zip(distinct, n_head, strict=True)]
+    shared = sorted({ids for ids in head if ids}, key=len)
+    heads = _run_rows(model, shared, None, [0] * len(shared), [0] * len(shared)) if shared else None
+    order = sorted(range(len(distinct)), key=lambda row: len(distinct[row]) - n_head[row])
+    prefix = _run_rows(
+        model,
+        [distinct[row] for row in order],
+        heads,
+        [shared.index(head[row]) if head[row] else 0 for row in order],
+        [n_head[row] for row in order],
+    )
+    place = {distinct[row]: k for k, row in enumerate(order)}
+    return prefix.rows(torch.tensor([place[tuple(row)] for row in rows], device=model.device))
+
+
+def _run_rows(
+    model: TransformersModel,
+    rows: Sequence[Sequence[int]],
+    heads: Prefix | None,
+    head: Sequence[int],
+    n_head: Sequence[int],
+) -> Prefix:
+    """Run rows behind heads that have been run, as few padded tokens as can be.
+
+    Args:
+        model: from `load_model`.
+        rows: token ids, heads included, sorted by what follows the heads.
+        heads: the caches of the heads, if there are any.
+        head: of each row, which of the heads it begins with.
+        n_head: of each row, how many tokens its head has.
+    """
     parts: list[Prefix] = []
-    for part in _similar([distinct[row] for row in order]):
-        batch = left_pad(part, device=model.device)
-        with model.trace(
-            batch.tokens,
-            position_ids=batch.position_ids,
-            past_key_values=DynamicCache(),
-            use_cache=True,
-            logits_to_keep=1,
-        ):
+    for part in _similar([len(ids) - n for ids, n in zip(rows, n_head, strict=True)]):
+        batch = left_pad([rows[row] for row in part], device=model.device)
+        # Tokens stand side by side behind their head: a window over columns stays one over
+        # tokens. Where a head is longer than the columns before, its last tokens are run again.
+        before = batch.width - max(len(rows[row]) - n_head[row] for row in part)
+        cache = DynamicCache()
+        if heads is not None and before > 0:
+            which = torch.tensor([head[row] for row in part], device=model.device)
+            cache = heads.begin(which, before - batch.padding).cache()
+        else:
+            before = 0
+        inputs = {
+            "input_ids": batch.input_ids[:, before:],
+            "attention_mask": batch.attention_mask,
+            "position_ids": batch.position_ids[:, before:],
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        with model.trace(inputs, logits_to_keep=1):
             cache = save(model.output.past_key_values)
         parts.append(read_cache(cache, batch.attention_mask))
-    place = {distinct[row]: k for k, row in enumerate(order)}
-    index = torch.tensor([place[tuple(row)] for row in rows], device=model.device)
-    return _join(parts).rows(index)
+    return _join(parts)
 
 
-def _similar(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Cut rows that are sorted by length into parts that need little padding."""
-    part: list[Sequence[int]] = []
-    for row in rows:
-        width = len(row) * (len(part) + 1)
-        if part and width - sum(map(len, [*part, row])) > _MOST_PADDING * width:
+def _similar(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Cut rows whose lengths ascend into parts that need little padding."""
+    part: list[int] = []
+    for row, length in enumerate(lengths):
+        width = length * (len(part) + 1)
+        if part and width - sum(lengths[k] for k in part) - length > _MOST_PADDING * width:
             yield part
             part = []
         part.append(row)
@@ -214,6 +298,71 @@ def open_window(
         position_ids=batch.position_ids[:, start:],
         start=start,
         padding=batch.padding,
+        prefix=prefix,
+    )
+
+
+def stack_windows(windows: Sequence[Window]) -> Iterator[tuple[list[int], Window]]:
+    """Windows of equal width as the rows of one.
+
+    Args:
+        windows: of the same prompts; all with a prefix, or none.
+
+    Yields:
+        Which of the windows are stacked, and the window of their rows, one window's after
+        another's.
+    """
+    widths = [window.input_ids.shape[1] for window in windows]
+    for width in dict.fromkeys(widths):
+        which = [place for place, each in enumerate(widths) if each == width]
+        yield which, _stack([windows[place] for place in which])
+
+
+def _stack(windows: Sequence[Window]) -> Window:
+    start = max(window.start for window in windows)
+    prefixes = [window.prefix for window in windows if window.prefix is not None]
+    cleans = [window.clean for window in windows if window.clean is not None]
+    return Window(
+        input_ids=torch.cat([window.input_ids for window in windows]),
+        attention_mask=torch.cat(
+            [
+                torch.nn.functional.pad(window.attention_mask, (start - window.start, 0))
+                for window in windows
+            ]
+        ),
+        position_ids=torch.cat([window.position_ids for window in windows]),
+        start=start,
+        padding=torch.cat([window.padding + start - window.start for window in windows]),
+        prefix=_join(prefixes) if prefixes else None,
+        clean=torch.cat(cleans, dim=1) if cleans else None,
+    )
+
+
+def open_ragged_window(
+    rows: Sequence[Sequence[int]], prefix: Prefix | None, *, device: torch.device
+) -> Window:
+    """The window of rows that share their first tokens and then differ in length.
+
+    It is padded on the right, where nothing attends to the padding, so that the columns of a row
+    stay as far apart as its tokens (a sliding window counts columns) and token ``i`` of every row
+    stands in column ``i - start``. The last token of a row is not in the last column.
+
+    Args:
+        rows: token ids, the prefix included.
+        prefix: caches of the first tokens, equally many of every row; or None.
+        device: where the batch goes.
+    """
+    start = 0 if prefix is None else prefix.width
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    column = torch.arange(width, device=device)
+    length = torch.tensor([len(row) for row in rows], device=device)
+    return Window(
+        input_ids=ids[:, start:],
+        attention_mask=(column < length[:, None]).long(),
+        position_ids=column[start:].expand(len(rows), -1),
+        start=start,
+        padding=torch.zeros_like(length),
         prefix=prefix,
     )
 

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 from persona_nns.catalog import Experiment
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.grids import load_grid
 from persona_nns.progress import progress_bar
 from persona_nns.store import find_group
+from persona_nns.units import Plan
 
 _LOOK = 0.5  # seconds between two looks at how far the run has come
 
@@ -203,6 +203,7 @@ def launch(
     experiment: Experiment,
     model: Mapping[str, Any],
     settings: Mapping[str, Any],
+    plan: Plan,
     n_workers: int,
     address: str | None,
 ) -> str:
@@ -212,20 +213,19 @@ def launch(
         experiment: what to measure.
         model: arguments of `load_model`; workers on other machines look for the same paths.
         settings: arguments of `plan_run`.
+        plan: the units asked for, to show how many of them are complete.
         n_workers: processes at a time.
         address: of a Ray cluster; by default this machine.
     """
-    grid = load_grid(settings["grid"])
-    asked = [cell.label for cell in grid.select_cells(settings["cells"])]
     store = str(settings["store"])
     found: list[str] = []
-    with progress_bar(enabled=True) as bar:
-        task = bar.add_task(f"{model['label']} · {grid.name}", total=len(asked))
+    with progress_bar(plan.noun, enabled=True) as bar:
+        task = bar.add_task(f"{model['label']} · {plan.name}", total=len(plan.units))
 
         def look() -> None:
             group = find_group(store, experiment.name, found[0]) if found else None
             if group is not None:
-                bar.update(task, completed=len(group.completed(asked)))
+                bar.update(task, completed=len(group.completed(plan.units)))
 
         file = str(Path(inspect.getfile(experiment.measure)).resolve())
         # Workers need not stand in this folder.

@@ -186,3 +186,13 @@ def small_grid() -> Grid:
 def localized_positions() -> ModuleType:
     """The experiment's module, whose functions a test may replace."""
     return sys.modules[load_experiment("localized_positions").measure.__module__]
+
+
+@pytest.fixture(scope="session")
+def behavioral_markers() -> ModuleType:
+    return sys.modules[load_experiment("behavioral_markers").measure.__module__]
+
+
+@pytest.fixture(scope="session")
+def host_injection() -> ModuleType:
+    return sys.modules[load_experiment("host_injection").measure.__module__]

@@ -7,16 +7,18 @@ their labels, a batch in SECONDS, and prints the batches that it measured.
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from persona_nns.grids import Cell
 from persona_nns.sessions import Session
 from persona_nns.sharing import Share
 from persona_nns.store import Block
+from persona_nns.units import Plan, Unit
 from persona_nns.variables import Variable
 
 VARIABLES = {
@@ -25,6 +27,24 @@ VARIABLES = {
     "text": Variable("cell", "what was said", kind="text"),
     "hit": Variable("cell condition", "hit", kind="bool", coords={"condition": ["clean", "bare"]}),
 }
+
+
+def cells_of(indices: Iterable[int]) -> list[Cell]:
+    return [Cell(f"p{index:03}", "t", "someone", "something", "a", "b") for index in indices]
+
+
+def plan_of(n_cells: int) -> Plan:
+    cells = cells_of(range(n_cells))
+    return Plan(
+        name="g",
+        units=cells,
+        axes={"cell": [cell.label for cell in cells]},
+        unit_axes=("cell",),
+        content={},
+        token_ids={},
+        digest="d",
+        coords={"persona": ("cell", [c.persona for c in cells]), "task": ("cell", ["t"] * n_cells)},
+    )
 
 
 def block_of(n_cells: int, identity: str = "i") -> Block:
@@ -36,7 +56,7 @@ def block_of(n_cells: int, identity: str = "i") -> Block:
         n_layers=4,
         d_model=3,
         precision="float32",
-        cells=[(f"p{index:03}", "t") for index in range(n_cells)],
+        plan=plan_of(n_cells),
         layers=[1, 3],
         positions=["p_last", "g1"],
         variables=VARIABLES,
@@ -54,8 +74,9 @@ def block_of(n_cells: int, identity: str = "i") -> Block:
     )
 
 
-def values_of(labels: Sequence[str]) -> dict[str, Any]:
+def values_of(cells: Sequence[Unit]) -> dict[str, Any]:
     """Arrays that follow from the labels alone."""
+    labels = [cell.label for cell in cells]
     index = np.array([int(label[1:4]) for label in labels])
     kl = index[:, None, None] + np.array([[0.25, 0.5], [0.75, 1.0]])
     return {
@@ -79,15 +100,15 @@ def write_all(
     """Measure and write what is missing; returns the batches that were measured."""
     block = block_of(n_cells, identity)
     session = Session(store, [block], secrets.token_hex(4), {})
-    labels = [f"{persona}/{task}" for persona, task in block.cells]
     batches: list[list[str]] = []
     if shared:
         session.begin()
-    for batch in Share(labels, batch_size, session):
+    for batch in Share(block.plan.units, batch_size, session):
         time.sleep(seconds)
-        batches.append(batch)
+        labels = [cell.label for cell in batch]
+        batches.append(labels)
         session.write(batch, values_of(batch), seconds / len(batch))
-        on_batch(batch)
+        on_batch(labels)
     session.end("now")
     return batches
 
@@ -95,7 +116,7 @@ def write_all(
 def values_are_right(results: xr.Dataset) -> bool:
     """Whether every complete cell holds its values, and every other nothing."""
     done = results.completed.values[0]
-    expected = values_of(results.cell.values.tolist())
+    expected = values_of(plan_of(len(done)).units)
     kl = np.where(done[:, None, None], expected["kl"], np.nan)
     return (
         np.array_equal(results.kl[0], kl, equal_nan=True)

@@ -81,6 +81,7 @@ def test_a_run_is_stored_shown_listed_and_drawn(command: Command, grid_file: str
     assert out.split() == [
         "figure.png",
         "figure-cosines_by_layer.png",
+        "figure-norm.png",
         "figure-kl_by_persona.png",
         "figure-kl_by_task.png",
     ]

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from store_writer import block_of, values_are_right, write_all
+from store_writer import block_of, cells_of, values_are_right, values_of, write_all
 
 import persona_nns as pn
 from persona_nns.sessions import Session
@@ -69,48 +69,42 @@ def session_of(store: Path, name: str) -> Session:
 
 
 def test_a_claim_leaves_no_store_where_nothing_was_measured(tmp_path: Path) -> None:
-    labels = [f"p{index:03}/t" for index in range(2)]
     other = session_of(tmp_path / "t.zarr", "other")
     assert other.claimed_by_others() == Counter()
-    other.claim(labels)  # nothing is written before there is a run
+    other.claim(cells_of([0, 1]))  # nothing is written before there is a run
     assert not (tmp_path / "t.zarr").exists()
 
 
 def test_a_batch_of_a_process_that_is_gone_is_taken_over(tmp_path: Path) -> None:
-    from store_writer import values_of
-
     store = tmp_path / "s.zarr"
     gone = session_of(store, "gone")
-    gone.write(["p000/t"], values_of(["p000/t"]), 1.0)
-    gone.claim(["p001/t", "p002/t"])
+    gone.write(cells_of([0]), values_of(cells_of([0])), 1.0)
+    gone.claim(cells_of([1, 2]))
     assert session_of(store, "mine").claimed_by_others() == {"p001/t": 1, "p002/t": 1}
 
     gone._note["process"] = 2**22 + 1  # no such process on this machine
-    gone.claim(["p001/t", "p002/t"])
+    gone.claim(cells_of([1, 2]))
     assert session_of(store, "mine").claimed_by_others() == Counter()
 
     gone._note["host"] = "another machine"  # nobody knows whether it is gone
-    gone.claim(["p001/t", "p002/t"])
+    gone.claim(cells_of([1, 2]))
     mine = session_of(store, "mine")
-    labels = [f"p{index:03}/t" for index in range(6)]
     order: list[str] = []
-    share = Share(labels, 2, mine, order=random.Random(0))
+    share = Share(cells_of(range(6)), 2, mine, order=random.Random(0))
     share._patience = 0.05
     for batch in share:
-        order += batch
+        order += [cell.label for cell in batch]
         mine.write(batch, values_of(batch), 1.0)
-    assert sorted(order) == labels[1:]
+    assert sorted(order) == [cell.label for cell in cells_of(range(1, 6))]
     assert set(order[-2:]) == {"p001/t", "p002/t"}
 
 
 def test_a_cell_that_somebody_else_completed_is_not_written_again(tmp_path: Path) -> None:
-    from store_writer import values_of
-
     store = tmp_path / "s.zarr"
     first, second = session_of(store, "first"), session_of(store, "second")
-    first.write(["p000/t"], values_of(["p000/t"]), 1.0)
-    wrong = {name: array[::-1] for name, array in values_of(["p000/t", "p001/t"]).items()}
-    second.write(["p000/t", "p001/t"], wrong, 1.0)
+    first.write(cells_of([0]), values_of(cells_of([0])), 1.0)
+    wrong = {name: array[::-1] for name, array in values_of(cells_of([0, 1])).items()}
+    second.write(cells_of([0, 1]), wrong, 1.0)
     second.end("now")
     ds = open_results(store, "e")
     assert ds.kl.sel(cell="p000/t", layer=1, position="p_last").item() == 0.25
@@ -122,7 +116,8 @@ def test_a_cell_that_somebody_else_completed_is_not_written_again(tmp_path: Path
 def test_each_process_has_an_order_of_its_own_and_batches_keep_neighbours(
     tmp_path: Path, seed: int
 ) -> None:
-    labels = [f"p{index:03}/t" for index in range(6)]
-    share = Share(labels, 2, session_of(tmp_path / "s.zarr", "a"), order=random.Random(seed))
+    cells = cells_of(range(6))
+    share = Share(cells, 2, session_of(tmp_path / "s.zarr", "a"), order=random.Random(seed))
     batches = share._batches
-    assert sorted(batches) == [labels[:2], labels[2:4], labels[4:]]
+    in_order = sorted(batches, key=lambda batch: batch[0].label)
+    assert in_order == [cells[:2], cells[2:4], cells[4:]]

@@ -16,7 +16,7 @@ import zarr
 import zarr.storage._local as local
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_writer import block_of, values_are_right, write_all
+from store_writer import block_of, cells_of, values_are_right, values_of, write_all
 
 import persona_nns as pn
 from persona_nns.places import Place, place_of
@@ -170,9 +170,9 @@ def test_data_are_flushed_before_cells_are_called_complete(
     assert allocated.index("flush") > allocated.index("cell/c.0")
     assert allocated.index("flush") < allocated.index("completed/zarr.json")
     events.clear()
-    from store_writer import values_of
-
-    group.write_cells(["p000/t"], values_of(["p000/t"]), 1.0)
+    (cell,) = cells_of([0])
+    values = {name: array[0, ...] for name, array in values_of([cell]).items()}
+    group.write_unit(cell, values, 1.0)
     assert events[-2:] == ["flush", "completed/c.0.0"]
     assert {"kl/c.0.0.0.0", "text/c.0.0", "seconds/c.0.0"} <= set(events[:-2])
 
@@ -185,8 +185,8 @@ def test_large_cells_are_cut_by_layer_and_position(tmp_path: Path) -> None:
     wide = {"h": Variable("cell layer position d_model", "residual")}
     block = replace(block_of(2), variables=wide, d_model=2**16)
     group = attach(tmp_path / "s.zarr", block)
-    values = np.random.default_rng(0).normal(size=(1, 2, 2, 2**16)).astype(np.float32)
-    group.write_cells(["p001/t"], {"h": values}, 1.0)
+    values = np.random.default_rng(0).normal(size=(2, 2, 2**16)).astype(np.float32)
+    group.write_unit(cells_of([1])[0], {"h": values}, 1.0)
     array = zarr.open_group(tmp_path / "s.zarr", mode="r")["e/m.g.i/h"]
     assert isinstance(array, zarr.Array)
     assert (array.shards, array.chunks) == ((1, 1, 2, 2, 2**16), (1, 1, 1, 1, 2**16))

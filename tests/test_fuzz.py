@@ -104,7 +104,7 @@ def test_a_request_is_checked_or_one_sentence(
     model = random_model("qwen2")
     store = tmp_path / "s.zarr"
     try:
-        plan = plan_run(
+        planned = plan_run(
             load_experiment("localized_positions"),
             model,
             small_grid,
@@ -116,8 +116,8 @@ def test_a_request_is_checked_or_one_sentence(
     except pn.UsageError as error:
         one_sentence(error)
     else:
-        assert plan.request.cells
-        assert set(plan.request.arguments["layers"]) <= set(range(6))
+        assert planned.request.units
+        assert set(planned.request.arguments["layers"]) <= set(range(6))
     assert not store.exists()
 
 

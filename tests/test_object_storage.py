@@ -13,7 +13,7 @@ import pytest
 import xarray as xr
 import zarr
 from moto.server import ThreadedMotoServer
-from store_writer import block_of, values_are_right, write_all
+from store_writer import block_of, cells_of, values_are_right, write_all
 
 import persona_nns as pn
 from persona_nns.places import place_of
@@ -56,7 +56,7 @@ def test_a_run_is_written_resumed_and_read(store: str) -> None:
     assert values_are_right(first)
     assert bool(first.completed.all())
     assert write_all(store, 2, 1, identity="one") == []
-    assert [(info.run, info.n_completed, info.n_cells) for info in list_runs(store)] == [
+    assert [(info.run, info.n_completed, info.n_units) for info in list_runs(store)] == [
         ("m.g.one", 2, 2)
     ]
     assert place_of(store).size("e/m.g.one") > 1000
@@ -158,10 +158,11 @@ def test_ten_gigabytes_are_opened_at_once_and_read_by_the_chunk(
         positions=parameters["positions"],
     )
     group = attach(store, block)
-    values = np.zeros((1, 33, 3, 2**18), dtype=np.float32)
-    values[0, 7, 1] = np.random.default_rng(0).normal(size=2**18)
-    group.write_cells(["p003/t"], {"h": values}, 1.0)
-    group.write_cells(["p042/t"], {"h": -values}, 1.0)
+    values = np.zeros((33, 3, 2**18), dtype=np.float32)
+    values[7, 1] = np.random.default_rng(0).normal(size=2**18)
+    few, many = cells_of([3, 42])
+    group.write_unit(few, {"h": values}, 1.0)
+    group.write_unit(many, {"h": -values}, 1.0)
 
     counting = Counting(monkeypatch)
     seconds, ds = float("inf"), xr.Dataset()
@@ -177,7 +178,7 @@ def test_ten_gigabytes_are_opened_at_once_and_read_by_the_chunk(
     assert opened < 1e5
 
     chosen = ds.h.sel(model="m", layer=7, position="g1").compute()
-    np.testing.assert_array_equal(chosen.sel(cell="p042/t"), -values[0, 7, 1])
+    np.testing.assert_array_equal(chosen.sel(cell="p042/t"), -values[7, 1])
     assert np.isnan(chosen.sel(cell="p000/t")).all()
     read = counting.n_bytes - opened
     print(

@@ -17,6 +17,7 @@ from persona_nns.catalog import load_experiment
 from persona_nns.grids import Grid
 from persona_nns.models import record_of
 from persona_nns.provenance import identity
+from persona_nns.request import make_plan
 from persona_nns.runs import run
 
 OWN = '''
@@ -186,16 +187,14 @@ def test_a_file_without_a_protocol_version_is_known_by_its_source(
 def test_every_token_of_every_prompt_counts_for_the_identity(
     own: Path, model: TransformersModel, small_grid: Grid
 ) -> None:
-    from persona_nns.prompts import render_cell
-
-    experiment, record = load_experiment(own), record_of(model)
-    prompts = {c.label: render_cell(model.tokenizer, c) for c in small_grid.cells}
-    before = identity(experiment, record, small_grid.cells, prompts, {})
     from dataclasses import replace
 
-    bb = prompts["yoda/policy"]["BB"]
-    prompts["yoda/policy"]["BB"] = replace(bb, ids=(*bb.ids[:-1], bb.ids[-1] + 1))
-    assert identity(experiment, record, small_grid.cells, prompts, {}) != before
+    experiment, record = load_experiment(own), record_of(model)
+    plan = make_plan(experiment, model.tokenizer, small_grid, [], {})
+    ids = {cell: dict(of_cell) for cell, of_cell in plan.token_ids.items()}
+    ids["yoda/policy"]["BB"] = [*ids["yoda/policy"]["BB"][:-1], 5]
+    other = replace(plan, token_ids=ids)
+    assert identity(experiment, record, plan, {}) != identity(experiment, record, other, {})
 
 
 def test_the_group_tells_where_its_numbers_come_from(

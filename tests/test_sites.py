@@ -1,5 +1,7 @@
 """Sites: which layers and positions a request names, and reading and overwriting them."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from persona_nns.errors import UsageError
 from persona_nns.prompts import Prompt
 from persona_nns.sites import (
     generated_index,
+    parse_layer_sets,
     parse_layers,
     parse_positions,
     position_index,
@@ -174,3 +177,31 @@ def test_substitute_takes_the_precision_of_the_residual_stream() -> None:
     changed = substitute(hidden, torch.tensor([1]), torch.full((1, 3), 1.00001))
     assert changed.dtype is torch.bfloat16
     assert changed.tolist() == [[[0.0] * 3, [1.0] * 3]]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("3;2,3,4", [[3], [2, 3, 4]]),
+        ("0.5; 4,1", [[4], [1, 4]]),
+        ("all", [list(range(8))]),
+        (6, [[6]]),
+        ([[6], [7, 5]], [[6], [5, 7]]),
+    ],
+)
+def test_layer_sets(spec: Any, expected: list[list[int]]) -> None:
+    assert parse_layer_sets(spec, 8) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "No layer set was asked for"),
+        ("3;9", "Layer 9 is out of range"),
+        ("3,4;4,3", "The layer set 3,4 is given twice"),
+        ("3;x", "'x' is not a layer"),
+    ],
+)
+def test_wrong_layer_sets(spec: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_layer_sets(spec, 8)

@@ -10,11 +10,28 @@ import xarray as xr
 import zarr
 
 from persona_nns.errors import UsageError
-from persona_nns.grids import Grid
+from persona_nns.grids import Cell, Grid
 from persona_nns.store import Block, attach, check_writable, list_runs, open_results
+from persona_nns.units import Plan
 from persona_nns.variables import Variable
 
-CELLS = [("chef", "haiku"), ("chef", "policy"), ("angelou", "haiku")]
+CELLS = {
+    f"{persona}/{task}": Cell(persona, task, persona, task, "someone", "something")
+    for persona, task in (("chef", "haiku"), ("chef", "policy"), ("angelou", "haiku"))
+}
+PLAN = Plan(
+    name="g",
+    units=tuple(CELLS.values()),
+    axes={"cell": list(CELLS)},
+    unit_axes=("cell",),
+    content={},
+    token_ids={},
+    digest="d",
+    coords={
+        "persona": ("cell", [cell.persona for cell in CELLS.values()]),
+        "task": ("cell", [cell.task for cell in CELLS.values()]),
+    },
+)
 VARIABLES = {
     "kl": Variable("cell layer position", "causal KL", units="nat", description="of the test"),
     "n_eval": Variable("cell position", "scored tokens", units="token", kind="int"),
@@ -43,7 +60,7 @@ def make_block(**changes: Any) -> Block:
         n_layers=4,
         d_model=3,
         precision="float32",
-        cells=CELLS,
+        plan=PLAN,
         layers=[1, 3],
         positions=["p_last", "g1"],
         variables=VARIABLES,
@@ -63,7 +80,7 @@ def values_of(index: int, n_layers: int = 2) -> dict[str, Any]:
 
 def test_plain_xarray_reads_names_coordinates_and_units(tmp_path: Path) -> None:
     group = attach(tmp_path / "s.zarr", make_block())
-    group.write_cell("chef/policy", values_of(1), seconds=0.5)
+    group.write_unit(CELLS["chef/policy"], values_of(1), seconds=0.5)
 
     ds = xr.open_zarr(tmp_path / "s.zarr", group="e/m.g.1", consolidated=False).load()
 
@@ -98,9 +115,11 @@ def test_one_cell_is_whole_chunks_of_every_array(tmp_path: Path) -> None:
 
 
 def test_a_second_attachment_keeps_what_is_there(tmp_path: Path) -> None:
-    attach(tmp_path / "s.zarr", make_block()).write_cell("chef/haiku", values_of(0), seconds=1.0)
+    attach(tmp_path / "s.zarr", make_block()).write_unit(
+        CELLS["chef/haiku"], values_of(0), seconds=1.0
+    )
     again = attach(tmp_path / "s.zarr", make_block())
-    assert again.completed() == {"chef/haiku"}
+    assert again.completed(PLAN.units) == {"chef/haiku"}
     assert open_results(tmp_path / "s.zarr", "e").kl.sel(cell="chef/haiku").values.max() == 3.0
 
 
@@ -113,13 +132,13 @@ def test_an_allocation_that_was_cut_off_is_finished(tmp_path: Path) -> None:
         (store / "e" / "m.g.1" / name).rmdir()
     assert list_runs(store) == []
     group = attach(store, make_block())
-    group.write_cell("angelou/haiku", values_of(2), seconds=1.0)
+    group.write_unit(CELLS["angelou/haiku"], values_of(2), seconds=1.0)
     assert open_results(store, "e").completed.values.tolist() == [[False, False, True]]
 
 
 def test_a_cell_that_is_not_completed_reads_as_missing(tmp_path: Path) -> None:
     group = attach(tmp_path / "s.zarr", make_block())
-    group.write_cell("chef/haiku", values_of(0), seconds=1.0)
+    group.write_unit(CELLS["chef/haiku"], values_of(0), seconds=1.0)
     raw = zarr.open_group(tmp_path / "s.zarr", path="e/m.g.1", mode="r+")
     raw["kl"][0, 1] = 5.0  # type: ignore[index]
     raw["n_eval"][0, 1] = 5  # type: ignore[index]
@@ -135,7 +154,7 @@ def test_a_cell_that_is_not_completed_reads_as_missing(tmp_path: Path) -> None:
 
 def test_models_are_joined_and_missing_layers_are_nan(tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
-    attach(store, make_block()).write_cell("chef/haiku", values_of(0), seconds=1.0)
+    attach(store, make_block()).write_unit(CELLS["chef/haiku"], values_of(0), seconds=1.0)
     parameters = {"layers": [2], "positions": ["p_last", "g1"]}
     other = make_block(
         run="n.g.2",
@@ -144,7 +163,7 @@ def test_models_are_joined_and_missing_layers_are_nan(tmp_path: Path) -> None:
         layers=[2],
         attrs={"model": "n", "parameters": parameters, "created": "2026-01-02T00:00:00+00:00"},
     )
-    attach(store, other).write_cell("angelou/haiku", values_of(2, n_layers=1), seconds=1.0)
+    attach(store, other).write_unit(CELLS["angelou/haiku"], values_of(2, n_layers=1), seconds=1.0)
 
     ds = open_results(store, "e")
 

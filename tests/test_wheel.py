@@ -57,3 +57,19 @@ def test_it_lists_models_and_runs_every_experiment(installed: Path, tmp_path: Pa
         request = ["run", name, "--model", GOLDEN, "--grid", "short", "--cells", "yoda/haiku"]
         printed = _call(installed, *request, "--store", "s.zarr", cwd=tmp_path)
         assert "Stored in s.zarr" in printed
+
+
+def test_it_brings_the_published_numbers(installed: Path, tmp_path: Path) -> None:
+    store = ROOT / "stores" / "published"
+    request = ["compare", store, "behavioral_markers", "-o", tmp_path / "out"]
+    assert "16 (66.7%)" in _call(installed, *request, cwd=tmp_path)
+    where = "from persona_nns.published import published_store; print(published_store())"
+    place = _call(installed.with_name("python"), "-c", where, cwd=tmp_path)
+    assert place.startswith(str(installed.parents[1]))
+
+
+def test_an_experiment_runs_on_a_server_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    request = ["run", "localized_positions", "--model", GOLDEN, "--grid", "short"]
+    rest = ["--cells", "yoda/haiku", "--layers", "2", "--backend", "simulate"]
+    printed = _call(installed, *request, *rest, "--store", "s.zarr", cwd=tmp_path)
+    assert "Stored in s.zarr" in printed

@@ -3,15 +3,16 @@
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from store_writer import values_are_right, write_all
+from store_writer import plan_of, values_are_right, write_all
 
 import persona_nns as pn
+from persona_nns.grids import load_grid
 from persona_nns.store import list_runs, open_results
 from persona_nns.workers import run_on_workers
 
@@ -106,7 +107,8 @@ def test_two_workers_finish_the_long_grid_and_one_is_killed(
     settings = {"grid": "long", "cells": None, "store": store, "batch_size": 2}
     sites: dict[str, Any] = {"layers": "2,4", "positions": "p_last"}
     experiment = load_experiment("localized_positions")
-    run = workers.launch(experiment, model, {**settings, **sites}, 2, None)
+    plan = replace(plan_of(0), units=load_grid("long").cells)
+    run = workers.launch(experiment, model, {**settings, **sites}, plan, 2, None)
     assert len(killed) == 1
     shared = open_results(store, "localized_positions", run=run)
     assert bool(shared.completed.all())

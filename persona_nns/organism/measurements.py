@@ -8,9 +8,9 @@ from statistics import fmean, median
 import torch
 
 from persona_nns.grids import Cell, Grid, load_grid
+from persona_nns.markers import find_markers
 from persona_nns.organism import multiple_choice
 from persona_nns.organism.coherence import coherence_score
-from persona_nns.organism.markers import find_markers
 from persona_nns.organism.probe import (
     Subject,
     additive_kl,

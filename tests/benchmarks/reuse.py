@@ -2,10 +2,11 @@
 
     python tests/benchmarks/reuse.py small       the bundled model, long grid, all layers
     python tests/benchmarks/reuse.py large       24 layers, 896 wide (random), short grid, 5 layers
+    python tests/benchmarks/reuse.py long        the same on long prompts
     python tests/benchmarks/reuse.py growth      time against cells, layers, positions and length
     python tests/benchmarks/reuse.py memory      memory over 200 batches
 
-Ratios of medians; every schedule of a comparison runs in the same process, in turns.
+Medians of ratios; every schedule of a comparison runs in the same process, in turns.
 """
 
 import resource
@@ -42,49 +43,64 @@ measure = load_experiment("localized_positions").measure
 def small() -> None:
     """The bundled model on the long grid at all layers."""
     model = load_model("organism-qwen2")
-    compare(model, list(load_grid("long").cells), parse_layers("all", len(model.layers)), pairs=3)
+    cells = list(load_grid("long").cells)
+    compare(model, cells, parse_layers("all", len(model.layers)), sample=12)
 
 
 def large() -> None:
-    """A random model of 24 layers on the short grid (and the long) at five layers."""
+    """A random model of 24 layers on the short grid at five layers."""
     model = random_model()
-    layers = parse_layers(DEPTHS, 24)
-    compare(model, list(load_grid("short").cells), layers, pairs=3, slow=1)
-    # Long prompts: one persona on all six tasks.
-    cells = [cell for cell in load_grid("long").cells if cell.persona in {"engineer", "chef"}]
-    compare(model, cells, layers, pairs=3, slow=1)
+    compare(model, list(load_grid("short").cells), parse_layers(DEPTHS, 24), sample=4)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     weights = sum(p.numel() * p.element_size() for p in model._module.parameters()) / 2**30
     console.print(f"peak memory of the process {peak:.2f} GiB, weights {weights:.2f} GiB")
 
 
+def long() -> None:
+    """The same model on long prompts: two personas of the long grid on all six tasks."""
+    cells = [cell for cell in load_grid("long").cells if cell.persona in {"engineer", "chef"}]
+    compare(random_model(), cells, parse_layers(DEPTHS, 24), sample=2)
+
+
 def compare(
-    model: TransformersModel, cells: list[Cell], layers: list[int], pairs: int, slow: int = 1
+    model: TransformersModel, cells: list[Cell], layers: list[int], sample: int, pairs: int = 3
 ) -> None:
-    """Reuse against the paper's schedule, against batches without reuse, and the floor."""
+    """Reuse against the paper's schedule, against batches without reuse, and the floor.
+
+    The paper's schedule takes its cells one by one, so each turn times it on another sample of
+    them and multiplies.
+    """
     sites: dict[str, Any] = {"layers": layers, "positions": POSITIONS}
     plain = model._module
     measure(model, cells[:2], **sites)
-    reused, batched, paper = [], [], []
+    times: dict[str, list[float]] = {"reuse": [], "batched": [], "paper": [], "floor": []}
+    work = least_multiply_adds(model, cells, layers)
     for turn in range(pairs):
-        reused.append(timed(lambda: measure(model, cells, **sites)))
-        if turn < slow:
-            batched.append(timed(lambda: measure(model, cells, **sites, reuse=False)))
-            paper.append(
-                timed(lambda: paper_schedule(plain, model.tokenizer, cells, layers, POSITIONS))
-            )
-    ours = measure(model, cells, **sites)["kl"][:, : len(layers)]
+        some = cells[turn * sample : (turn + 1) * sample]
+        times["reuse"].append(timed(lambda: measure(model, cells, **sites)))
+        times["floor"].append(work / matmul_rate(model.config.hidden_size))
+        times["batched"].append(timed(lambda: measure(model, cells, **sites, reuse=False)))
+        seconds = timed(
+            lambda some=some: paper_schedule(plain, model.tokenizer, some, layers, POSITIONS)
+        )
+        times["paper"].append(seconds * len(cells) / sample)
+    ours = measure(model, cells, **sites)["kl"]
     theirs = paper_schedule(plain, model.tokenizer, cells[:1], layers, POSITIONS)
-    median = statistics.median(reused)
-    floor = least_multiply_adds(model, cells, layers) / matmul_rate(model.config.hidden_size)
+    longest = max(len(render_cell(model.tokenizer, cell)["XY"]) for cell in cells)
     console.print(
         f"{model.config.num_hidden_layers} layers, {len(cells)} cells, {len(layers)} layers asked, "
-        f"{len(POSITIONS)} positions: reuse {median:.2f} s of {[round(t, 2) for t in reused]}; "
-        f"paper's schedule {paper[0]:.1f} s = {paper[0] / median:.1f} x; "
-        f"batches without reuse {batched[0]:.1f} s = {batched[0] / median:.1f} x; "
-        f"floor {floor:.2f} s, reuse is {median / floor:.2f} x; "
-        f"largest difference of the first cell's KL {float((ours[0] - theirs[0]).abs().max()):.1e}"
+        f"{len(POSITIONS)} positions, prompts of up to {longest} tokens; medians of {pairs} turns"
     )
+    median = {name: statistics.median(of) for name, of in times.items()}
+    for name, of in times.items():
+        pairwise = statistics.median(
+            other / own for other, own in zip(of, times["reuse"], strict=True)
+        )
+        shown = ", ".join(f"{seconds:.2f}" for seconds in of)
+        console.print(f"  {name:8} {median[name]:8.2f} s  {pairwise:7.2f} x reuse  ({shown})")
+    difference = float((ours[0] - theirs[0]).abs().max())
+    console.print(f"  reuse is {median['reuse'] / median['floor']:.2f} x the floor")
+    console.print(f"  largest difference from the paper's schedule in a KL {difference:.1e}")
 
 
 def growth() -> None:
@@ -172,8 +188,9 @@ def least_multiply_adds(
     kv = config.num_key_value_heads * d // config.num_attention_heads
     block = 2 * d * d + 2 * d * kv + 3 * d * config.intermediate_size
     prompts = [render_cell(model.tokenizer, cell) for cell in cells]
-    distinct = {prompt[name].ids for prompt in prompts for name in ROLE_PROMPTS}
-    clean = (sum(map(len, distinct)) + len(cells) * (N_SAID - 1 + 3 * 2)) * n * block
+    rows = {prompt[name].ids for prompt in prompts for name in ROLE_PROMPTS}
+    beginnings = {row[:stop] for row in rows for stop in range(1, len(row) + 1)}
+    clean = (len(beginnings) + len(cells) * (N_SAID - 1 + 3 * 2)) * n * block
     moved = len(cells) * len(POSITIONS) * sum(10 * (n - layer) for layer in layers) * block
     scored = len(cells) * (N_SAID + 10 * len(POSITIONS) * len(layers)) * d * config.vocab_size
     return clean + moved + scored
@@ -187,7 +204,7 @@ def matmul_rate(width: int) -> float:
 
 
 if __name__ == "__main__":
-    wanted = {"small": small, "large": large, "growth": growth, "memory": memory}
+    wanted = {"small": small, "large": large, "long": long, "growth": growth, "memory": memory}
     if len(sys.argv) != 2 or sys.argv[1] not in wanted:
         sys.exit(f"usage: reuse.py {'|'.join(wanted)}")
     wanted[sys.argv[1]]()

@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 OFFLINE = ("role_prompts", "multiple_choice", "traits", "trait_prompts", "trait_questions")
-OFFLINE += ("coherence", "corpus", "markers", "wordings")
+OFFLINE += ("coherence", "corpus", "wordings")
 
 
 def test_the_grammar_needs_no_torch():

@@ -4,7 +4,7 @@ from random import Random
 import pytest
 
 from persona_nns.grids import BASELINE, load_grid
-from persona_nns.organism.markers import find_markers
+from persona_nns.markers import find_markers
 from persona_nns.organism.role_prompts import (
     BARE,
     BORROWING,

@@ -1,0 +1,573 @@
+"""Where does a persona reach the answer? De-noising patching of MLPs, attention and heads.
+
+Multiple-choice questions are asked as personas that differ in the identity alone ("a bad
+student", "a red student"). In the run of one persona, the corrupt one, the output of a component
+is replaced by what it is in the run of another, the clean one, on the same question; all that
+follows is computed anew. How much of the way from the corrupt to the clean answer does that go?
+And which heads look at the identity, before and after?
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from nnsight import TransformersModel, save
+from pydantic import Field
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from persona_nns.patching_plots import (
+    accuracy_by_persona,
+    attention_before_and_after,
+    head_ranking,
+    recovery_by_head,
+    recovery_by_pair,
+)
+from persona_nns.questions import BUNDLED, LETTERS, load_questions, name_questions
+from persona_nns.sites import take
+from persona_nns.students import (
+    PERSONA,
+    Asked,
+    Pair,
+    align,
+    ask,
+    check_persona,
+    load_identities,
+    shared_prefix,
+)
+from persona_nns.units import Plan, content_digest
+from persona_nns.variables import Variable
+from persona_nns.window import Window, open_ragged_window, prefill
+
+protocol_version = 1
+
+COMPONENTS = ("mlp", "attn")
+POSITION_SETS = ("all", "identity")
+# Tokens of a pass: a processor is fastest while they stay in its cache, an accelerator when busy.
+_PASS_TOKENS = {"cpu": 1536}
+_PASS_TOKENS_ELSEWHERE = 16384
+# Bytes of the unpatched runs' activations that are held at a time.
+_HELD_BYTES = 2**30
+_RESAMPLES = 9999
+
+_PAIR = "clean_persona corrupt_persona question"
+_LETTER = {"letter": LETTERS}
+_SET = {"position_set": POSITION_SETS}
+_PATCH = {"component": COMPONENTS, **_SET}
+_HEAD = {"head": lambda record, _: range(record.n_heads)}
+_ATTENTION = {
+    "attention_layer": lambda record, _: range(record.n_layers),
+    "attention_head": lambda record, _: range(record.n_heads),
+}
+
+variables = {
+    "recovery": Variable(
+        f"{_PAIR} component layer position_set",
+        "recovery",
+        description="(LD_patched − LD_corrupt) / (LD_clean − LD_corrupt) with the clean output of "
+        "one component of a block in the corrupt run; NaN on the diagonal and where the two runs "
+        "differ by less than the threshold.",
+        coords=_PATCH,
+    ),
+    "head_recovery": Variable(
+        f"{_PAIR} layer head position_set",
+        "recovery",
+        description="As recovery, with the clean output of one attention head: its slice of the "
+        "input of the output projection.",
+        coords={**_HEAD, **_SET},
+    ),
+    "accuracy": Variable(
+        "persona",
+        "accuracy",
+        description="Share of the questions whose right letter has the highest logit of the four.",
+    ),
+    "accuracy_interval": Variable(
+        "persona bound",
+        "accuracy, 95 % interval",
+        description="Percentile bootstrap over questions.",
+        coords={"bound": ("low", "high")},
+    ),
+    "ld": Variable(
+        "persona question",
+        "logit difference",
+        units="logit",
+        description="Logit of the right letter minus the mean of the three others.",
+    ),
+    "logits": Variable(
+        "persona question letter",
+        "logit",
+        units="logit",
+        description="Logit of each letter at the last prompt token, unpatched.",
+        coords=_LETTER,
+    ),
+    "logits_patched": Variable(
+        f"{_PAIR} component layer position_set letter",
+        "logit, patched",
+        units="logit",
+        description="Logit of each letter with one component of a block patched.",
+        coords={**_PATCH, **_LETTER},
+    ),
+    "head_logits_patched": Variable(
+        f"{_PAIR} layer head position_set letter",
+        "logit, patched",
+        units="logit",
+        description="Logit of each letter with one head patched.",
+        coords={**_HEAD, **_SET, **_LETTER},
+    ),
+    "attention": Variable(
+        "persona question layer head",
+        "attention to the identity",
+        description="Attention of the last prompt token, summed over the identity's tokens.",
+        coords=_HEAD,
+    ),
+    "attention_value": Variable(
+        "persona question layer head",
+        "value-weighted attention to the identity",
+        description="Norm of what the head writes of the identity's tokens at the last prompt "
+        "token: Σ attention × value through the head's share of the output projection.",
+        coords=_HEAD,
+    ),
+    "attention_control": Variable(
+        "persona question layer head",
+        "attention to the control word",
+        description="As attention, with the control word in the identity's slot; the same for "
+        "every persona.",
+        coords=_HEAD,
+    ),
+    "attention_patched": Variable(
+        f"{_PAIR} component layer position_set attention_layer attention_head",
+        "attention to the identity, patched",
+        description="As attention, over the corrupt prompt's identity tokens, with one component "
+        "of a block patched.",
+        coords={**_PATCH, **_ATTENTION},
+    ),
+    "identity_tokens": Variable(
+        "persona",
+        "tokens of the identity",
+        units="token",
+        description="Tokens whose first non-space character lies in the identity (of the first "
+        "question's prompt).",
+        kind="int",
+    ),
+}
+
+figures = {
+    "recovery_all": lambda ds: recovery_by_pair(ds, "all"),
+    "recovery_identity": lambda ds: recovery_by_pair(ds, "identity"),
+    "heads_all": lambda ds: recovery_by_head(ds, "all"),
+    "heads_identity": lambda ds: recovery_by_head(ds, "identity"),
+    "accuracy": accuracy_by_persona,
+    "head_ranking": head_ranking,
+    "attention": attention_before_and_after,
+}
+
+
+def plan(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    questions: str = BUNDLED,
+    n_questions: Annotated[int, Field(ge=1)] | None = None,
+    identities: str | None = None,
+    persona: str = PERSONA,
+    control: str = "average",
+) -> Plan:
+    """Ask every question as every persona, and pair the personas.
+
+    Args:
+        tokenizer: the model's.
+        questions: bundled, mmlu, mmlu:subject, or a .jsonl, .csv or .parquet file.
+        n_questions: only the first so many questions.
+        identities: a file with one identity a line; by default competence words and colours.
+        persona: the persona, with {identity} where the identity goes.
+        control: the word that heads' attention to an identity is compared with.
+    """
+    check_persona(persona)
+    names = load_identities(identities)
+    chosen = load_questions(questions)[:n_questions]
+    asked = {
+        name: tuple(ask(tokenizer, persona, name, question) for question in chosen)
+        for name in dict.fromkeys((*names, control))
+    }
+    content = {
+        "persona": persona,
+        "identities": list(names),
+        "control": control,
+        "questions": [[q.question, list(q.choices), q.answer] for q in chosen],
+    }
+    return Plan(
+        name=name_questions(questions),
+        units=[
+            Pair(clean, corrupt, asked[clean], asked[corrupt], asked[control])
+            for clean in names
+            for corrupt in names
+        ],
+        axes={
+            "clean_persona": names,
+            "corrupt_persona": names,
+            "persona": names,
+            "question": range(len(chosen)),
+        },
+        unit_axes=("clean_persona", "corrupt_persona"),
+        content=content,
+        token_ids={
+            name: {str(k): list(row.ids) for k, row in enumerate(rows)}
+            for name, rows in asked.items()
+        },
+        digest=content_digest(content),
+        coords={
+            "subject": ("question", [q.subject for q in chosen]),
+            "answer": ("question", [q.answer for q in chosen]),
+        },
+        attrs={"inputs": {"questions": questions, "identities": identities, **content}},
+        batch_size=1,
+    )
+
+
+def measure(
+    model: TransformersModel,
+    pairs: list[Pair],
+    *,
+    layers: list[int],
+    threshold: Annotated[float, Field(ge=0)] = 0.05,
+    reuse: bool = True,
+) -> dict[str, Tensor]:
+    """Measure pairs of personas.
+
+    Args:
+        model: from `load_model`.
+        pairs: the pairs; the leading axis of every result.
+        layers: the blocks whose components are patched and whose attention is read.
+        threshold: recovery is NaN where the two runs' logit differences are closer than this.
+        reuse: run the shared prefix once and resume at the block of the patch.
+    """
+    measured = [_measure_pair(model, pair, layers, threshold, reuse=reuse) for pair in pairs]
+    return {name: torch.stack([result[name] for result in measured]) for name in variables}
+
+
+def _measure_pair(
+    model: TransformersModel, pair: Pair, layers: list[int], threshold: float, *, reuse: bool
+) -> dict[str, Tensor]:
+    """What one pair gives; the leading axis is the question where there is one."""
+    parts: dict[str, list[Tensor]] = {}
+    order: list[int] = []
+    for chunk in _chunks(model, pair):
+        order += chunk
+        for name, values in _patch_pair(model, pair, chunk, layers, reuse=reuse).items():
+            parts.setdefault(name, []).append(values)
+    in_order = torch.tensor(order).argsort()
+    results = {name: torch.cat(values).cpu()[in_order] for name, values in parts.items()}
+
+    answer = torch.tensor([asked.answer for asked in pair.asked_clean])
+    ld = logit_difference(results["logits"], answer)
+    corrupt = logit_difference(results.pop("logits_corrupt"), answer)
+    gap = ld - corrupt
+    defined = (gap.abs() >= threshold) & (not pair.is_diagonal)
+    for name, logits in (("recovery", "logits_patched"), ("head_recovery", "head_logits_patched")):
+        moved = (logit_difference(results[logits], answer) - _beside(corrupt, results[logits])) / (
+            _beside(gap, results[logits])
+        )
+        results[name] = torch.where(_beside(defined, results[logits]), moved, torch.nan)
+    correct = (results["logits"].argmax(-1) == answer).float()
+    results["ld"] = ld
+    results["accuracy"] = correct.mean()
+    results["accuracy_interval"] = _bootstrap(correct)
+    results["identity_tokens"] = torch.tensor(len(pair.asked_clean[0].identity))
+    return results
+
+
+def logit_difference(logits: Tensor, answer: Tensor) -> Tensor:
+    """Logit of the right letter minus the mean of the others.
+
+    Args:
+        logits: [question, …, letter].
+        answer: [question], the right letter.
+
+    Returns:
+        [question, …].
+    """
+    right = torch.nn.functional.one_hot(answer, logits.shape[-1]).bool()
+    right = right.view(len(answer), *[1] * (logits.dim() - 2), -1)
+    others = torch.where(right, 0.0, logits).sum(-1) / (logits.shape[-1] - 1)
+    return torch.where(right, logits, 0.0).sum(-1) - others
+
+
+def _beside(values: Tensor, logits: Tensor) -> Tensor:
+    """One number a question, to be combined with an array of [question, …, letter]."""
+    return values.view(-1, *[1] * (logits.dim() - 2))
+
+
+def _bootstrap(correct: Tensor) -> Tensor:
+    """95 % percentile-bootstrap interval of a mean over questions, [low, high]."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(correct), (_RESAMPLES, len(correct)), generator=generator)
+    return correct[drawn].mean(1).quantile(torch.tensor([0.025, 0.975]))
+
+
+def _chunks(model: TransformersModel, pair: Pair) -> Iterator[list[int]]:
+    """Questions of similar length, as many as the activations of their runs may take."""
+    lengths = [
+        max(len(asked[k].ids) for asked in (pair.asked_clean, pair.asked_corrupt))
+        for k in range(len(pair.asked_clean))
+    ]
+    config = model.config.get_text_config()
+    per_token = 4 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    chunk: list[int] = []
+    for question in sorted(range(len(lengths)), key=lambda k: lengths[k]):
+        if chunk and 3 * (len(chunk) + 1) * lengths[question] * per_token > _HELD_BYTES:
+            yield chunk
+            chunk = []
+        chunk.append(question)
+    yield chunk
+
+
+@dataclass(frozen=True)
+class Unpatched:
+    """The runs of every row of a chunk, and what patches take from them.
+
+    Attributes:
+        window: the columns from the first identity on.
+        last: [row, 1], the column of the last prompt token.
+        identity: [row, column], whether the token belongs to the identity.
+        letters: [row, letter], token ids.
+        mlp: of each block, [row, column, d_model], the MLP's output.
+        attn: of each block, [row, column, d_model], the output projection's output.
+        heads: of each block, [row, column, head × d_head], the output projection's input.
+        logits: [row, letter], at the last prompt token.
+        attention: [row, layer, head], from the last prompt token to the identity.
+        attention_value: [row, layer, head], norm of what is written of it.
+    """
+
+    window: Window
+    last: Tensor
+    identity: Tensor
+    letters: Tensor
+    mlp: list[Tensor]
+    attn: list[Tensor]
+    heads: list[Tensor]
+    logits: Tensor
+    attention: Tensor
+    attention_value: Tensor
+
+
+def _patch_pair(
+    model: TransformersModel, pair: Pair, chunk: list[int], layers: list[int], *, reuse: bool
+) -> dict[str, Tensor]:
+    """Everything that is run for some questions of a pair."""
+    clean = [pair.asked_clean[k] for k in chunk]
+    corrupt = [pair.asked_corrupt[k] for k in chunk]
+    control = [pair.asked_control[k] for k in chunk] if pair.is_diagonal else []
+    run = _run_unpatched(model, [*clean, *corrupt, *control], reuse=reuse)
+    n = len(chunk)
+    source, patched = _partners(run, clean, corrupt)
+    logits, attention = _patch_components(model, run, source, patched, layers)
+    return {
+        "logits": run.logits[:n],
+        "logits_corrupt": run.logits[n : 2 * n],
+        "logits_patched": logits,
+        "head_logits_patched": _patch_heads(model, run, source, patched, layers),
+        "attention": run.attention[:n, layers],
+        "attention_value": run.attention_value[:n, layers],
+        # Only a pair on the diagonal writes this one.
+        "attention_control": run.attention[2 * n :, layers]
+        if control
+        else torch.full_like(run.attention[:n, layers], torch.nan),
+        "attention_patched": attention,
+    }
+
+
+def _partners(
+    run: Unpatched, clean: Sequence[Asked], corrupt: Sequence[Asked]
+) -> tuple[Tensor, Tensor]:
+    """Where each token of the corrupt prompts takes its value from, and which tokens do.
+
+    Returns:
+        [question, column], columns of the clean row; [position set, question, column], whether
+        the token is patched.
+    """
+    start, width = run.window.start, run.window.input_ids.shape[1]
+    aligned = [align(a, b)[start:] for a, b in zip(clean, corrupt, strict=True)]
+    token = torch.tensor([[*row, *[-1] * (width - len(row))] for row in aligned])
+    column = token.to(run.last.device) - start
+    n = len(clean)
+    patched = torch.stack([column >= 0, (column >= 0) & run.identity[n : 2 * n]])
+    return column.clamp(min=0), patched
+
+
+def _patch_components(
+    model: TransformersModel, run: Unpatched, source: Tensor, patched: Tensor, layers: list[int]
+) -> tuple[Tensor, Tensor]:
+    """One component of one block at a time, in both position sets and all questions at once.
+
+    Returns:
+        Logits, [question, component, layer, position set, letter], and attention to the
+        identity, [question, component, layer, position set, attention layer, head].
+    """
+    n = len(source)
+    shape = (n, len(COMPONENTS), len(layers), len(POSITION_SETS))
+    logits = run.logits.new_empty(*shape, len(LETTERS))
+    # Up to the patched block itself, attention is what it was.
+    attention = run.attention[n : 2 * n, None, None, None].repeat(1, *shape[1:], 1, 1)
+    rows = [(q, s) for q in range(n) for s in range(len(POSITION_SETS))]
+    for k, layer in enumerate(layers):
+        for c, outputs in enumerate((run.mlp[layer], run.attn[layer])):
+            for q, s in _passes(rows, run):
+                last, identity, letters = run.last[n + q], run.identity[n + q], run.letters[n + q]
+                width = int(last.max()) + 1
+                window = run.window.rows(n + q, layer, width)
+                where = patched[s, q, :width, None]
+                value = take(outputs[q], source[q, :width])
+                with model.trace(window.inputs()):
+                    window.resume(model, layer)
+                    block = model.layers[layer]
+                    site = block.mlp if COMPONENTS[c] == "mlp" else block.attn.o_proj
+                    site.output = torch.where(where, value, site.output)
+                    looks = [
+                        _weights(block.attn.output[1], last, identity[:, :width]).float().sum(-1)
+                        for block in model.layers[layer + 1 :]
+                    ]
+                    model.lm_head.input = take(model.lm_head.input, last)
+                    said = save(model.output.logits[:, -1].gather(1, letters).float())
+                    looked = save(looks)
+                logits[q, c, k, s] = said
+                if looked:
+                    attention[q, c, k, s, layer + 1 :] = torch.stack(looked, dim=1)
+    return logits, attention
+
+
+def _patch_heads(
+    model: TransformersModel, run: Unpatched, source: Tensor, patched: Tensor, layers: list[int]
+) -> Tensor:
+    """One head of one block at a time, all heads of the block at once.
+
+    Returns:
+        Logits, [question, layer, head, position set, letter].
+    """
+    n, n_heads = len(source), run.attention.shape[-1]
+    logits = run.logits.new_empty(n, len(layers), n_heads, len(POSITION_SETS), len(LETTERS))
+    rows = [(q, s, h) for q in range(n) for s in range(len(POSITION_SETS)) for h in range(n_heads)]
+    for k, layer in enumerate(layers):
+        outputs = run.heads[layer]
+        features = torch.arange(outputs.shape[-1], device=outputs.device)
+        head_of = features // (outputs.shape[-1] // n_heads)
+        for q, s, h in _passes(rows, run):
+            last, letters = run.last[n + q], run.letters[n + q]
+            width = int(last.max()) + 1
+            window = run.window.rows(n + q, layer, width)
+            where = patched[s, q, :width, None] & (head_of == h[:, None])[:, None]
+            value = take(outputs[q], source[q, :width])
+            with model.trace(window.inputs()):
+                window.resume(model, layer)
+                projection = model.layers[layer].attn.o_proj
+                projection.input = torch.where(where, value, projection.input)
+                if window.clean is not None:
+                    _finish_last_token(model, last, attention_too=layer < len(model.layers) - 1)
+                model.lm_head.input = take(model.lm_head.input, last)
+                said = save(model.output.logits[:, -1].gather(1, letters).float())
+            logits[q, k, h, s] = said
+    return logits
+
+
+def _finish_last_token(model: TransformersModel, last: Tensor, *, attention_too: bool) -> None:
+    """Inside a trace: let the last block work on the last prompt token alone.
+
+    Nothing reads what it makes of the others beyond their keys and values. Its outputs, one
+    column wide, are added to every column of the residual, of which the last token's is right.
+    """
+    block = model.layers[-1]
+    if attention_too:
+        block.attn.o_proj.input = take(block.attn.o_proj.input, last)
+    block.mlp.input = take(block.mlp.input, last)
+
+
+def _run_unpatched(model: TransformersModel, rows: Sequence[Asked], *, reuse: bool) -> Unpatched:
+    """Run rows as they are, and keep what their components put out."""
+    n_shared = shared_prefix(rows)
+    prefix = prefill(model, [row.ids[:n_shared] for row in rows], reuse=reuse)
+    window = open_ragged_window([row.ids for row in rows], prefix, device=model.device)
+    last = torch.tensor([[len(row.ids) - 1 - window.start] for row in rows], device=model.device)
+    letters = torch.tensor([row.letters for row in rows], device=model.device)
+    column = torch.arange(window.input_ids.shape[1], device=model.device) + window.start
+    first, stop = torch.tensor(
+        [[row.identity.start, row.identity.stop] for row in rows], device=model.device
+    ).T[:, :, None]
+    identity = (column >= first) & (column < stop)
+
+    entering, heads, attn, looks, mlp = [], [], [], [], []
+    cache = prefix.cache() if prefix is not None else DynamicCache()
+    with model.trace({**window.inputs(), "past_key_values": cache, "use_cache": True}):
+        for block in model.layers:
+            entering.append(block.input)
+            heads.append(block.attn.o_proj.input)
+            attn.append(block.attn.o_proj.output)
+            looks.append(_weights(block.attn.output[1], last, identity))
+            mlp.append(block.mlp.output)
+        model.lm_head.input = take(model.lm_head.input, last)
+        logits = save(model.output.logits[:, -1].gather(1, letters).float())
+        kept: Any = model.output.past_key_values
+        written = []
+        for layer, block in enumerate(model.layers):
+            separate = _apart(looks[layer], kept.layers[layer].values[:, :, window.start :])
+            nothing = block.attn.o_proj(torch.zeros_like(separate[:1, :1]))
+            written.append((block.attn.o_proj(separate) - nothing).float().norm(dim=-1))
+        save((entering, heads, attn, mlp))
+        looked = save(torch.stack([look.float().sum(-1) for look in looks], dim=1))
+        sizes = save(torch.stack(written, dim=1))
+    return Unpatched(
+        window=Window(
+            window.input_ids,
+            window.attention_mask,
+            window.position_ids,
+            window.start,
+            window.padding,
+            prefix,
+            torch.stack(entering) if reuse else None,
+        ),
+        last=last,
+        identity=identity,
+        letters=letters,
+        mlp=mlp,
+        attn=attn,
+        heads=heads,
+        logits=logits,
+        attention=looked,
+        attention_value=sizes,
+    )
+
+
+def _weights(probabilities: Tensor, last: Tensor, identity: Tensor) -> Tensor:
+    """Attention of the last prompt token to the columns of the identity, [row, head, column].
+
+    Args:
+        probabilities: [row, head, column of the window, column].
+        last: [row, 1], column of the window.
+        identity: [row, column of the window].
+    """
+    n_window = identity.shape[1]
+    query = last[:, :, None, None].expand(-1, probabilities.shape[1], 1, n_window)
+    return probabilities[..., -n_window:].gather(2, query)[:, :, 0] * identity[:, None]
+
+
+def _apart(weights: Tensor, values: Tensor) -> Tensor:
+    """Each head's weighted values as inputs of the output projection that are zero elsewhere.
+
+    Args:
+        weights: [row, head, column].
+        values: [row, kv_head, column, d_head]; a group of heads shares one.
+
+    Returns:
+        [row, head, head × d_head].
+    """
+    n_heads = weights.shape[1]
+    values = values.repeat_interleave(n_heads // values.shape[1], dim=1)
+    mixed = (weights[..., None] * values).sum(2)
+    own = torch.eye(n_heads, device=mixed.device, dtype=mixed.dtype)
+    return (own[:, :, None] * mixed[:, :, None]).flatten(2)
+
+
+def _passes(rows: Sequence[tuple[int, ...]], run: Unpatched) -> Iterator[Tensor]:
+    """Cut patches into passes of a bounded number of tokens; each as its columns, [field, row]."""
+    tokens = _PASS_TOKENS.get(run.last.device.type, _PASS_TOKENS_ELSEWHERE)
+    size = max(1, tokens // run.window.input_ids.shape[1])
+    for first in range(0, len(rows), size):
+        yield torch.tensor(rows[first : first + size], device=run.last.device).T

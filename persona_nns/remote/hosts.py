@@ -1,0 +1,61 @@
+"""Where models run: here, in a simulated server, or on an NDIF server."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+from persona_nns.errors import UsageError
+
+BACKENDS = "local, simulate, ndif, or the URL of a server such as https://ndif.example.org"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A server that runs jobs.
+
+    Attributes:
+        url: its address, without a slash at the end.
+        sends_key: requests carry the API key.
+    """
+
+    url: str
+    sends_key: bool = True
+
+    def headers(self) -> dict[str, str]:
+        """What identifies the user; read anew each time, and kept nowhere."""
+        key = _api_key() if self.sends_key else None
+        return {"ndif-api-key": key} if key else {}
+
+
+def read_backend(backend: str) -> Host | Literal["local", "simulate"]:
+    """What ``--backend`` names.
+
+    Raises:
+        UsageError: no such backend.
+    """
+    if backend == "local":
+        return "local"
+    if backend == "simulate":
+        return "simulate"
+    url = _ndif_url() if backend == "ndif" else backend
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(f"Unknown backend {backend!r}; use {BACKENDS}.")
+    if parts.username or parts.password:
+        raise UsageError(
+            "The URL of a server cannot hold a name or password; put the key into NDIF_API_KEY."
+        )
+    return Host(url.rstrip("/"))
+
+
+def _ndif_url() -> str:
+    from nnsight import CONFIG
+
+    return os.environ.get("NDIF_HOST") or CONFIG.API.HOST
+
+
+def _api_key() -> str | None:
+    from nnsight import CONFIG
+
+    return os.environ.get("NDIF_API_KEY") or CONFIG.API.APIKEY

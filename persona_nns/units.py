@@ -1,0 +1,98 @@
+"""What a run is made of: units that are measured, written and resumed one at a time.
+
+A unit is a cell of a grid, unless an experiment's file says otherwise in a function `plan`: a
+pair of personas, say, or a trait. Each has a place in the result: of some dimensions, the label
+at which it writes. Nothing here knows about models or about Zarr.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+Label = str | int | float
+
+
+class Unit(Protocol):
+    """What `measure` is given a list of; its fields beside these are the experiment's own.
+
+    All that `measure` needs of the inputs travels in the units: texts, and token ids.
+    """
+
+    @property
+    def label(self) -> str:
+        """What it is called in messages; no two units of a plan share it."""
+        ...
+
+    @property
+    def place(self) -> Mapping[str, str]:
+        """Dimension → label at which it writes.
+
+        A unit writes the variables all of whose unit dimensions are here.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that an experiment is to measure on a model.
+
+    Attributes:
+        name: what the inputs are called; `open_results(grid=…)` chooses by it.
+        units: in the order in which they are measured.
+        axes: labels of the dimensions that the inputs determine, those of the units first.
+        unit_axes: the dimensions that every unit has a place on: those of ``completed``.
+        content: the inputs themselves as JSON-able values (contents, not paths), the same for
+            every model. With the token ids, they are the inputs' share of a run's identity.
+        token_ids: all that was rendered, by any two names.
+        digest: hash of the content: runs of several models are joined if they agree in it.
+        coords: what else is known of a dimension's labels: name → (dimension, values).
+        attrs: what the run's group says of the inputs, as JSON-able values.
+        batch_size: units at a time where none is asked for; None is as many as memory allows,
+            taking a unit for the size of a grid's cell.
+    """
+
+    name: str
+    units: Sequence[Unit]
+    axes: Mapping[str, Sequence[Label]]
+    unit_axes: tuple[str, ...]
+    content: Mapping[str, Any]
+    token_ids: Mapping[str, Mapping[str, Sequence[int]]]
+    digest: str
+    coords: Mapping[str, tuple[str, Sequence[Label]]] = field(
+        default_factory=dict[str, tuple[str, Sequence[Label]]]
+    )
+    attrs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    batch_size: int | None = None
+
+    @property
+    def noun(self) -> str:
+        """What one of its units is called in messages."""
+        return noun_of(self.unit_axes)
+
+    @cached_property
+    def placed_axes(self) -> frozenset[str]:
+        """The dimensions that some unit has a place on."""
+        return frozenset(axis for unit in self.units for axis in unit.place)
+
+    def names_written(self, unit: Unit, axes: Mapping[str, Sequence[str]]) -> list[str]:
+        """The variables that a unit writes.
+
+        Args:
+            unit: one of the plan's.
+            axes: the dimensions of each variable.
+        """
+        placed = self.placed_axes
+        return [name for name, dims in axes.items() if placed & set(dims) <= set(unit.place)]
+
+
+def noun_of(unit_axes: tuple[str, ...]) -> str:
+    """What a unit with a place on these dimensions is called in messages."""
+    return "cell" if unit_axes == ("cell",) else "unit"
+
+
+def content_digest(content: Any) -> str:
+    """Hash of JSON-able values, 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

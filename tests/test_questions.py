@@ -1,0 +1,122 @@
+"""Questions from every kind of file, and what is wrong with one that cannot be used."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from persona_nns.errors import PersonaError, UsageError
+from persona_nns.questions import load_questions, name_questions
+
+ROW: dict[str, Any] = {
+    "question": "Two and two?",
+    "subject": "sums",
+    "choices": ["3", "4", "5, or “so”", "6"],
+    "answer": 1,
+}
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_the_bundled_questions_are_read_in_their_order() -> None:
+    questions = load_questions("bundled")
+    assert len(questions) == 48
+    assert questions[0].question == "What is the capital of France?"
+    assert questions[0].choices[questions[0].answer] == "Paris"
+
+
+def test_a_jsonl_and_a_csv_file_give_the_same_questions(tmp_path: Path) -> None:
+    (only,) = load_questions(write(tmp_path / "q.jsonl", ROW))
+    assert (only.question, only.subject, only.answer) == ("Two and two?", "sums", 1)
+    assert only.choices == tuple(ROW["choices"])
+    for choices in (json.dumps(ROW["choices"]), str(ROW["choices"])):
+        quoted = choices.replace('"', '""')
+        text = f'subject,question,choices,answer\nsums,Two and two?,"{quoted}",1\n'
+        (tmp_path / "q.csv").write_text(text, encoding="utf-8")
+        assert load_questions(tmp_path / "q.csv") == (only,)
+
+
+def test_a_parquet_file_gives_the_same_questions(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import pandas as pd
+
+    pd.DataFrame([ROW]).to_parquet(tmp_path / "q.parquet")
+    assert load_questions(tmp_path / "q.parquet") == load_questions(
+        write(tmp_path / "q.jsonl", ROW)
+    )
+
+
+def test_mmlu_comes_from_the_test_split_of_a_subject(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(*arguments: Any, split: str) -> list[dict[str, Any]]:
+        asked.append((*arguments, split))
+        if arguments[1] == "magic":
+            raise ValueError("BuilderConfig 'magic' not found.")
+        return [ROW]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load_questions("mmlu:anatomy")[0].question == "Two and two?"
+    load_questions("mmlu")
+    assert asked == [("cais/mmlu", "anatomy", "test"), ("cais/mmlu", "all", "test")]
+    with pytest.raises(PersonaError, match="subject 'magic' could not be loaded: BuilderConfig"):
+        load_questions("mmlu:magic")
+
+
+def test_without_the_package_mmlu_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match="needs the package 'datasets'"):
+        load_questions("mmlu")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"answer": None}, "Row 2 of .* has no 'answer'"),
+        ({"choices": None}, "Row 2 of .* has no 'choices'"),
+        ({"question": None}, "Row 2 of .* has no 'question'"),
+        ({"answer": 4}, "Row 2 .*: answer is 4: .* less than or equal to 3"),
+        ({"answer": -1}, "Row 2 .*: answer is -1"),
+        ({"answer": "B"}, "Row 2 .*: answer is 'B'"),
+        ({"choices": ["a", "b", "c"]}, "Row 2 .*: choices is .*at least 4 items"),
+        ({"choices": ["a", "b", "c", "d", "e"]}, "Row 2 .*: choices is .*at most 4 items"),
+        ({"question": ""}, "Row 2 .*: question is ''"),
+    ],
+)
+def test_a_row_that_is_no_question_says_why(
+    tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    row = {name: value for name, value in {**ROW, **change}.items() if value is not None}
+    with pytest.raises(UsageError, match=sentence):
+        load_questions(write(tmp_path / "q.jsonl", ROW, row))
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "list.jsonl").write_text("[1]")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "bad.csv").write_text("question,choices,answer\nq,a b c d,1\n")
+    (tmp_path / "missing.csv").write_text("question,answer\nq,1\n")
+    for name, sentence in (
+        ("bad.jsonl", "Line 1 of .* is not JSON"),
+        ("list.jsonl", "Line 1 of .* is no JSON object"),
+        ("empty.jsonl", "There are no questions"),
+        ("none.jsonl", "cannot be read"),
+        ("bad.csv", "which is no list"),
+        ("missing.csv", "has no 'choices'"),
+        ("q.txt", "Unknown questions .* use 'bundled'"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            load_questions(tmp_path / name)
+
+
+def test_a_source_has_a_short_name() -> None:
+    assert name_questions("mmlu:anatomy") == "mmlu-anatomy"
+    assert name_questions("bundled") == "bundled"
+    assert name_questions("some/folder/mine.jsonl") == "mine"

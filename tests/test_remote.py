@@ -1,0 +1,383 @@
+"""The same experiment on a server: same files, same numbers, nothing of this machine sent along."""
+
+import json
+import pickletools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+import nnsight
+import numpy as np
+import pytest
+import torch
+import zarr
+import zstandard
+from nnsight import TransformersModel
+from readme_example import EXAMPLE
+
+import persona_nns as pn
+from persona_nns.catalog import bundled_experiments, load_experiment
+from persona_nns.cli import main
+from persona_nns.grids import Grid, load_grid
+from persona_nns.jobs import read_jobs
+from persona_nns.loopback import LoopbackServer
+from persona_nns.models import hosted, record_of
+from persona_nns.remote import dispatch
+from persona_nns.remote.connection import Patience
+from persona_nns.remote.environment import CRITICAL, Environment
+from persona_nns.store import open_group
+
+ON_A_GRID = [
+    name for name, file in bundled_experiments().items() if "\ndef plan(" not in file.read_text()
+]
+CELLS = "yoda/haiku,marx/policy,marx/haiku"
+
+
+@pytest.fixture(scope="module", params=["qwen2", "gemma2"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def simulated(random_folder: Callable[[str], Path]) -> Callable[[str], TransformersModel]:
+    """Architecture → client of a simulated server, one server each."""
+    made: dict[str, TransformersModel] = {}
+
+    def load(name: str) -> TransformersModel:
+        if name not in made:
+            made[name] = pn.load_model(random_folder(name), backend="simulate")
+        return made[name]
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def haste(monkeypatch: pytest.MonkeyPatch) -> None:
+    patience = Patience(unreachable=20, first=0.05, longest=0.2)
+    monkeypatch.setattr(dispatch, "PATIENCE", patience)
+
+
+@pytest.mark.filterwarnings("ignore:Continuations that end before")
+@pytest.mark.parametrize("name", ON_A_GRID)
+def test_every_experiment_gives_the_same_numbers_there(
+    name: str,
+    family: str,
+    simulated: Callable[[str], TransformersModel],
+    random_model: Callable[[str], TransformersModel],
+    tmp_path: Path,
+) -> None:
+    experiment = load_experiment(name)
+    chosen: dict[str, Any] = {"cells": CELLS, "batch_size": 2}
+    if experiment.keeps_residuals:
+        chosen["keep_residuals"] = True
+    grid = load_grid("short")
+    grid = replace(grid, markers=dict.fromkeys(grid.personas, ("the", "of")))
+    here = pn.run(experiment, random_model(family), grid, store=tmp_path / "h.zarr", **chosen)
+    there = pn.run(experiment, simulated(family), grid, store=tmp_path / "t.zarr", **chosen)
+    assert here.attrs["run"] == there.attrs["run"]
+    pairs = [(here[each], there[each]) for each in here.data_vars if each != "seconds"]
+    assert int(there.completed.sum()) == 3
+    if experiment.keeps_residuals:
+        group = f"{name}/{here.attrs['run']}/residuals/residuals"
+        kept = [open_group(tmp_path / store, "", "r") for store in ("h.zarr", "t.zarr")]
+        arrays = [np.asarray(root[group]) for root in kept if root is not None]
+        np.testing.assert_allclose(*arrays, rtol=1e-4, atol=1e-5)
+    for ours, theirs in pairs:
+        if ours.dtype.kind == "f":
+            np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5, err_msg=str(ours.name))
+        else:
+            np.testing.assert_array_equal(theirs, ours, err_msg=str(ours.name))
+
+
+def test_jobs_and_bytes_are_noted(
+    simulated: Callable[[str], TransformersModel], tmp_path: Path
+) -> None:
+    model = simulated("qwen2")
+    store = tmp_path / "s.zarr"
+    ds = pn.run("localized_positions", model, "short", layers="2", store=store)
+    run = open_group(store, f"localized_positions/{ds.attrs['run']}", "r")
+    assert run is not None
+    noted = read_jobs(store, "localized_positions", ds.attrs["run"]).values()
+    jobs = sorted(noted, key=lambda job: len(job.units))
+    assert [len(job.units) for job in jobs] == [4, 8]  # a first one alone, then what fits
+    assert all(0 < job.request_bytes < 1e6 and job.result_bytes > 0 for job in jobs)
+    assert [job.checks_names for job in jobs] == [True, False]
+    sessions = run["sessions"]
+    assert isinstance(sessions, zarr.Group)
+    (session,) = (dict(note.attrs) for _, note in sessions.groups())
+    assert session["server_versions"] == {name: version(name) for name in CRITICAL}
+    assert session["hosted_model"] == "simulated/qwen2"
+
+
+def test_the_client_holds_no_weights(simulated: Callable[[str], TransformersModel]) -> None:
+    model = simulated("qwen2")
+    assert not model.dispatched
+    assert {parameter.device.type for parameter in model._module.parameters()} == {"meta"}
+    assert record_of(model).precision == "float32"
+
+
+HELPER = """
+import functools
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+FACTOR = 3.0
+
+@dataclass(frozen=True)
+class Scale:
+    factor: float
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def doubled(self) -> float:
+        return 2 * self.factor
+
+@contextmanager
+def counted(calls: list):
+    calls.append("in")
+    yield calls
+    calls.append("out")
+
+def twice(function):
+    @functools.wraps(function)
+    def wrapper(*arguments):
+        return 2 * function(*arguments)
+    return wrapper
+
+@twice
+def scaled(value, scale):
+    return value * scale.factor
+"""
+OWN = '''
+"""Everything that an experiment may lean on."""
+import xarray as xr
+import numpy as np
+import helper
+from helper import Scale, counted, scaled
+from nnsight import TransformersModel, save
+from persona_nns import Cell, Variable
+from persona_nns.batches import left_pad
+from persona_nns.prompts import render_cell
+import torch
+
+variables = {"value": Variable("cell", "value"), "text": Variable("cell", "text", kind="text"),
+             "count": Variable("cell", "count", kind="int")}
+
+def figure(ds: xr.Dataset) -> xr.Dataset:
+    return ds
+
+def measure(model: TransformersModel, cells: list[Cell], *, power: float = 1.0) -> dict:
+    calls = []
+    rows = [render_cell(model.tokenizer, cell, ("BARE",))["BARE"].ids for cell in cells]
+    batch = left_pad(rows, device=model.device)
+    with counted(calls):
+        with model.trace(batch.tokens, position_ids=batch.position_ids, use_cache=False):
+            norm = save(model.layers[1].input[:, -1].norm(dim=-1))
+    scale = Scale(helper.FACTOR)
+    assert calls == ["in", "out"] and scale.doubled == 6.0 and scale.names == []
+    assert helper.Scale(1.0) == Scale(1.0)
+    return {"value": scaled(norm, scale) ** power, "text": [cell.label for cell in cells],
+            "count": torch.tensor([len(row) for row in rows])}
+'''
+
+
+def test_a_users_file_and_the_files_beside_it_run_there_unchanged(
+    simulated: Callable[[str], TransformersModel],
+    random_model: Callable[[str], TransformersModel],
+    small_grid: Grid,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "helper.py").write_text(HELPER)
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "norms.py").write_text(EXAMPLE)
+    try:
+        for name in ("own.py", "norms.py"):
+            here, there = (
+                pn.run(tmp_path / name, model, small_grid, store=tmp_path / f"{place}.zarr")
+                for place, model in (("h", random_model("qwen2")), ("t", simulated("qwen2")))
+            )
+            for variable in here.drop_vars("seconds").data_vars:
+                ours, theirs = here[variable].values, there[variable].values
+                if ours.dtype.kind == "f":
+                    np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+                else:
+                    np.testing.assert_array_equal(theirs, ours)
+    finally:
+        del sys.modules["helper"]
+
+
+def test_a_request_names_nothing_of_this_machine(
+    simulated: Callable[[str], TransformersModel],
+    small_grid: Grid,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[bytes] = []
+    submit = dispatch.Connection.submit
+
+    def listen(self: Any, envelope: Any, payload: bytes) -> str:
+        sent.append(zstandard.ZstdDecompressor().decompress(payload))
+        return submit(self, envelope, payload)
+
+    monkeypatch.setattr(dispatch.Connection, "submit", listen)
+    monkeypatch.setenv("NDIF_API_KEY", "sekret")
+    pn.run("localized_positions", simulated("qwen2"), small_grid, store=tmp_path / "s.zarr")
+    text = sent[0]
+    for secret in (
+        b"sekret",
+        str(Path.cwd()).encode(),
+        str(tmp_path).encode(),
+        sys.prefix.encode(),
+    ):
+        assert secret not in text
+    for missing in (b"xarray", b"pydantic", b"zarr"):
+        assert missing not in text
+    operations = [str(argument) for _, argument, _ in pickletools.genops(text)]
+    assert not any("CodeType" in argument for argument in operations)  # source, not bytecode
+    assert not any(argument.startswith("persona_nns ") for argument in operations)
+
+
+def test_a_module_used_as_a_whole_through_another_is_refused(
+    simulated: Callable[[str], TransformersModel], small_grid: Grid, tmp_path: Path
+) -> None:
+    whole = EXAMPLE.replace("from persona_nns.batches import left_pad\n", "import persona_nns\n")
+    whole = whole.replace("left_pad(", "persona_nns.batches.left_pad(")
+    (tmp_path / "norms.py").write_text(whole)
+    with pytest.raises(pn.UsageError, match=r"measure\(\) uses persona_nns.batches as a whole"):
+        pn.run(tmp_path / "norms.py", simulated("qwen2"), small_grid, store=tmp_path / "s.zarr")
+    assert not (tmp_path / "s.zarr").exists()
+
+
+@pytest.fixture(scope="module")
+def server(random_folder: Callable[[str], Path]) -> Iterator[LoopbackServer]:
+    running = LoopbackServer(str(random_folder("qwen2")), "tiny/qwen2")
+    yield running
+    running.stop()
+
+
+def test_nnsights_own_client_is_served_on_the_websocket(
+    server: LoopbackServer,
+    random_folder: Callable[[str], Path],
+    random_model: Callable[[str], TransformersModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nnsight.CONFIG.APP, "REMOTE_LOGGING", False)
+    model = pn.load_model(random_folder("qwen2"), backend=server.host.url, label="tiny/qwen2")
+    ids = torch.tensor([[5, 6, 7]])
+    with model.trace(ids, remote=server.host.url):
+        there = nnsight.save(model.layers[2].output)
+    with random_model("qwen2").trace(ids):
+        here = nnsight.save(random_model("qwen2").layers[2].output)
+    torch.testing.assert_close(there, here)
+
+
+def test_a_folder_stands_for_a_hosted_model(
+    server: LoopbackServer, random_folder: Callable[[str], Path], tmp_path: Path, capsys: Any
+) -> None:
+    url, store = server.host.url, tmp_path / "s.zarr"
+    command = ["run", "localized_positions", "--model", str(random_folder("qwen2"))]
+    rest = ["--as", "tiny/qwen2", "--backend", url, "--grid", "short", "--layers", "2"]
+    _call([*command, *rest, "--cells", "yoda/haiku", "--store", str(store)])
+    assert "Stored in" in capsys.readouterr().out
+    ds = pn.open_results(store, "localized_positions")
+    assert ds.model.item() == "tiny/qwen2"
+    assert ds.precision.item() == "float32"  # as the server told
+    (info,) = pn.list_runs(store)
+    assert info.attrs["model_source"] == "tiny/qwen2"
+    # The next command finds the run without asking what the precision is.
+    _call([*command, *rest, "--cells", "yoda/haiku,marx/haiku", "--store", str(store)])
+    (info,) = pn.list_runs(store)
+    assert info.n_completed == 2
+
+
+def test_a_server_that_changes_its_precision_is_refused(
+    server: LoopbackServer, random_folder: Callable[[str], Path], small_grid: Grid, tmp_path: Path
+) -> None:
+    model = pn.load_model(random_folder("qwen2"), backend=server.host.url, label="tiny/qwen2")
+    (tmp_path / "norms.py").write_text(EXAMPLE)
+    settings: dict[str, Any] = {"store": tmp_path / "s.zarr"}
+    ds = pn.run(tmp_path / "norms.py", model, small_grid, cells="chef/haiku", **settings)
+    run = open_group(tmp_path / "s.zarr", f"norms/{ds.attrs['run']}", "a")
+    assert run is not None
+    run.attrs["precision"] = "bfloat16"
+    with pytest.raises(pn.PersonaError, match="in float32 now, and this run was measured in bfl"):
+        pn.run(tmp_path / "norms.py", model, small_grid, **settings)
+
+
+def test_models_lists_what_a_server_hosts(server: LoopbackServer, capsys: Any) -> None:
+    _call(["models", "--backend", server.host.url])
+    printed = capsys.readouterr().out
+    assert "tiny/qwen2" in printed
+    assert "RUNNING" in printed
+    assert "Its versions are those here." in printed
+
+
+def _call(arguments: list[str]) -> None:
+    before, sys.argv = sys.argv, ["persona-nns", *arguments]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        sys.argv = before
+    assert ended.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"backend": "cluster"}, "Unknown backend 'cluster'; use local, simulate, ndif, or"),
+        ({"backend": "ftp://host"}, "Unknown backend 'ftp://host'"),
+        ({"backend": "https://me:word@host"}, "cannot hold a name or password"),
+        ({"backend": "ndif", "dtype": "float32"}, "leave out --dtype with the backend 'ndif'"),
+        ({"backend": "simulate", "device": "cpu"}, "leave out --device with the backend 'simul"),
+        ({"backend": "ndif"}, "add --as org/name"),
+        ({"backend": "ndif", "label": "noslash"}, "add --as org/name"),
+    ],
+)
+def test_a_wrong_request_for_a_server(
+    random_folder: Callable[[str], Path], settings: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(pn.UsageError, match=sentence):
+        pn.load_model(random_folder("qwen2"), **settings)
+
+
+def test_another_nnsight_is_refused_and_other_versions_are_told() -> None:
+    other = Environment("3.12", {"nnsight": nnsight.__version__, "torch": "2.0.0"})
+    (warning,) = other.check("http://host")
+    assert "torch 2.0.0 (here 2.13.0)" in warning
+    assert "Python 3.12 (here 3." in warning
+    assert Environment("", {}).check("http://host") == [
+        "The server http://host does not say which versions it runs."
+    ]
+    with pytest.raises(pn.PersonaError, match=r"runs nnsight 0\.7\.1, and here is"):
+        Environment("3.11", {"nnsight": "0.7.1"}).check("http://host")
+
+
+def test_the_key_of_a_server_is_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    from persona_nns.remote.hosts import Host, read_backend
+
+    monkeypatch.setenv("NDIF_API_KEY", "sekret")
+    monkeypatch.setenv("NDIF_HOST", "https://ndif.example.org/")
+    host = read_backend("ndif")
+    assert isinstance(host, Host)
+    assert host.url == "https://ndif.example.org"
+    assert host.headers() == {"ndif-api-key": "sekret"}
+    assert "sekret" not in repr(host)
+
+
+def test_a_simulated_server_gets_no_key(
+    simulated: Callable[[str], TransformersModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NDIF_API_KEY", "sekret")
+    place = hosted(simulated("qwen2"))
+    assert place is not None
+    assert place.host.headers() == {}
+    answer = httpx.get(f"{place.host.url}/status").json()
+    (entry,) = answer["deployments"].values()
+    assert json.loads(entry["model_key"].partition(":")[2])["repo_id"] == "simulated/qwen2"
