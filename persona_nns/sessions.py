@@ -22,8 +22,8 @@ class Session:
     """One process's part in a run, noted in ``sessions/<name>`` beside the units.
 
     The note says who computes (host, process, versions), which units (say, cells) it is at now,
-    and in the end how many it wrote. A claim is no lock: nobody has to wait for it, and the claims of a
-    process that has died mean nothing.
+    and in the end how many it wrote. A claim is no lock: nobody has to wait for it, and the
+    claims of a process that has died mean nothing.
     """
 
     def __init__(

@@ -1,10 +1,11 @@
 """Stores on object storage: a real S3 server on loopback, reached through zarr and fsspec."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlparse
 
@@ -13,7 +14,7 @@ import pytest
 import xarray as xr
 import zarr
 from moto.server import ThreadedMotoServer
-from store_writer import block_of, cells_of, values_are_right, write_all
+from store_writer import block_of, cells_of, plan_of, values_are_right, write_all
 
 import persona_nns as pn
 from persona_nns.places import place_of
@@ -27,6 +28,7 @@ def server() -> Iterator[str]:
     patch = pytest.MonkeyPatch()
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     host, port = moto.get_host_and_port()
     url = f"http://{host}:{port}"
     for name, value in {
@@ -51,11 +53,11 @@ def store(server: str, request: pytest.FixtureRequest) -> str:
 
 
 def test_a_run_is_written_resumed_and_read(store: str) -> None:
-    assert write_all(store, 2, 1, identity="one")
+    assert write_all(store, 2, 2, identity="one")
     first = open_results(store, "e")
     assert values_are_right(first)
     assert bool(first.completed.all())
-    assert write_all(store, 2, 1, identity="one") == []
+    assert write_all(store, 2, 2, identity="one") == []
     assert [(info.run, info.n_completed, info.n_units) for info in list_runs(store)] == [
         ("m.g.one", 2, 2)
     ]
@@ -64,6 +66,7 @@ def test_a_run_is_written_resumed_and_read(store: str) -> None:
     np.testing.assert_array_equal(plain.kl, first.kl)
 
 
+@pytest.mark.slow
 def test_what_another_process_adds_is_seen(store: str) -> None:
     write_all(store, 2, 1, identity="one")
     assert len(list_runs(store)) == 1
@@ -71,6 +74,7 @@ def test_what_another_process_adds_is_seen(store: str) -> None:
     assert len(list_runs(store)) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_is_finished(store: str) -> None:
     class Killed(BaseException):
         pass
@@ -88,6 +92,7 @@ def test_a_run_that_was_cut_off_is_finished(store: str) -> None:
     assert values_are_right(open_results(store, "e"))
 
 
+@pytest.mark.slow
 def test_several_share_a_run(store: str) -> None:
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(write_all, store, 6, 1, 0.2) for _ in range(3)]
@@ -126,6 +131,35 @@ def test_a_server_that_does_not_answer_is_one_sentence(monkeypatch: pytest.Monke
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+@dataclass(frozen=True)
+class Pair:
+    left: str
+    right: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.left}{self.right}"
+
+    @property
+    def place(self) -> dict[str, str]:
+        return {"left": self.left, "right": self.right}
+
+
+def test_units_on_two_dimensions_are_listed_and_only_complete_ones_asked_for(store: str) -> None:
+    pairs = [Pair(left, right) for left in "ab" for right in "xyz"]
+    axes = {"left": ["a", "b"], "right": ["x", "y", "z"]}
+    plan = replace(plan_of(0), units=pairs, axes=axes, unit_axes=("left", "right"), coords={})
+    variables = {"n": Variable("left right", "a number", kind="int")}
+    group = attach(store, replace(block_of(0), plan=plan, variables=variables))
+    chosen = [pairs[1], pairs[2], pairs[3]]
+    group.write_units([(pair, {"n": np.asarray(k)}) for k, pair in enumerate(chosen)], 1.0)
+    assert group.completed(pairs) == {"ay", "az", "bx"}
+    assert group.completed(pairs[:2]) == {"ay"}
+    ds = open_results(store, "e")
+    assert ds.completed.values[0].tolist() == [[False, True, True], [True, False, False]]
+    assert ds.n.values[0].tolist() == [[-1, 0, 1], [2, -1, -1]]
+
+
 class Counting:
     """Counts what zarr reads from a file system, in bytes and requests."""
 
@@ -143,6 +177,7 @@ class Counting:
         monkeypatch.setattr(FsspecStore, "get", get)
 
 
+@pytest.mark.slow
 def test_ten_gigabytes_are_opened_at_once_and_read_by_the_chunk(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
