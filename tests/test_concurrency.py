@@ -15,7 +15,7 @@ from persona_nns.sharing import Share
 from persona_nns.store import list_runs, open_results
 
 WRITER = Path(__file__).with_name("store_writer.py")
-N_CELLS, BATCH = 24, 2
+N_PROCESSES, N_CELLS, BATCH = 2, 24, 2
 
 
 def start(store: str, seconds: float = 0.1) -> subprocess.Popen[str]:
@@ -23,9 +23,9 @@ def start(store: str, seconds: float = 0.1) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def test_three_processes_share_a_run_while_it_is_read(tmp_path: Path) -> None:
+def test_processes_share_a_run_while_it_is_read(tmp_path: Path) -> None:
     store = str(tmp_path / "s.zarr")
-    processes = [start(store) for _ in range(3)]
+    processes = [start(store) for _ in range(N_PROCESSES)]
     seen: list[int] = []
     while any(process.poll() is None for process in processes):
         try:
@@ -35,14 +35,14 @@ def test_three_processes_share_a_run_while_it_is_read(tmp_path: Path) -> None:
         assert values_are_right(results)
         seen.append(int(results.completed.sum()))
     said = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 3
+    assert [process.returncode for process in processes] == [0] * N_PROCESSES
     measured = Counter(
         label for text in said for batch in text.split() for label in batch.split(",")
     )
     assert len(measured) == N_CELLS
     twice = {label for label, n in measured.items() if n > 1}
-    print(f"{len(twice)} of {N_CELLS} cells measured more than once by 3 processes")
-    assert sum(measured.values()) - N_CELLS <= 3 * BATCH
+    print(f"{len(twice)} of {N_CELLS} cells measured more than once by {N_PROCESSES} processes")
+    assert sum(measured.values()) - N_CELLS <= N_PROCESSES * BATCH
     results = open_results(store, "e")
     assert bool(results.completed.all())
     assert values_are_right(results)

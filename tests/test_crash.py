@@ -82,15 +82,15 @@ def test_whatever_write_is_the_last_complete_cells_are_right_and_the_rest_is_fin
         assert values_are_right(results)
 
 
-@pytest.mark.parametrize("n_points", [1, pytest.param(60, marks=pytest.mark.slow)])
-def test_processes_killed_at_random_moments_lose_nothing(n_points: int) -> None:
+@pytest.mark.slow
+def test_processes_killed_at_random_moments_lose_nothing() -> None:
     script = HERE / "benchmarks" / "kill_points.py"
     answer = subprocess.run(
-        [sys.executable, script, str(n_points), "3"], capture_output=True, text=True, check=False
+        [sys.executable, script, "60", "1"], capture_output=True, text=True, check=False
     )
     print(answer.stdout)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert f"{n_points} killed" in answer.stdout
+    assert "60 killed" in answer.stdout
     assert "0 stores with wrong cells, 0 that do not open" in answer.stdout
 
 

@@ -22,7 +22,7 @@ from persona_nns.runs import plan_run
 from persona_nns.store import check_writable
 
 GOLDEN = Path(__file__).parent / "golden"
-shared = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+shared = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 texts = st.text(max_size=12)
 values = st.recursive(
@@ -163,7 +163,7 @@ options = st.sampled_from(
 )
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arguments=st.lists(st.tuples(options, words), max_size=3))
 def test_a_wrong_command_line_exits_with_two_and_writes_nothing(
     tmp_path: Path,
