@@ -94,9 +94,12 @@ def measure(
     # Residuals of the four prompts at p_last, each its own. [layer, cell, d_model]
     nothing = torch.empty(len(cells), 0, dtype=torch.long, device=model.device)
     residual = {}
-    for name in ROLE_PROMPTS:
-        prefix = prefill(model, [ids[:-1] for ids in rows[name]], reuse=reuse)
-        window = open_window(rows[name], nothing, prefix)
+    bare = list(dict.fromkeys(rows["BARE"]))
+    everything = [*(ids for name in ROLE_PROMPTS for ids in rows[name]), *bare]
+    shared = prefill(model, [ids[:-1] for ids in everything], reuse=reuse)
+    for k, name in enumerate(ROLE_PROMPTS):
+        of_prompt = slice(k * len(cells), (k + 1) * len(cells))
+        window = open_window(rows[name], nothing, shared.rows(of_prompt) if shared else None)
         with model.trace(window.inputs(), logits_to_keep=1):
             read = save([model.layers[layer].input[:, -1] for layer in layers])
         residual[name] = torch.stack(read).float()
@@ -107,9 +110,8 @@ def measure(
         return read_continuation(said, n_prompt, n_tokens, end_tokens(model)).texts(model.tokenizer)
 
     # Clean: what is said to XY, and to the task alone (the same for every persona).
-    bare = list(dict.fromkeys(rows["BARE"]))
-    asked = [*rows["XY"], *bare]
-    prefix = prefill(model, [ids[:-1] for ids in asked], reuse=reuse)
+    asked = everything[3 * len(cells) :]  # XY is the last of the four
+    prefix = shared.rows(slice(3 * len(cells), None)) if shared else None
     batch = left_pad(asked, device=model.device)
     with model.generate(
         batch.tokens,
@@ -125,7 +127,8 @@ def measure(
     # XY again, with another residual at p_last: the only column that the first step runs, or the
     # last of those it runs. Both substitutions at once, once for each layer.
     twice = [*rows["XY"], *rows["XY"]]
-    prefix = prefill(model, [ids[:-1] for ids in twice], reuse=reuse)
+    again = torch.arange(len(cells), device=model.device).repeat(2)
+    prefix = prefix.rows(again) if prefix is not None else None
     batch = left_pad(twice, device=model.device)
     p_last = batch.input_ids.shape[1] - 1 - (0 if prefix is None else prefix.width)
     column = torch.full((len(twice),), p_last, device=model.device)

@@ -141,8 +141,11 @@ def measure(
     warn_without_markers(cells)
     prompts = [render_cell(model.tokenizer, cell) for cell in cells]
     rows = {name: [prompt[name].ids for prompt in prompts] for name in ROLE_PROMPTS}
+    everything = [ids for name in ROLE_PROMPTS for ids in rows[name]]
+    shared = prefill(model, [ids[:-1] for ids in everything], reuse=reuse)
     prefix = {
-        name: prefill(model, [ids[:-1] for ids in rows[name]], reuse=reuse) for name in ROLE_PROMPTS
+        name: shared.rows(slice(k * len(cells), (k + 1) * len(cells))) if shared else None
+        for k, name in enumerate(ROLE_PROMPTS)
     }
 
     # The reference: what the model says, greedily, to the long-persona prompt.
@@ -212,13 +215,14 @@ def measure(
     where = torch.cat([own, *(reached[site] for site, _ in injections)])  # [row, step]
     value = torch.cat([source[name] for _, name in injections], dim=1)
     value = torch.nn.functional.pad(value, (0, 0, 0, 0, len(hosts), 0))  # [layer, row, step, d]
-    cache = prefill(model, [ids[:-1] for ids in asked], reuse=reuse)
+    place = torch.tensor([rows["BY"].index(ids) for ids in asked], device=model.device)
+    cache = prefix["BY"].rows(place).cache() if prefix["BY"] is not None else None
     batch = left_pad(asked, device=model.device)
     with warnings.catch_warnings():
         # Where every continuation ends sooner, the loop over steps is cut short, as it should be.
         warnings.filterwarnings("ignore", message=".*was never reached")
         with model.generate(
-            past_key_values=cache.cache() if cache is not None else None,
+            past_key_values=cache,
             max_new_tokens=n_tokens,
             do_sample=False,
             num_beams=1,

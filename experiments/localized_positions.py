@@ -149,6 +149,7 @@ def measure(
     layers: list[int],
     positions: list[str],
     n_eval: Annotated[int, Field(ge=1)] = 10,
+    rms: bool = True,
     reuse: bool = True,
     keep_residuals: bool = False,
 ) -> dict[str, Tensor]:
@@ -160,6 +161,7 @@ def measure(
         layers: where the KL is measured (the geometry is measured at every layer).
         positions: position names; ``gK`` is teacher-forced on the clean XY continuation.
         n_eval: reference tokens that the KL is summed over.
+        rms: measure ``kl_rms_matched`` and ``kl_rms_only`` too, at three times the interventions.
         reuse: run shared prefixes once and resume at the layer of the intervention.
         keep_residuals: return the residuals too.
     """
@@ -170,14 +172,13 @@ def measure(
 
     # Each distinct prompt once, up to the first site: its keys and values are kept.
     n_cells = len(cells)
-    xy = [prompt["XY"].ids for prompt in prompts]
-    others = [prompt[name].ids for name in ("BB", "XB", "BY") for prompt in prompts]
-    prefix = prefill(model, [ids[:-n_shown] for ids in xy + others], reuse=reuse)
-    before_xy = prefix.rows(slice(n_cells)) if prefix is not None else None
-    before_others = prefix.rows(slice(n_cells, None)) if prefix is not None else None
+    rows = [prompt[name] for name in ROLE_PROMPTS for prompt in prompts]
+    prefix = prefill(model, [row.ids[:-n_shown] for row in rows], reuse=reuse)
+    before_xy = prefix.rows(slice(-n_cells, None)) if prefix is not None else None
 
     # The reference: what the model says, greedily, to the clean XY prompt. The pass that says it
     # is the clean run, whose distributions the others are compared with.
+    xy = [prompt["XY"].ids for prompt in prompts]
     batch = left_pad(xy, device=model.device)
     with model.generate(
         batch.tokens,
@@ -195,13 +196,12 @@ def measure(
     run = read_clean_run(said, xy, reference.ids, before_xy)
     clean = log_probabilities(run.logits)
 
-    # Residuals at every site, [layer, cell, position, d_model]: of XY in the clean run, of the
-    # other prompts when the first reference tokens are put after them, each at its own positions.
-    site = index_sites([prompt["XY"] for prompt in prompts], positions).to(model.device)
-    together = torch.stack([take(h, run.window.column(site)) for h in run.residual]).float()
-    window = open_window(others, reference.ids[:, :n_forced].repeat(3, 1), before_others)
-    other_prompts = [prompt[name] for name in ("BB", "XB", "BY") for prompt in prompts]
-    column = window.column(index_sites(other_prompts, positions).to(model.device))
+    # Residuals of the four prompts at every site, each prompt followed by the first reference
+    # tokens and read at its own positions. [layer, cell, position, d_model]
+    window = open_window(
+        [row.ids for row in rows], reference.ids[:, :n_forced].repeat(len(ROLE_PROMPTS), 1), prefix
+    )
+    column = window.column(index_sites(rows, positions).to(model.device))
     has_norm = all(hasattr(block, "input_norm") for block in model.layers)
     if not has_norm:
         warnings.warn(
@@ -211,7 +211,7 @@ def measure(
         read = [take(block.input, column) for block in model.layers]
         read = save(torch.stack([*read, take(model.final_norm.output, column)]).float())
         # What the block that reads the layer makes of it, in the model's own precision.
-        bb, xb, by = read.split(n_cells, dim=1)
+        bb, xb, by, together = read.split(n_cells, dim=1)
         residuals = torch.stack([additive(bb, xb, by), together, bb]).to(model.dtype)
         normed = save(
             [
@@ -219,7 +219,7 @@ def measure(
                 for layer, block in enumerate(model.layers)
             ]
         )
-    bb, xb, by = read.split(n_cells, dim=1)
+    bb, xb, by, together = read.split(n_cells, dim=1)
     prediction = additive(bb, xb, by)
     post_norm = torch.full(prediction.shape[:-1], torch.nan, device=model.device)
     if has_norm:
@@ -228,19 +228,19 @@ def measure(
     # The clean run again with another residual at one site, once for each layer; the positions
     # are rows of one pass, next to each other: [position, cell]. The prediction; the prediction
     # with the size of the clean residual; and the clean residual with that of the prediction.
-    written = {
-        "kl": prediction,
-        "kl_rms_matched": match_rms(prediction, together),
-        "kl_rms_only": match_rms(together, prediction),
-    }
+    written = {"kl": prediction}
+    if rms:
+        written["kl_rms_matched"] = match_rms(prediction, together)
+        written["kl_rms_only"] = match_rms(together, prediction)
     nowhere = torch.full((n_cells, len(layers), len(positions)), torch.nan, device=model.device)
-    kl = {name: nowhere.clone() for name in written}
+    kl = {name: nowhere.clone() for name in ("kl", "kl_rms_matched", "kl_rms_only")}
+    site = index_sites([prompt["XY"] for prompt in prompts], positions).to(model.device)
     scored = [reference.scored(position, n_eval) for position in positions]
     firsts = [generated_index(position) for position in positions]
-    windows = [
-        run.narrow(site[:, p], n_generated=firsts[p] + n_eval) for p in range(len(positions))
-    ]
-    for places, window in stack_windows(windows):
+    reached = [p for p in range(len(positions)) if scored[p].any()]
+    windows = [run.narrow(site[:, p], n_generated=firsts[p] + n_eval) for p in reached]
+    for which, window in stack_windows(windows):
+        places = [reached[k] for k in which]
         column = window.column(torch.cat([site[:, p] for p in places]))
         counted = torch.cat([scored[p] for p in places])
         expected = torch.cat([clean[:, firsts[p] : firsts[p] + n_eval] for p in places])

@@ -4,11 +4,14 @@ Left padding puts the last prompt token of every row into the same column. A pad
 explicit position ids: without them its distribution moves, and nothing is raised.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+#: Tokens that a pass runs at most, where rows are many and independent of each other.
+MOST_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -61,3 +64,23 @@ def left_pad(rows: Sequence[Sequence[int]], *, device: torch.device | str = "cpu
         position_ids=position.to(device),
         padding=padding.to(device),
     )
+
+
+def similar_rows(lengths: Sequence[int], most_tokens: int = MOST_TOKENS) -> Iterator[list[int]]:
+    """Deal rows into passes of rows of similar length.
+
+    Args:
+        lengths: tokens of each row, those still to be generated included.
+        most_tokens: columns times rows of a pass; a row longer than that has one of its own.
+
+    Yields:
+        Indices of the rows of each pass.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        if batch and lengths[index] * (len(batch) + 1) > most_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

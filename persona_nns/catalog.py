@@ -9,7 +9,14 @@ without it, every edit of the file counts as another version.
 One that does not run on a grid of personas and tasks also has ``plan(tokenizer, *, …)``, which
 makes a `Plan` of its inputs: the units, with their token ids, that `measure` then gets instead of
 cells. The keyword arguments of both are the experiment's options; one that `plan` alone takes is
-known by the plan's content, not by its value.
+known by the plan's content, not by its value. Where `plan` has an argument ``model``, it gets the
+label of the model.
+
+Two more functions run where the command runs, whatever machine `measure` runs on.
+``prepare(model, store, options, *, progress)`` runs what has to be there first and returns the
+options that say where it is. ``finish(tokenizer, units, measured, *, …)`` makes the declared
+variables of what `measure` returned (decodes and judges texts, say); its keyword arguments are
+options of `plan` or `measure`.
 """
 
 import ast
@@ -54,6 +61,11 @@ class Experiment:
         plan_only: those of them that `measure` does not take.
         site_axes: dimensions whose labels every experiment has, where its `measure` asks for
             them.
+        plan_takes_model: whether `plan` asks for the label of the model.
+        prepare: the function that runs what has to be there first; None where nothing has.
+        finish: the function that makes the variables of what `measure` returned; None where
+            they are what it returned.
+        finish_options: keyword parameters of `finish`.
         options: keyword parameters of `plan` and `measure` beside those that all share.
         grid: the grid where none is given; None where one has to be, or is of no use.
         layers: request for layers where none is given; None where it has no layers.
@@ -73,6 +85,10 @@ class Experiment:
     plan_options: tuple[str, ...]
     plan_only: frozenset[str]
     site_axes: frozenset[str]
+    plan_takes_model: bool
+    prepare: Callable[..., dict[str, Any]] | None
+    finish: Callable[..., dict[str, Any]] | None
+    finish_options: tuple[str, ...]
     options: Mapping[str, inspect.Parameter]
     grid: str | None
     layers: str | None
@@ -128,6 +144,9 @@ def _read(file: Path) -> Experiment:
     of_plan = {}
     if plan is not None:
         of_plan = dict(list(inspect.signature(plan, eval_str=True).parameters.items())[1:])
+    takes_model = of_plan.pop("model", None) is not None
+    finish = getattr(module, "finish", None)
+    of_finish = _options_of_finish(file, finish, {**of_plan, **parameters})
     plan_only = frozenset(set(of_plan) - set(parameters))
     _check_declarations(file, variables, {**of_plan, **parameters}, on_grid=plan is None)
     site_axes = _site_axes(parameters)
@@ -148,6 +167,10 @@ def _read(file: Path) -> Experiment:
         plan_options=tuple(of_plan),
         plan_only=plan_only,
         site_axes=frozenset(site_axes),
+        plan_takes_model=takes_model,
+        prepare=getattr(module, "prepare", None),
+        finish=finish,
+        finish_options=of_finish,
         grid=defaults.get("grid"),
         layers=site("layers", "all"),
         layer_sets=site("layer_sets", "0.55"),
@@ -157,6 +180,26 @@ def _read(file: Path) -> Experiment:
         options={**of_plan, **parameters},
         figures=getattr(module, "figures", {}),
     )
+
+
+def _options_of_finish(
+    file: Path, finish: Callable[..., Any] | None, known: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The options that `finish` takes.
+
+    Raises:
+        PersonaError: one is an option of neither `plan` nor `measure`.
+    """
+    if finish is None:
+        return ()
+    names = tuple(inspect.signature(finish).parameters)[3:]
+    for name in names:
+        if name not in known:
+            raise PersonaError(
+                f"finish() of {str(file)!r} takes {name!r}, "
+                "which is an option of neither plan() nor measure()."
+            )
+    return names
 
 
 def _site_axes(parameters: Mapping[str, inspect.Parameter]) -> set[str]:

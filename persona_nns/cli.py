@@ -235,6 +235,27 @@ def plot(
             _say(path)
 
 
+@app.command(name="export-vector")
+def export_vector(
+    store: Store,
+    trait: Annotated[str, typer.Argument(help="Name of a trait.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="A .npy, .pt or .safetensors file.")
+    ],
+    model: Annotated[str, typer.Option(help="Label of the model.")],
+    average: Annotated[
+        str, typer.Option(help="response_avg, prompt_avg or prompt_last.")
+    ] = "response_avg",
+    run: Annotated[str | None, typer.Option(help="Only this run (as `ls` shows it).")] = None,
+) -> None:
+    """Write a trait vector, [n_layers + 1, d_model], to a file."""
+    from persona_nns.trait_files import write_vector
+    from persona_nns.trait_rows import load_vector
+
+    write_vector(load_vector(store, trait, average, model, run), output)
+    _say(f"Written: {output}")
+
+
 @app.command()
 def compare(
     store: Store,
@@ -411,6 +432,11 @@ def _run_experiment(
             f"Workers hold a model each; leave out --workers with the backend {backend!r}, which "
             "is sent several jobs at a time."
         )
+    if workers is not None and experiment.prepare is not None:
+        raise UsageError(
+            f"The experiment {experiment.name!r} prepares its inputs in one process; leave out "
+            "--workers."
+        )
     labels = _labels(model, as_ or [])
     check_hosting(model, as_, backend)
     check_writable(store)
@@ -419,12 +445,12 @@ def _run_experiment(
     own = check_options(experiment, options)
     plans: list[Plan] = []
     # What is wrong with the last model is said before the first one is run.
-    for name in model:
+    for name, label in zip(model, labels, strict=True):
         trust = {"trust_remote_code": trust_remote_code}
         sites = check_sites(experiment, count_layers(name, **trust), layers, layer_sets, positions)
         tokenizer = load_tokenizer(name, template, **trust)
-        plan = make_plan(experiment, tokenizer, loaded_grid, sites.get("positions", []), own)
-        plans.append(plan)
+        places = sites.get("positions", [])
+        plans.append(make_plan(experiment, tokenizer, loaded_grid, places, own, label))
     names: list[str] = []
     for name, label, plan in zip(model, labels, plans, strict=True):
         loading: dict[str, Any] = {

@@ -32,6 +32,11 @@ class Continuation:
         token = torch.arange(n_eval, device=self.ids.device) + generated_index(position)
         return token < self.length[:, None]
 
+    def until_end(self) -> Tensor:
+        """The tokens with −1 after each row's end, [row, token]."""
+        token = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return self.ids.masked_fill(token >= self.length[:, None], -1)
+
     def warn_if_short(self, labels: Sequence[str], n_tokens: int) -> None:
         """Warn of continuations that end before ``n_tokens``: they are scored on fewer tokens."""
         short = [

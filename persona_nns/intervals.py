@@ -19,7 +19,8 @@ def interval(*samples: NDArray[Any], statistic: Statistic = np.median) -> tuple[
     Cells are resampled, several samples of the same cells together. The interval says how much
     the number hangs on which cells were asked; it knows nothing of personas or tasks that cells
     share. Percentiles rather than a corrected method, which is not defined where all cells agree
-    (a rate of 0 or 1). The seed is fixed: the same numbers give the same interval.
+    (a rate of 0 or 1); there the interval is a point and too narrow: 0 of 24 cells is compatible
+    with a rate of 12 %. The seed is fixed: the same numbers give the same interval.
 
     Args:
         *samples: [cell], without NaN.

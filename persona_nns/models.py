@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from persona_nns.adapters import CONFIG, base_of, merge_adapter
 from persona_nns.checks import check_model, check_names
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.organism import ORGANISMS, organism_folder
@@ -57,6 +58,7 @@ STANDARD_NAMES = {
     "attention.dense": "attention.o_proj",
     "input_layernorm": "input_norm",
     "ln_1": "input_norm",
+    "*.rotary_emb": "rotary_emb",
 }
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -166,21 +168,7 @@ def load_model(
     config = _read_config(source, shown, trust_remote_code=trust_remote_code)
     precision = _choose_dtype(shown, config, dtype, allow_float16=allow_float16)
     place = _choose_device(device)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=_DTYPES[precision],
-            attn_implementation="eager",
-            output_loading_info=True,
-            use_safetensors=True,  # the other format is a pickle
-            trust_remote_code=trust_remote_code,
-        )
-        module, loading = loaded
-    except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
-        raise PersonaError(
-            f"The model {shown!r} could not be loaded: {_one_line(error)}"
-        ) from error
-    _check_complete(shown, loading)
+    module: Any = load_weights(name, precision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(name, template, trust_remote_code=trust_remote_code)
     module.eval().requires_grad_(requires_grad=False).to(place)
     _normalise_generation(module)
@@ -258,6 +246,40 @@ def _load_weightless(
     _HOSTED[model] = HostedModel(host, repo_id, model.to_model_key())
     _RECORDS[model] = _record(model, label or shown, name, version, precision)
     return model
+
+
+def load_weights(
+    name: str | Path, precision: str, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a model's weights in plain transformers; an adapter is merged into its model.
+
+    Args:
+        name: a bundled model, a local folder, or a hub id.
+        precision: ``float32``, ``bfloat16`` or ``float16``.
+        trust_remote_code: as in `load_model`.
+
+    Raises:
+        UsageError: unknown model.
+        PersonaError: the model cannot be loaded.
+    """
+    source, shown = _find(str(name))
+    base = base_of(source)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base or source,
+            dtype=_DTYPES[precision],
+            attn_implementation="eager",
+            output_loading_info=True,
+            use_safetensors=True,  # the other format is a pickle
+            trust_remote_code=trust_remote_code,
+        )
+        module, loading = loaded
+    except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
+        raise PersonaError(
+            f"The model {shown!r} could not be loaded: {_one_line(error)}"
+        ) from error
+    _check_complete(shown, loading)
+    return module if base is None else merge_adapter(module, source)
 
 
 def simulate(model: TransformersModel, source: str, repo_id: str, precision: str) -> Host:
@@ -386,7 +408,7 @@ def _find(name: str) -> tuple[str, str]:
     except (OSError, RuntimeError) as error:  # too long a name, or ~ of nobody
         raise UsageError(f"The model {name!r} is no path: {_one_line(error)}") from error
     if is_folder:
-        if not (folder / "config.json").exists():
+        if not any((folder / file).exists() for file in ("config.json", CONFIG)):
             raise UsageError(f"The folder {name!r} holds no model: it has no config.json.")
         return str(folder), folder.resolve().name
     if _HUB_ID.fullmatch(name) and not name.startswith((".", "~")):
@@ -399,7 +421,9 @@ def _find(name: str) -> tuple[str, str]:
 
 def _read_config(source: str, shown: str, *, trust_remote_code: bool) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(
+            base_of(source) or source, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         if "trust_remote_code" in str(error):
             raise UsageError(
@@ -468,6 +492,10 @@ def _version(source: str, config: PreTrainedConfig) -> str:
     folder = Path(source)
     if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None))
+    base = base_of(source)
+    if base is not None:
+        own = _digest([*sorted(folder.glob("adapter_model.*")), folder / CONFIG])
+        return hashlib.sha256(f"{_version(base, config)}\n{own}".encode()).hexdigest()
     weights = (path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
     configs = (folder / name for name in ("config.json", "generation_config.json"))
     return _digest([*sorted(weights), *(path for path in configs if path.exists())])

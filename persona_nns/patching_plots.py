@@ -110,7 +110,8 @@ def rank_heads(results: xr.Dataset) -> pd.DataFrame:
     means["difference"] = means.attention - means.attention_control
     frame = means.to_dataframe().reset_index().dropna(subset="difference")
     columns = ["model", "layer", "head", "attention", "attention_control", "difference"]
-    return frame.sort_values("difference", ascending=False, ignore_index=True)[columns]
+    ranked = pd.DataFrame(frame, columns=columns)
+    return ranked.sort_values("difference", ascending=False, ignore_index=True)
 
 
 def head_ranking(results: xr.Dataset) -> Figure:
@@ -128,7 +129,7 @@ def head_ranking(results: xr.Dataset) -> Figure:
             axis.barh(
                 place + 0.4, top.attention_control, height=0.4, color=colors[1], label="control"
             )
-            labels = [f"L{row.layer} H{row.head}" for row in top.itertuples()]
+            labels = [f"L{row['layer']} H{row['head']}" for _, row in top.iterrows()]
             axis.set_yticks(place + 0.2, labels)
             axis.invert_yaxis()
             axis.set(title=model, xlabel="attention from the last prompt token")
@@ -150,9 +151,9 @@ def attention_before_and_after(results: xr.Dataset) -> Figure:
         axes = figure.subplots(len(models), _SHOWN_HEADS, squeeze=False, sharey="row")
         for row, model in enumerate(models):
             top = ranking[ranking.model == model].head(_SHOWN_HEADS)
-            for axis, head in zip(axes[row], top.itertuples(), strict=False):
+            for axis, (_, head) in zip(axes[row], top.iterrows(), strict=False):
                 after = results.attention_patched.sel(
-                    model=model, attention_layer=head.layer, attention_head=head.head
+                    model=model, attention_layer=head["layer"], attention_head=head["head"]
                 )
                 after = after.where(others).mean([*shared, "question"]).rename("after")
                 frame = after.to_dataframe().reset_index().dropna(subset="after")
@@ -167,8 +168,8 @@ def attention_before_and_after(results: xr.Dataset) -> Figure:
                     legend=axis is axes[0, -1],
                     ax=axis,
                 )
-                axis.axhline(head.attention, color="0.3", linestyle=":", label="unpatched")
-                axis.set(title=f"{model}\nL{head.layer} H{head.head}", xlabel="patched layer")
+                axis.axhline(head["attention"], color="0.3", linestyle=":", label="unpatched")
+                axis.set(title=f"{model}\nL{head['layer']} H{head['head']}", xlabel="patched layer")
                 axis.set_ylabel("attention to the identity")
         handles, labels = axes[0, -1].get_legend_handles_labels()
         if axes[0, -1].get_legend() is not None:
@@ -184,7 +185,9 @@ _WHERE = {"all": "all positions", "identity": "the identity only"}
 def _head_maps(values: xr.DataArray, label: str, title: str, *, symmetric: bool) -> Figure:
     models = values.model.values.tolist()
     limit = max(float(np.abs(values).max()), 1e-6)
-    scale = {**_RECOVERY, "vmin": -limit, "vmax": limit} if symmetric else {"cmap": "viridis"}
+    scale: dict[str, Any] = (
+        {**_RECOVERY, "vmin": -limit, "vmax": limit} if symmetric else {"cmap": "viridis"}
+    )
     with sns.axes_style("white"), sns.plotting_context("paper", font_scale=1.1):
         figure = Figure(figsize=(1.4 + 3.2 * len(models), 3.6), dpi=150, layout="constrained")
         axes = figure.subplots(1, len(models), squeeze=False)

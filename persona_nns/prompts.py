@@ -124,13 +124,24 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, content: str, *, header: 
     Raises:
         UsageError: the tokenizer has no chat template.
     """
+    return apply_to_messages(tokenizer, [{"role": "user", "content": content}], header=header)
+
+
+def apply_to_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, header: bool
+) -> str:
+    """The text of a conversation, with or without the generation header.
+
+    Raises:
+        UsageError: the tokenizer has no chat template.
+    """
     if tokenizer.chat_template is None:
         raise UsageError(
             f"The model {tokenizer.name_or_path!r} has no chat template; "
             "pass --template plain, or --template FILE with one."
         )
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
+        messages,
         tokenize=False,
         add_generation_prompt=header,
         **_PINNED,

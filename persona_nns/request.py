@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from persona_nns.catalog import Experiment, check_axes
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.grids import Grid, PromptName
-from persona_nns.models import record_of
+from persona_nns.models import ModelRecord, record_of
 from persona_nns.prompts import ROLE_PROMPTS, Prompt, render_cell
 from persona_nns.provenance import identity, run_attributes, run_name
 from persona_nns.sites import parse_layer_sets, parse_layers, parse_positions, position_index
@@ -32,6 +32,7 @@ class Request:
         plan: what there is to measure.
         units: the units asked for.
         arguments: keyword arguments of `measure`.
+        finishing: keyword arguments of `finish`.
         block: the group the results go to.
         residuals: the group for residuals below it, where they are kept.
     """
@@ -40,6 +41,7 @@ class Request:
     plan: Plan
     units: tuple[Unit, ...]
     arguments: Mapping[str, Any]
+    finishing: Mapping[str, Any]
     block: Block
     residuals: Block | None
 
@@ -55,6 +57,17 @@ class Request:
             block=_in_precision(self.block, precision),
             residuals=self.residuals and _in_precision(self.residuals, precision),
         )
+
+    def finish(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        units: Sequence[Unit],
+        measured: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The declared variables of what `measure` returned; runs where the command runs."""
+        if self.experiment.finish is None:
+            return measured
+        return self.experiment.finish(tokenizer, units, measured, **self.finishing)
 
     def into(self, run: str) -> "Request":
         """The same request with its results in the group of this name."""
@@ -82,14 +95,21 @@ def check_request(
     record = record_of(model)
     sites = check_sites(experiment, record.n_layers, layers, layer_sets, positions)
     own = check_options(experiment, options)
-    plan = make_plan(experiment, model.tokenizer, grid, sites.get("positions", []), own)
+    plan = make_plan(
+        experiment, model.tokenizer, grid, sites.get("positions", []), own, record.label
+    )
+    _check_width(plan, record)
     taken = {name: own[name] for name in own if name not in experiment.plan_only}
     planning = {name: own[name] for name in own if name in experiment.plan_only}
     arguments = {**sites, **taken}
     units = plan.units if grid is None else grid.select_cells(cells)
     digest = identity(experiment, record, plan, arguments)
     template = model.tokenizer.chat_template
-    variables = {name: v.for_run(record, arguments) for name, v in experiment.variables.items()}
+    variables = {
+        name: v.for_run(record, arguments)
+        for name, v in experiment.variables.items()
+        if plan.variables is None or name in plan.variables
+    }
     every = any(variable.every_layer for variable in variables.values())
     block = Block(
         experiment=experiment.name,
@@ -101,7 +121,11 @@ def check_request(
         plan=plan,
         layers=list(range(record.n_layers + 1)) if every else sites.get("layers", []),
         positions=sites.get("positions", []),
-        variables={name: v for name, v in variables.items() if not v.is_residual},
+        variables={
+            name: v
+            for name, v in variables.items()
+            if not (v.is_residual and experiment.keeps_residuals)
+        },
         attrs=run_attributes(experiment, record, plan, arguments, planning, digest, template),
     )
     return Request(
@@ -109,9 +133,24 @@ def check_request(
         plan=plan,
         units=tuple(units),
         arguments=arguments,
+        finishing={name: own[name] for name in experiment.finish_options},
         block=block,
         residuals=_residuals(variables, block) if keep_residuals else None,
     )
+
+
+def _check_width(plan: Plan, record: ModelRecord) -> None:
+    """See that inputs as wide as a model go with this one.
+
+    Raises:
+        UsageError: they were made for another.
+    """
+    if plan.width not in (None, (record.n_layers, record.d_model)):
+        blocks, width = plan.width
+        raise UsageError(
+            f"The vector has {blocks + 1} layers of width {width}, but the model {record.label!r} "
+            f"needs {record.n_layers + 1} of width {record.d_model} (n_layers + 1, d_model)."
+        )
 
 
 def check_inputs(
@@ -139,8 +178,17 @@ def make_plan(
     grid: Grid | None,
     positions: Sequence[str],
     options: Mapping[str, Any],
+    label: str = "",
 ) -> Plan:
     """What there is to measure: the cells of the grid, or what the experiment's file says.
+
+    Args:
+        experiment: with its `plan`.
+        tokenizer: the model's.
+        grid: where it runs on one.
+        positions: that have to exist in every prompt of the grid.
+        options: the experiment's own.
+        label: the model's, for a `plan` that asks for it.
 
     Raises:
         UsageError: the inputs cannot be used, or not with this model.
@@ -149,9 +197,14 @@ def make_plan(
     if experiment.plan is None:
         assert grid is not None
         return plan_of_grid(grid, render_grid(tokenizer, grid, positions))
-    plan = experiment.plan(tokenizer, **{name: options[name] for name in experiment.plan_options})
+    named = {"model": label} if experiment.plan_takes_model else {}
+    own = {name: options[name] for name in experiment.plan_options}
+    plan = experiment.plan(tokenizer, **named, **own)
     for name, variable in experiment.variables.items():
-        check_axes(name, variable, experiment.name, {*experiment.site_axes, *plan.axes})
+        if plan.variables is not None and name not in plan.variables:
+            continue
+        every = {"layer"} if variable.every_layer else set()
+        check_axes(name, variable, experiment.name, {*experiment.site_axes, *plan.axes, *every})
         if not plan.placed_axes & set(variable.axes):
             raise PersonaError(
                 f"The variable {name!r} of {experiment.name!r} has none of the dimensions that "

@@ -141,6 +141,7 @@ def run(
         keep_residuals=keep_residuals,
         deadline=deadline,
         verbose=verbose,
+        progress=progress,
         **options,
     )
     planned.carry_out(progress=progress)
@@ -163,9 +164,10 @@ def plan_run(
     keep_residuals: bool = False,
     deadline: float | None = None,
     verbose: bool = False,
+    progress: bool = False,
     **options: Any,
 ) -> PlannedRun:
-    """Check a run without beginning it; the arguments are those of `run`.
+    """Check a run, and prepare it where its experiment does; the arguments are those of `run`.
 
     Raises:
         UsageError: the request is wrong; nothing was written.
@@ -185,6 +187,8 @@ def plan_run(
         raise UsageError(f"The experiment {loaded_experiment.name!r} never reuses anything.")
     if keep_residuals and not loaded_experiment.keeps_residuals:
         raise UsageError(f"The experiment {loaded_experiment.name!r} keeps no residuals.")
+    if loaded_experiment.prepare is not None:
+        options = loaded_experiment.prepare(loaded, store, options, progress=progress)
     execution = {"reuse": reuse} if loaded_experiment.reuses else {}
     if loaded_experiment.keeps_residuals:
         execution["keep_residuals"] = keep_residuals
@@ -245,6 +249,7 @@ def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
                 except (MemoryError, RuntimeError) as error:
                     share.put_back(batch, _smaller(len(batch), error, noun))
                     continue
+                measured = request.finish(model.tokenizer, batch, measured)
                 arrays = declared_arrays(request, measured, len(batch))
                 session.write(batch, arrays, (time.perf_counter() - started) / len(batch))
                 bar.update(task, completed=n_asked - share.n_left)

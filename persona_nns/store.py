@@ -36,7 +36,7 @@ from zarr.storage import LocalStore
 
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.places import Place, place_of
-from persona_nns.units import Plan, Unit, noun_of
+from persona_nns.units import Label, Plan, Unit, noun_of
 from persona_nns.variables import FILL, Kind, Variable
 
 _DTYPES: dict[Kind, Any] = {"float": "float32", "int": "int64", "bool": "bool", "text": str}
@@ -119,7 +119,7 @@ class RunGroup:
     def __init__(self, group: zarr.Group, place: Place) -> None:
         self._group = group
         self._place = place
-        self._order: dict[str, dict[str, int]] = {}
+        self._order: dict[str, dict[Label, int]] = {}
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     def __len__(self) -> int:
@@ -216,7 +216,7 @@ class RunGroup:
         place = unit.place
         return tuple(self._places(axis)[place[axis]] for axis in _axes(array) if axis in place)
 
-    def _places(self, axis: str) -> dict[str, int]:
+    def _places(self, axis: str) -> dict[Label, int]:
         """Where each label stands in this group: the order of the plan when it was allocated."""
         if axis not in self._order:
             labels = np.asarray(self._array(axis)[...]).tolist()
@@ -576,7 +576,8 @@ def open_results(
     """Open an experiment's results as one Dataset over models.
 
     Runs are joined if they agree in grid, parameters and protocol version; their layers may
-    differ (what a model lacks is NaN). Cells (or other units) that are not complete read as NaN
+    differ (what a model lacks is NaN). Arrays as wide as a model (``d_model``) are never joined:
+    they are there where one run is opened. Cells (or other units) that are not complete read as NaN
     (integers −1, text empty).
 
     Args:
@@ -679,7 +680,7 @@ def _plain_text(array: xr.DataArray) -> xr.DataArray:
 
 
 def _done(
-    completed: xr.DataArray, array: xr.DataArray, units: Sequence[Mapping[str, str]]
+    completed: xr.DataArray, array: xr.DataArray, units: Sequence[Mapping[str, Label]]
 ) -> NDArray[np.bool_]:
     """Where a variable is complete; of size 1 on the dimensions that no unit has a place on.
 
@@ -763,6 +764,8 @@ def _fill(array: xr.DataArray) -> Any:
 
 
 def _join(datasets: list[xr.Dataset], experiment: str) -> xr.Dataset:
+    if len(datasets) > 1:
+        datasets = [dataset.drop_dims("d_model", errors="ignore") for dataset in datasets]
     fill = {name: _fill(array) for name, array in datasets[0].data_vars.items()}
     joined = xr.concat(
         datasets,

@@ -1,7 +1,7 @@
 """Results, runs and models as tables for the terminal."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ from persona_nns.store import RunInfo
 
 # Columns of a table; more are not readable.
 _MOST_COLUMNS = 12
+# Most columns beside layer bands, which most conditions are not measured in.
+_MOST_BY_BAND = 6
+# The dimension that has a row each: the first of these that there is.
+_DOWN = ("layer", "layer_set", "layer_band", "site")
 # Beside the results: what the store notes about their making.
 _BOOKKEEPING = ("seconds", "completed")
 # Dimensions whose labels are rows of a table; of two of them, the first.
@@ -68,6 +72,8 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
         box=box.SIMPLE_HEAD,
     )
     table.add_column("model")
+    if down == "layer_band" and np.prod([array.sizes[dim] for dim in across]) > _MOST_BY_BAND:
+        return _add_long_rows(table, present, over, [*across, down], summarise)
     if down is not None:
         table.add_column(down.replace("_", " "), justify="right")
     if down == "layer":
@@ -92,6 +98,28 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
             head = Text(model if label == labels[0] else "")
             last = label == labels[-1]
             table.add_row(head, *site, *map(summarise, columns), end_section=last)
+    return table
+
+
+def _add_long_rows(
+    table: Table,
+    present: xr.DataArray,
+    over: list[str],
+    labels: list[str],
+    summarise: Callable[..., str],
+) -> Table:
+    """A row for what would be a column of a row; none where nothing was measured."""
+    for label in labels:
+        table.add_column(label.replace("_", " "), justify="right")
+    table.add_column("value", justify="right")
+    for model in present.model.values.tolist():
+        rows = present.sel(model=model).stack(row=labels, sample=over).dropna("row", how="all")
+        rows = rows.transpose("row", "sample")
+        for number_of, row in enumerate(rows):
+            head = Text(model if number_of == 0 else "")
+            own = (Text(str(row[label].item())) for label in labels)
+            last = number_of == rows.sizes["row"] - 1
+            table.add_row(head, *own, summarise(row.values.astype(float)), end_section=last)
     return table
 
 

@@ -27,7 +27,7 @@ class Unit(Protocol):
         ...
 
     @property
-    def place(self) -> Mapping[str, str]:
+    def place(self) -> Mapping[str, Label]:
         """Dimension → label at which it writes.
 
         A unit writes the variables all of whose unit dimensions are here.
@@ -52,6 +52,9 @@ class Plan:
         attrs: what the run's group says of the inputs, as JSON-able values.
         batch_size: units at a time where none is asked for; None is as many as memory allows,
             taking a unit for the size of a grid's cell.
+        variables: those of the experiment's variables that these inputs give; None is all.
+        width: number of blocks and width of the residual stream that the inputs were made for;
+            None where they go with every model.
     """
 
     name: str
@@ -66,6 +69,8 @@ class Plan:
     )
     attrs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     batch_size: int | None = None
+    variables: Sequence[str] | None = None
+    width: tuple[int, int] | None = None
 
     @property
     def noun(self) -> str:

@@ -17,90 +17,14 @@ from typing import Any
 import torch
 from nnsight import TransformersModel, save
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 from persona_nns.batches import left_pad
+from persona_nns.kv import KVCache, read_cache, stack
 from persona_nns.shared_heads import head_lengths
 
 # Rows are prefilled together while padding is less than this share of their columns.
 _MOST_PADDING = 0.15
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Key-value cache of left-padded rows.
-
-    Attributes:
-        keys: of each layer, [row, kv_head, column, d_head], rotary positions applied.
-        values: of each layer, [row, kv_head, column, d_head].
-        attention_mask: [row, column], 0 on padding.
-    """
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    attention_mask: Tensor
-
-    @property
-    def width(self) -> int:
-        """Columns."""
-        return self.attention_mask.shape[1]
-
-    def rows(self, index: Tensor | slice) -> "Prefix":
-        """Some of the rows, or some of them several times; as wide as the longest of them."""
-        attention_mask = self.attention_mask[index]
-        first = int(attention_mask.any(0).long().argmax())
-        return Prefix(
-            tuple(keys[index][:, :, first:] for keys in self.keys),
-            tuple(values[index][:, :, first:] for values in self.values),
-            attention_mask[:, first:],
-        )
-
-    def until(self, column: int) -> "Prefix":
-        """The columns before ``column``; a view."""
-        return Prefix(
-            tuple(keys[:, :, :column] for keys in self.keys),
-            tuple(values[:, :, :column] for values in self.values),
-            self.attention_mask[:, :column],
-        )
-
-    def begin(self, index: Tensor, length: Tensor) -> "Prefix":
-        """The first tokens of some of the rows, right-aligned.
-
-        Args:
-            index: [row], which row of this prefix.
-            length: [row], how many of its tokens, at most all; none where it is not positive.
-        """
-        width = int(length.max())
-        token = torch.arange(width, device=length.device) - (width - length[:, None])
-        padding = self.width - self.attention_mask.sum(1)
-        column = (padding[index][:, None] + token).clamp(0, self.width - 1)[:, None, :, None]
-
-        def moved(tensor: Tensor) -> Tensor:
-            rows = tensor[index]
-            return rows.gather(2, column.expand(-1, rows.shape[1], -1, rows.shape[3]))
-
-        return Prefix(
-            tuple(map(moved, self.keys)), tuple(map(moved, self.values)), (token >= 0).long()
-        )
-
-    def cache(self) -> DynamicCache:
-        """A cache for one pass, which may grow it: a later pass needs another.
-
-        It is built without the model's configuration, so that layers with a sliding window keep
-        every column (one that has forgotten columns cannot be cut back) and the model's masks do
-        the windowing.
-        """
-        return DynamicCache(list(zip(self.keys, self.values, strict=True)))
-
-
-def read_cache(cache: Cache, attention_mask: Tensor) -> Prefix:
-    """The content of a cache after a pass over rows with this mask [row, column]."""
-    layers: Any = cache.layers
-    return Prefix(
-        tuple(layer.keys for layer in layers),
-        tuple(layer.values for layer in layers),
-        attention_mask[:, : layers[0].keys.shape[2]],
-    )
 
 
 @dataclass(frozen=True)
@@ -123,7 +47,7 @@ class Window:
     position_ids: Tensor
     start: int
     padding: Tensor
-    prefix: Prefix | None = None
+    prefix: KVCache | None = None
     clean: Tensor | None = None
 
     def inputs(self) -> dict[str, Any]:
@@ -172,10 +96,8 @@ class Window:
 
 def prefill(
     model: TransformersModel, rows: Sequence[Sequence[int]], *, reuse: bool = True
-) -> Prefix | None:
-    """Run rows of tokens once and keep their caches.
-
-    Equal rows are run once, and so is a head that several rows begin with.
+) -> KVCache | None:
+    """Run rows of tokens once and keep their caches, if there is anything to keep.
 
     Args:
         model: from `load_model`.
@@ -183,10 +105,23 @@ def prefill(
         reuse: False keeps nothing and runs nothing.
 
     Returns:
-        The caches, padded on the left to the longest row; None where there is nothing to keep.
+        The caches, as `fill_cache` gives them; None where there is nothing to keep.
     """
-    if not reuse or not all(rows):
-        return None
+    return fill_cache(model, rows) if reuse and all(rows) else None
+
+
+def fill_cache(model: TransformersModel, rows: Sequence[Sequence[int]]) -> KVCache:
+    """Run rows of tokens and keep their caches.
+
+    Equal rows are run once, and so is a head that several rows begin with.
+
+    Args:
+        model: from `load_model`.
+        rows: token ids, one row for each row of the result; none is empty.
+
+    Returns:
+        The caches, padded on the left to the longest row.
+    """
     distinct = list(dict.fromkeys(map(tuple, rows)))
     n_head = head_lengths(distinct)
     head = [row[:n] for row, n in zip(distinct, n_head, strict=True)]
@@ -207,10 +142,10 @@ def prefill(
 def _run_rows(
     model: TransformersModel,
     rows: Sequence[Sequence[int]],
-    heads: Prefix | None,
+    heads: KVCache | None,
     head: Sequence[int],
     n_head: Sequence[int],
-) -> Prefix:
+) -> KVCache:
     """Run rows behind heads that have been run, as few padded tokens as can be.
 
     Args:
@@ -220,7 +155,7 @@ def _run_rows(
         head: of each row, which of the heads it begins with.
         n_head: of each row, how many tokens its head has.
     """
-    parts: list[Prefix] = []
+    parts: list[KVCache] = []
     for part in _similar([len(ids) - n for ids, n in zip(rows, n_head, strict=True)]):
         batch = left_pad([rows[row] for row in part], device=model.device)
         # Tokens stand side by side behind their head: a window over columns stays one over
@@ -242,7 +177,7 @@ def _run_rows(
         with model.trace(inputs, logits_to_keep=1):
             cache = save(model.output.past_key_values)
         parts.append(read_cache(cache, batch.attention_mask))
-    return _join(parts)
+    return stack(parts)
 
 
 def _similar(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -257,28 +192,8 @@ def _similar(lengths: Sequence[int]) -> Iterator[list[int]]:
     yield part
 
 
-def _join(parts: Sequence[Prefix]) -> Prefix:
-    """Stack caches of different width, padding them on the left."""
-    width = max(part.width for part in parts)
-
-    def pad(tensor: Tensor, part: Prefix) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, 0, width - part.width, 0))
-
-    n_layers = len(parts[0].keys)
-    return Prefix(
-        tuple(torch.cat([pad(part.keys[k], part) for part in parts]) for k in range(n_layers)),
-        tuple(torch.cat([pad(part.values[k], part) for part in parts]) for k in range(n_layers)),
-        torch.cat(
-            [
-                torch.nn.functional.pad(part.attention_mask, (width - part.width, 0))
-                for part in parts
-            ]
-        ),
-    )
-
-
 def open_window(
-    prompts: Sequence[Sequence[int]], continuation: Tensor, prefix: Prefix | None
+    prompts: Sequence[Sequence[int]], continuation: Tensor, prefix: KVCache | None
 ) -> Window:
     """The window of prompts and what is said to follow them, behind a prefix.
 
@@ -333,13 +248,13 @@ def _stack(windows: Sequence[Window]) -> Window:
         position_ids=torch.cat([window.position_ids for window in windows]),
         start=start,
         padding=torch.cat([window.padding + start - window.start for window in windows]),
-        prefix=_join(prefixes) if prefixes else None,
+        prefix=stack(prefixes) if prefixes else None,
         clean=torch.cat(cleans, dim=1) if cleans else None,
     )
 
 
 def open_ragged_window(
-    rows: Sequence[Sequence[int]], prefix: Prefix | None, *, device: torch.device
+    rows: Sequence[Sequence[int]], prefix: KVCache | None, *, device: torch.device
 ) -> Window:
     """The window of rows that share their first tokens and then differ in length.
 
@@ -384,7 +299,7 @@ class CleanRun:
     n_prompt: int
     logits: Tensor
     residual: Tensor
-    cache: Prefix | None
+    cache: KVCache | None
 
     def narrow(self, site: Tensor, n_generated: int) -> Window:
         """The part of the run that an intervention can change and that is scored.
@@ -405,7 +320,7 @@ class CleanRun:
         return self._columns(first, stop, prefix, self.residual[:, :, first:stop])
 
     def _columns(
-        self, first: int, stop: int, prefix: Prefix | None, clean: Tensor | None
+        self, first: int, stop: int, prefix: KVCache | None, clean: Tensor | None
     ) -> Window:
         before = self.window.start + first
         return Window(
@@ -420,7 +335,7 @@ class CleanRun:
 
 
 def read_clean_run(
-    said: Any, prompts: Sequence[Sequence[int]], continuation: Tensor, prefix: Prefix | None
+    said: Any, prompts: Sequence[Sequence[int]], continuation: Tensor, prefix: KVCache | None
 ) -> CleanRun:
     """Read a greedy run off what ``generate`` returned.
 

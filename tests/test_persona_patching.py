@@ -93,11 +93,12 @@ class Run:
         self.letters = output.logits[0, -1, list(asked.letters)]
         identity = list(asked.identity)
         self.attention = torch.stack([a[0, :, -1, identity].sum(-1) for a in output.attentions])
+        cached: Any = cache.layers
         self.value = torch.stack(
             [
-                self._written(a[0, :, -1, identity], layer.values[0], identity, projection)
-                for a, layer, (projection, _) in zip(
-                    output.attentions, cache.layers, parts(plain), strict=True
+                self._written(a[0, :, -1, identity], values[0], identity, projection)
+                for a, values, (projection, _) in zip(
+                    output.attentions, [kept.values for kept in cached], parts(plain), strict=True
                 )
             ]
         )

@@ -69,6 +69,29 @@ def test_token_layers_are_close_to_the_least_the_protocol_needs(
     assert work[0] <= 1.2 * least_work(model, cells, asked)
 
 
+@pytest.mark.parametrize("layer_sets", [[[3]], [[3], [1, 2, 3, 4], [0, 5]]])
+def test_host_injection_is_close_to_the_least_it_needs(
+    golden_model: Callable[[str], TransformersModel],
+    host_injection: ModuleType,
+    layer_sets: list[list[int]],
+) -> None:
+    """Beginnings of prompts once; four prompts forced or read at three sites; two interventions a
+    set from its lowest layer up; texts of the long persona, of the hosts, and under injections."""
+    model, cells, n_tokens = golden_model("qwen2"), list(load_grid("review").cells), 20
+    prompts = [render_cell(model.tokenizer, cell) for cell in cells]
+    rows = {prompt[name].ids for prompt in prompts for name in ROLE_PROMPTS}
+    beginnings = {row[:stop] for row in rows for stop in range(1, len(row) + 1)}
+    hosts = {prompt["BY"].ids for prompt in prompts}
+    n_cells = len(cells)
+    read = n_cells * (2 * N_EVAL + 2 * 3)
+    said = (n_cells + len(hosts) + 4 * n_cells) * n_tokens
+    interventions = sum(2 * N_EVAL * (6 - layers[0]) for layers in layer_sets) * n_cells
+    least = (len(beginnings) + read + said) * 6 + interventions
+    with counted_work(model) as work:
+        host_injection.measure(model, cells, layer_sets=layer_sets, n_tokens=n_tokens)
+    assert work[0] <= 1.2 * least
+
+
 def test_the_plain_protocol_works_much_harder(
     golden_model: Callable[[str], TransformersModel], localized_positions: ModuleType
 ) -> None:
@@ -94,8 +117,10 @@ def test_reuse_gives_the_numbers_of_the_plain_protocol(
     assert float(plain["kl"].max()) > 2e-4  # there is something to agree on
     torch.testing.assert_close(reused["kl"], plain["kl"], rtol=1e-3, atol=1e-5)
     assert torch.equal(reused["n_eval"], plain["n_eval"])
+    # Two blocks with a sliding window of 16 do not see the persona: below layer 3 its effect can
+    # be rounding alone, which has no direction.
     for name in ("cos_additive", "cos_persona_task", "interaction_ratio"):
-        torch.testing.assert_close(reused[name], plain[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(reused[name][:, 3:], plain[name][:, 3:], rtol=1e-3, atol=1e-4)
 
 
 def test_bfloat16_agrees_within_its_rounding(

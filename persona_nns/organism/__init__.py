@@ -9,6 +9,9 @@ from pathlib import Path
 ORGANISMS = ("organism-qwen2", "organism-gemma2")
 """The names of the bundled models; each is also a folder beside this file."""
 
+ARTIFACTS = Path(__file__).parent / "artifacts"
+"""The bundled traits, as ``{split}/{trait}.json``."""
+
 
 def organism_folder(name: str) -> Path:
     """The folder of a bundled model, loadable with plain transformers."""

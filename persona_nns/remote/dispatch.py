@@ -272,7 +272,8 @@ class Dispatcher:
         for warning in outcome["warnings"]:
             warnings.warn(warning, stacklevel=2)
         self._check_precision(outcome["precision"])
-        arrays = declared_arrays(self.request, outcome["measured"], len(flight.units))
+        measured = self.request.finish(self.model.tokenizer, flight.units, outcome["measured"])
+        arrays = declared_arrays(self.request, measured, len(flight.units))
         seconds = outcome["seconds"] / len(flight.units)
         if self.session is None:
             self.session = self._begin(outcome)

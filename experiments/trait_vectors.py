@@ -1,0 +1,271 @@
+"""Which direction is a trait? Mean residuals of answers with the trait minus those without it.
+
+Answers under contrastive system prompts (given, or made by `trait_responses`) are read back
+teacher-forced. Of each answer and layer: the mean over response tokens, the mean over prompt
+tokens, and the last prompt token. The vector of a layer is the mean over the answers with the
+trait minus the mean over those without ("Persona Vectors", arXiv 2507.21509).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import xarray as xr
+from matplotlib.figure import Figure
+from nnsight import TransformersModel, save
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from persona_nns.answers import JudgeChoice
+from persona_nns.batches import left_pad, similar_rows
+from persona_nns.chats import render_chat, response_ids, takes_system_role
+from persona_nns.errors import UsageError
+from persona_nns.extraction import AVERAGES, averages, normalised, token_weights
+from persona_nns.runs import run
+from persona_nns.trait_plots import projection_figure, vector_norms
+from persona_nns.trait_rows import JudgedResponse, row_coordinates, rows_of_file, rows_of_store
+from persona_nns.traits import LABELS, load_traits
+from persona_nns.units import Plan, content_digest
+from persona_nns.variables import Variable
+
+protocol_version = 1
+
+variables = {
+    "vector": Variable(
+        "trait average layer d_model",
+        "trait vector",
+        description="mean(pos) − mean(neg) of the kept answers, in float32.",
+        every_layer=True,
+    ),
+    "mean": Variable(
+        "trait label average layer d_model",
+        "mean residual",
+        description="Unweighted mean over the kept answers of a label, in float32.",
+        every_layer=True,
+    ),
+    "projection": Variable(
+        "trait average row layer",
+        "projection on v̂",
+        description="An answer's average residual times v̂ of response_avg (0 where ‖v‖ = 0).",
+        every_layer=True,
+    ),
+}
+
+
+def norms(results: xr.Dataset) -> Figure:
+    """Length of the vector against layer."""
+    return vector_norms(results)
+
+
+def projections(results: xr.Dataset) -> Figure:
+    """Projections of the answers of both labels against layer."""
+    return projection_figure(results)
+
+
+_NOBODY_JUDGES = "Without a judge, rows have to be given: --responses F.jsonl."
+
+figures = {"norms": norms, "projections": projections}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All answers that a vector is made from.
+
+    Attributes:
+        trait: the trait's name.
+        prompts: token ids of each row's prompt.
+        responses: token ids of each row's answer, without an end token.
+        labels: index into `LABELS` of each row.
+        kept: whether a row counts for the vector.
+    """
+
+    trait: str
+    prompts: tuple[tuple[int, ...], ...]
+    responses: tuple[tuple[int, ...], ...]
+    labels: tuple[int, ...]
+    kept: tuple[bool, ...]
+
+    @property
+    def label(self) -> str:
+        """What it is called in messages."""
+        return self.trait
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where it stands in the result."""
+        return {"trait": self.trait}
+
+
+def prepare(
+    model: TransformersModel, store: str | Path, options: dict[str, Any], *, progress: bool
+) -> dict[str, Any]:
+    """Have the answers made where none are given; they are stored, and made once."""
+    if options.get("responses") is not None:
+        return options
+    if options.get("judge") == "none":
+        raise UsageError(_NOBODY_JUDGES)
+    names = ("trait", "artifacts", "n_samples", "judge", "judge_model", "judge_prices")
+    names = (*names, "max_new_tokens", "temperature")
+    made = {name: options[name] for name in names if name in options}
+    results = run("trait_responses", model, store=store, progress=progress, **made)
+    return {**options, "responses": str(store), "responses_run": results.attrs["run"]}
+
+
+def plan(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    model: str,
+    trait: str | None = None,
+    artifacts: str | None = None,
+    responses: str | None = None,
+    responses_run: str | None = None,
+    n_samples: Annotated[int, Field(ge=1)] = 1,
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256,
+    temperature: Annotated[float, Field(ge=0)] = 1.0,
+    judge: str = "lexicon",
+    judge_model: str = "gpt-4.1-mini",
+    judge_prices: str = "",
+) -> Plan:
+    """Render the answers that the vector is made from.
+
+    Args:
+        tokenizer: the model's.
+        model: label of the model.
+        trait: a bundled trait, or one of the folder `artifacts`; for rows from a file, its stem.
+        artifacts: folder with extraction/{trait}.json and evaluation/{trait}.json.
+        responses: rows (.jsonl), or a store with trait_responses; by default they are made.
+        responses_run: which run of trait_responses, where the store has several.
+        n_samples: answers to each prompt, where they are made.
+        max_new_tokens: the longest answer, where they are made.
+        temperature: 1 samples from the model; 0 is greedy.
+        judge: lexicon, none (every given row counts), or the URL of an OpenAI-compatible endpoint.
+        judge_model: the model there; its key is read from OPENAI_API_KEY.
+        judge_prices: dollars for a million tokens sent and received, as 0.40,1.60.
+    """
+    del n_samples, max_new_tokens, temperature  # the business of trait_responses
+    choice = JudgeChoice(judge, judge_model, judge_prices)
+    from_file = responses is not None and Path(responses).suffix == ".jsonl"
+    name = Path(responses).stem if from_file and responses else trait or "cheerful"
+    if from_file and trait not in (None, name):
+        raise UsageError(f"The trait of {responses!r} is its stem {name!r}, not {trait!r}.")
+    if choice.judge == "none" and not from_file:
+        raise UsageError(_NOBODY_JUDGES)
+    choice.check(name)
+    asked = None if choice.judge == "none" else load_traits(name, "extraction", artifacts)[0]
+    if responses is None:  # `prepare` has them made; until then there is nothing to render
+        return _plan_of(name, [], [], tokenizer)
+    rows = (
+        rows_of_file(responses, asked, choice)
+        if from_file
+        else rows_of_store(responses, name, model, responses_run)
+    )
+    return _plan_of(name, rows, choice.identity, tokenizer)
+
+
+def _plan_of(
+    trait: str,
+    rows: Sequence[JudgedResponse],
+    judge: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Plan:
+    shown = [row.response for row in rows]
+    answers = Answers(
+        trait,
+        tuple(render_chat(tokenizer, row.question, row.system).ids for row in shown),
+        tuple(response_ids(tokenizer, row.response) for row in shown),
+        tuple(LABELS.index(row.label) for row in shown),
+        tuple(row.kept for row in rows),
+    )
+    content = {
+        "trait": trait,
+        "judge": judge,
+        "rows": [[vars(row.response), row.kept] for row in rows],
+    }
+    return Plan(
+        name=trait,
+        units=[answers],
+        axes={
+            "trait": [trait],
+            "average": list(AVERAGES),
+            "label": list(LABELS),
+            "row": list(range(len(rows))),
+        },
+        unit_axes=("trait",),
+        content=content,
+        token_ids={
+            str(row): {"prompt": prompt, "response": response}
+            for row, (prompt, response) in enumerate(
+                zip(answers.prompts, answers.responses, strict=True)
+            )
+        },
+        digest=content_digest(content),
+        coords=row_coordinates(rows),
+        attrs={"judge": judge, "system_role": takes_system_role(tokenizer)},
+        batch_size=1,
+    )
+
+
+def measure(model: TransformersModel, units: list[Answers]) -> dict[str, Tensor]:
+    """Read the answers back.
+
+    Args:
+        model: from `load_model`.
+        units: the answers of a trait.
+    """
+    means, projected = [], []
+    for answers in units:
+        # The mean over the kept answers of each label. [label, layer, average, d_model]
+        total: dict[int, Tensor] = {}
+        for label in range(len(LABELS)):
+            counted = [
+                row
+                for row, kept in enumerate(answers.kept)
+                if kept and answers.labels[row] == label
+            ]
+            for _, read in read_averages(model, answers, counted):
+                summed = read.sum(1)
+                total[label] = total[label] + summed if label in total else summed
+            total[label] = total[label] / len(counted)
+        mean = torch.stack([total[label] for label in range(len(LABELS))])
+        means.append(mean)
+
+        # Every answer on the direction of response_avg. [layer, row, average]
+        vector = mean[LABELS.index("pos")] - mean[LABELS.index("neg")]
+        direction = normalised(vector[:, AVERAGES.index("response_avg")])
+        every = list(range(len(answers.labels)))
+        projection = torch.empty(len(direction), len(every), len(AVERAGES))
+        for rows, read in read_averages(model, answers, every):
+            projection[:, rows] = torch.einsum("lrad,ld->lra", read, direction).cpu()
+        projected.append(projection)
+    mean = torch.stack(means).transpose(2, 3)  # [trait, label, average, layer, d_model]
+    return {
+        "vector": mean[:, LABELS.index("pos")] - mean[:, LABELS.index("neg")],
+        "mean": mean,
+        "projection": torch.stack(projected).permute(0, 3, 2, 1),
+    }
+
+
+def read_averages(
+    model: TransformersModel, answers: Answers, rows: Sequence[int]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The three averages of some answers, [layer, row, average, d_model], a batch at a time."""
+    lengths = [len(answers.prompts[row]) + len(answers.responses[row]) for row in rows]
+    for places in similar_rows(lengths):
+        batch = [rows[place] for place in places]
+        padded = left_pad(
+            [(*answers.prompts[row], *answers.responses[row]) for row in batch],
+            device=model.device,
+        )
+        n_response = torch.tensor([len(answers.responses[row]) for row in batch])
+        weights = token_weights(padded.attention_mask, n_response.to(model.device))
+        with model.trace(
+            padded.tokens, position_ids=padded.position_ids, use_cache=False, logits_to_keep=1
+        ):
+            read = save(
+                [averages(block.input, weights) for block in model.layers]
+                + [averages(model.final_norm.output, weights)]
+            )
+        yield batch, torch.stack(read)

@@ -1,0 +1,155 @@
+"""Steering: add a trait vector to the residual stream, or take its direction away.
+
+``h_L + α v_L`` at the input of block L, at the tokens of a position set: ``all``, ``prompt`` (the
+last prompt token included) or ``response`` (from the last prompt token on: the tokens whose
+streams predict the response). Positions are explicit masks, so that a teacher-forced pass and
+generation do the same.
+
+What changes and scores streams runs inside tracing contexts and may run on a server: torch and
+builtins only.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from persona_nns.errors import UsageError
+
+POSITION_SETS = ("all", "prompt", "response")
+
+
+def steered_tokens(
+    attention_mask: Tensor, n_response: Tensor, position_sets: Sequence[str]
+) -> Tensor:
+    """Which tokens of rows a position set holds, for rows padded on either side.
+
+    Args:
+        attention_mask: [row, column], 0 on padding.
+        n_response: [row], how many of a row's last tokens are the response; 0 where the response
+            is yet to be generated.
+        position_sets: one for each row.
+
+    Returns:
+        [row, column], 1 on the tokens that are steered.
+    """
+    place = attention_mask.cumsum(1) * attention_mask
+    n_prompt = (attention_mask.sum(1) - n_response)[:, None]
+    of_set = {
+        "all": place > 0,
+        "prompt": (place > 0) & (place <= n_prompt),
+        "response": (place > 0) & (place >= n_prompt),
+    }
+    rows = [of_set[name][row] for row, name in enumerate(position_sets)]
+    return torch.stack(rows).float()
+
+
+def steered_steps(position_sets: Sequence[str]) -> Tensor:
+    """Which rows are steered at tokens that are generated, [row, 1]."""
+    return torch.tensor([[float(name != "prompt")] for name in position_sets])
+
+
+@contextmanager
+def until_end_of_text() -> Iterator[None]:
+    """Let a loop over generated tokens end with the text, without being warned of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*was never reached: the loop asked for")
+        yield
+
+
+def steer(hidden: Tensor, direction: Tensor, strength: Tensor) -> Tensor:
+    """Add a vector to a residual stream.
+
+    Args:
+        hidden: [row, column, d_model].
+        direction: [d_model].
+        strength: [row, column], α on the tokens that are steered and 0 on the others.
+
+    Returns:
+        [row, column, d_model] in the dtype of ``hidden``.
+    """
+    return (hidden.float() + strength[..., None] * direction).to(hidden.dtype)
+
+
+def ablate(hidden: Tensor, direction: Tensor) -> Tensor:
+    """Take a direction out of a residual stream: h − (h·v̂) v̂.
+
+    Args:
+        hidden: [row, column, d_model].
+        direction: v̂ [d_model], of norm one, or zero, which changes nothing.
+
+    Returns:
+        [row, column, d_model] in the dtype of ``hidden``.
+    """
+    stream = hidden.float()
+    return (stream - (stream @ direction)[..., None] * direction).to(hidden.dtype)
+
+
+def increments(vector: Tensor) -> Tensor:
+    """What each block adds when every block is steered: v_L − v_{L−1}, with v_{−1} = 0.
+
+    Args:
+        vector: [n_layers + 1, d_model].
+
+    Returns:
+        [n_layers, d_model]; what the blocks 0 … L add sums to v_L.
+    """
+    before = torch.cat([torch.zeros_like(vector[:1]), vector[:-2]])
+    return vector[:-1] - before
+
+
+def response_logprob(logits: Tensor, response: Tensor, n_response: Tensor) -> Tensor:
+    """Log-probability of each row's response, summed over its tokens.
+
+    Args:
+        logits: [row, column, vocabulary], the columns that predict the last columns of
+            ``response``: column k predicts token k.
+        response: [row, column], token ids, right-aligned.
+        n_response: [row], how many of the last columns are a row's response.
+
+    Returns:
+        [row], in nats.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    said = logprobs.gather(-1, response[..., None])[..., 0]
+    column = torch.arange(response.shape[1], device=response.device)
+    inside = column >= response.shape[1] - n_response[:, None]
+    return torch.where(inside, said, 0.0).sum(-1)
+
+
+def parse_alphas(spec: str) -> tuple[float, ...]:
+    """The coefficients in a list such as ``0,1,2``, in its order.
+
+    Raises:
+        UsageError: not finite numbers, or one given twice.
+    """
+    parts = [part.strip() for part in spec.split(",") if part.strip()]
+    try:
+        alphas = tuple(float(part) for part in parts)
+    except ValueError as error:
+        raise UsageError(f"The alphas {spec!r} are not numbers such as 0,1,2.") from error
+    if not alphas or not all(map(math.isfinite, alphas)):
+        raise UsageError(f"The alphas {spec!r} are not finite numbers such as 0,1,2.")
+    if len(set(alphas)) < len(alphas):
+        raise UsageError(f"An alpha is given twice in {spec!r}; name each one once.")
+    return alphas
+
+
+def parse_position_sets(spec: str) -> tuple[str, ...]:
+    """The position sets in a list such as ``all,response``, in its order.
+
+    Raises:
+        UsageError: an unknown one, or one given twice.
+    """
+    names = tuple(part.strip() for part in spec.split(",") if part.strip())
+    for name in names:
+        if name not in POSITION_SETS:
+            raise UsageError(f"Unknown position set {name!r}; use {', '.join(POSITION_SETS)}.")
+        if names.count(name) > 1:
+            raise UsageError(f"The position set {name!r} is given twice; name each one once.")
+    if not names:
+        raise UsageError(f"No position set was asked for; use {', '.join(POSITION_SETS)}.")
+    return names

@@ -1,0 +1,392 @@
+"""Grafts against plain transformers: one cell at a time, no padding, caches edited in loops.
+
+The oracle shares nothing with the library but the rendered prompts. It rotates keys by formula
+from the configuration, and gives every attention module a mask of its own, computed from the
+positions of queries and keys.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nnsight import TransformersModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+import persona_nns as pn
+from persona_nns.catalog import load_experiment
+from persona_nns.errors import PersonaError, UsageError
+from persona_nns.grids import Cell, Grid
+from persona_nns.plots import draw
+from persona_nns.prompts import Prompt, render_cell
+from persona_nns.tables import result_table
+
+pytestmark = pytest.mark.filterwarnings("ignore:The grid has no markers")
+
+EIGHT = ("none", "persona", "task", "tail", "persona+task", "persona+tail", "task+tail", "all")
+N_LAYERS = 5
+BANDS = {
+    **{str(k): range(k, k + 1) for k in range(5)},
+    **{f"0:{k}": range(k) for k in (2, 3, 4)},
+    **{f"{k}:5": range(k, 5) for k in (1, 2, 3)},
+}
+
+
+@pytest.fixture(scope="module")
+def experiment() -> ModuleType:
+    return sys.modules[load_experiment("kv_graft").measure.__module__]
+
+
+def blocks_of(plain: Any) -> list[Any]:
+    """The attention modules."""
+    if hasattr(plain, "gpt_neox"):
+        return [block.attention for block in plain.gpt_neox.layers]
+    if hasattr(plain, "transformer"):
+        return [block.attn for block in plain.transformer.h]
+    return [block.self_attn for block in plain.model.layers]
+
+
+def window_of(plain: Any, layer: int) -> float:
+    """How many positions back a layer sees."""
+    types = getattr(plain.config, "layer_types", None)
+    if types is not None and types[layer] != "sliding_attention":
+        return math.inf
+    return getattr(plain.config, "sliding_window", None) or math.inf
+
+
+def rotated(plain: Any, key: Tensor, distance: int, layer: int) -> Tensor:
+    """A key [kv_head, d_head] moved by a distance, pair by pair, by the formula of RoPE."""
+    if distance == 0:
+        return key
+    rope = plain.config.rope_parameters
+    rope = rope if "rope_theta" in rope else rope[plain.config.layer_types[layer]]
+    n_rotary = int(key.shape[-1] * rope.get("partial_rotary_factor", 1.0))
+    half = n_rotary // 2
+    angle = torch.tensor(
+        [distance * rope["rope_theta"] ** (-2 * i / n_rotary) for i in range(half)]
+    )
+    moved = key.clone()
+    moved[:, :half] = key[:, :half] * angle.cos() - key[:, half:n_rotary] * angle.sin()
+    moved[:, half:n_rotary] = key[:, half:n_rotary] * angle.cos() + key[:, :half] * angle.sin()
+    return moved
+
+
+def filled(plain: Any, ids: Sequence[int]) -> Any:
+    cache = DynamicCache()
+    plain(torch.tensor([list(ids)]), past_key_values=cache)
+    return cache.layers
+
+
+# A place in a layer's cache: the prompt and token it is taken from, or None for a spare place.
+Place = tuple[str, int] | None
+
+
+def run_on(plain: Any, layout: list[list[Place]], caches: Any, forced: list[int]) -> Tensor:
+    """Log-probabilities [token, vocabulary] of forced tokens on the cache that is laid out."""
+    pairs = []
+    for layer, places in enumerate(layout):
+        template = caches["XY"][layer].keys[0]
+        keys, values = torch.zeros(2, template.shape[0], len(places), template.shape[2])
+        for position, place in enumerate(places):
+            if place is not None:
+                held = caches[place[0]][layer]
+                distance = position - place[1]
+                keys[:, position] = rotated(plain, held.keys[0, :, place[1]], distance, layer)
+                values[:, position] = held.values[0, :, place[1]]
+        pairs.append((keys[None], values[None]))
+
+    n_cached = len(layout[0])
+    position = torch.arange(n_cached, n_cached + len(forced))
+
+    def masked(layer: int) -> Any:
+        key = torch.arange(n_cached + len(forced))
+        distance = position[:, None] - key
+        seen = (distance >= 0) & (distance < window_of(plain, layer))
+        for spare, place in enumerate(layout[layer]):
+            if place is None:
+                seen[:, spare] = False
+        mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
+
+        def replace(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            assert "attention_mask" in kwargs
+            return args, {**kwargs, "attention_mask": mask}
+
+        return replace
+
+    handles = [
+        attention.register_forward_pre_hook(masked(layer), with_kwargs=True)
+        for layer, attention in enumerate(blocks_of(plain))
+    ]
+    try:
+        logits = plain(
+            torch.tensor([forced]),
+            past_key_values=DynamicCache(pairs),
+            position_ids=position[None],
+        ).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def cut(prompt: Prompt) -> dict[str, list[int]]:
+    """Tokens of each span before p_last."""
+    last = len(prompt) - 1
+    return {name: [k for k in span if k < last] for name, span in prompt.spans.items()}
+
+
+class Oracle:
+    """One cell of one model."""
+
+    def __init__(self, plain: PreTrainedModel, tokenizer: Any, cell: Cell) -> None:
+        self.plain = plain
+        self.prompts = render_cell(tokenizer, cell)
+        self.caches = {
+            name: filled(plain, prompt.ids[:-1]) for name, prompt in self.prompts.items()
+        }
+        self.spans = {name: cut(prompt) for name, prompt in self.prompts.items()}
+        ids = list(self.prompts["XY"].ids)
+        for _ in range(10):
+            logits = plain(torch.tensor([ids]), use_cache=False).logits[0, -1]  # type: ignore[operator]
+            ids.append(int(logits.argmax()))
+        self.said = ids[-10:]
+        self.clean = self.uncached("XY")
+
+    def uncached(self, name: str) -> Tensor:
+        """A prompt's own distributions over the reference tokens, without any cache."""
+        ids = [*self.prompts[name].ids, *self.said[:-1]]  # type: ignore[index]
+        logits = self.plain(torch.tensor([ids]), use_cache=False).logits[0, -10:]  # type: ignore[operator]
+        return torch.log_softmax(logits.float(), dim=-1)
+
+    def kl(self, distribution: Tensor) -> float:
+        ended = [k for k, token in enumerate(self.said) if token == 2]
+        stop = ended[0] + 1 if ended else 10
+        return float((self.clean.exp() * (self.clean - distribution)).sum(-1)[:stop].sum())
+
+    def graft(self, grafted: str, cached: str = "XY") -> float:
+        places: list[Place] = []
+        for span in ("prefix", "persona", "task", "tail"):
+            mine = span != "prefix" and (grafted == "all" or span in grafted.split("+"))
+            name = cached if mine else "BY"
+            places += [(name, token) for token in self.spans[name][span]]
+        return self._kl_of([places] * len(self.caches["XY"]))
+
+    def band(self, band: range) -> float:
+        slot = max(len(self.spans[name]["persona"]) for name in ("XY", "BY"))
+        layout = []
+        for layer in range(len(self.caches["XY"])):
+            name = "XY" if layer in band else "BY"
+            persona: list[Place] = [(name, token) for token in self.spans[name]["persona"]]
+            spare: list[Place] = [None] * (slot - len(persona))
+            before: list[Place] = [("BY", token) for token in self.spans["BY"]["prefix"]]
+            after: list[Place] = [
+                ("BY", token) for span in ("task", "tail") for token in self.spans["BY"][span]
+            ]
+            layout.append([*before, *spare, *persona, *after])
+        return self._kl_of(layout)
+
+    def additive(self) -> float:
+        """Keys and values of the host plus what the persona changes, from the end of each span."""
+        host = [self.prompts["BY"].ids[k] for k in range(len(self.prompts["BY"]) - 1)]
+        layers = []
+        for layer, own in enumerate(self.caches["BY"]):
+            keys, values = own.keys.clone(), own.values.clone()
+            for span in ("task", "tail"):
+                aligned = min(len(self.spans[name][span]) for name in ("BB", "XB", "BY"))
+                for back in range(1, aligned + 1):
+                    at = self.spans["BY"][span][-back]
+                    for name, sign in (("XB", 1.0), ("BB", -1.0)):
+                        token = self.spans[name][span][-back]
+                        held = self.caches[name][layer]
+                        key = rotated(self.plain, held.keys[0, :, token], at - token, layer)
+                        keys[0, :, at] += sign * key
+                        values[0, :, at] += sign * held.values[0, :, token]
+            layers.append(type("Layer", (), {"keys": keys, "values": values}))
+        places: list[Place] = [("sum", k) for k in range(len(host))]
+        caches = {**self.caches, "sum": layers}
+        forced = [self.prompts["BY"].ids[-1], *self.said[:-1]]
+        return self.kl(run_on(self.plain, [places] * len(layers), caches, forced))
+
+    def _kl_of(self, layout: list[list[Place]]) -> float:
+        forced = [self.prompts["BY"].ids[-1], *self.said[:-1]]
+        return self.kl(run_on(self.plain, layout, self.caches, forced))
+
+
+def odd(grid: Grid) -> list[Cell]:
+    """Two cells: a persona longer than the baseline's, and one that is shorter."""
+    odd = replace(grid, personas={**grid.personas, "you": "you"})
+    return list(odd.select_cells("chef/haiku,you/policy"))
+
+
+def close(ours: Any, theirs: Any) -> None:
+    np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-3, atol=1e-5)
+
+
+ROTARY = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "olmo2", "gpt_neox")
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_every_graft_and_band_equals_plain_transformers(
+    random_model: Callable[[str], TransformersModel],
+    plain_model: Callable[[str], PreTrainedModel],
+    experiment: ModuleType,
+    small_grid: Grid,
+    name: str,
+) -> None:
+    model, cells = random_model(name), odd(small_grid)
+    result = experiment.measure(model, cells, n_tokens=1)
+    kl, labels = result["kl"], experiment.LABELS
+    assert labels[:8] == EIGHT
+    oracles = [Oracle(plain_model(name), model.tokenizer, cell) for cell in cells]
+    lengths = [[len(o.spans[p]["persona"]) for p in ("XY", "BY")] for o in oracles]
+    assert lengths[0][0] > lengths[0][1]
+    assert lengths[1][0] < lengths[1][1]
+    for c, oracle in enumerate(oracles):
+        expected = [oracle.graft(label) for label in EIGHT]
+        close(kl[c, :8, 0], expected)
+        assert min(expected[:6]) > 1e-4
+        assert len({round(value, 6) for value in expected[:7]}) > 3
+        close(kl[c, 0, 0], oracle.kl(oracle.uncached("BY")))
+        assert float(kl[c, 7, 0]) < 1e-6
+        close(kl[c, 8, 0], oracle.graft("persona", cached="XB"))
+        close(kl[c, 9, 0], oracle.additive())
+        close(kl[c, 1, 1:], [oracle.band(band) for band in BANDS.values()])
+    assert kl[:, [k for k in range(10) if k != 1], 1:].isnan().all()
+    torch.testing.assert_close(result["closure"][:, :, 0], 1 - kl[:, :, 0] / kl[:, :1, 0])
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "gemma3", "gpt_neox"])
+def test_a_batch_gives_the_numbers_of_single_cells_and_reuse_those_of_none(
+    random_model: Callable[[str], TransformersModel],
+    experiment: ModuleType,
+    small_grid: Grid,
+    name: str,
+) -> None:
+    model, cells = random_model(name), list(small_grid.cells)
+    together = experiment.measure(model, cells, n_tokens=12)
+    single = [experiment.measure(model, [cell], n_tokens=12) for cell in cells]
+    plain = experiment.measure(model, cells, n_tokens=12, reuse=False)
+    for name in ("kl", "cache_bytes", "n_eval", "distinct_markers", "any_marker"):
+        alone = torch.cat([result[name] for result in single])
+        for other in (alone, plain[name]):
+            torch.testing.assert_close(together[name], other, rtol=1e-3, atol=1e-5, equal_nan=True)
+    assert together["text"] == [result["text"][0] for result in single] == plain["text"]
+
+
+def test_learned_positions_allow_only_what_does_not_move(
+    random_model: Callable[[str], TransformersModel],
+    plain_model: Callable[[str], PreTrainedModel],
+    experiment: ModuleType,
+    small_grid: Grid,
+) -> None:
+    model, cells = random_model("gpt2"), odd(small_grid)
+    with pytest.raises(PersonaError, match=r"gpt2 model cannot be moved.* --grafts none,all"):
+        experiment.measure(model, cells, n_tokens=1)
+    result = experiment.measure(model, cells, n_tokens=1, grafts="none,all")
+    assert float(result["kl"][:, 1, 0].max()) < 1e-6
+    for c, cell in enumerate(cells):
+        oracle = Oracle(plain_model("gpt2"), model.tokenizer, cell)
+        close(result["kl"][c, 0, 0], oracle.graft("none"))
+    # A persona as long as the baseline's moves nothing.
+    (cell,) = small_grid.select_cells("yoda/haiku")
+    oracle = Oracle(plain_model("gpt2"), model.tokenizer, cell)
+    assert len(oracle.spans["BY"]["persona"]) == len(oracle.spans["XY"]["persona"])
+    grafts = ",".join(EIGHT)
+    kl = experiment.measure(model, [cell], n_tokens=1, grafts=grafts)["kl"]
+    close(kl[0, :, 0], [oracle.graft(label) for label in EIGHT])
+    close(kl[0, 1, 1:], [oracle.band(band) for band in BANDS.values()])
+
+
+def test_bytes_are_those_of_the_grafted_tokens(
+    random_model: Callable[[str], TransformersModel], experiment: ModuleType, small_grid: Grid
+) -> None:
+    model, cells = random_model("gemma2"), odd(small_grid)
+    sizes = experiment.measure(model, cells, n_tokens=1)["cache_bytes"]
+    token = 2 * 2 * 8 * 4  # key and value, 2 heads of 8 numbers of 4 bytes
+    for c, cell in enumerate(cells):
+        spans = {name: cut(p) for name, p in render_cell(model.tokenizer, cell).items()}
+        n = {name: len(tokens) for name, tokens in spans["XY"].items()}
+        persona, rest = n["persona"], n["task"] + n["tail"]
+        whole = [0, persona, n["task"], n["tail"], persona + n["task"], persona + n["tail"]]
+        whole += [rest, persona + rest, persona]
+        aligned = min(len(spans["BB"]["task"]), n["task"]) + n["tail"]
+        assert (sizes[c, :, 0] / (5 * token)).tolist() == [*whole, aligned]
+        assert (sizes[c, 1, 1:] / token).tolist() == [persona * len(b) for b in BANDS.values()]
+    assert (sizes[:, 2:, 1:] == -1).all()
+
+
+def test_the_continuation_of_a_whole_graft_is_the_clean_one(
+    golden_model: Callable[[str], TransformersModel], experiment: ModuleType
+) -> None:
+    model, cells = golden_model("gemma2"), list(pn.load_grid("review").cells[:4])
+    result = experiment.measure(model, cells, n_tokens=20)
+    labels = list(experiment.LABELS)
+    for c, cell in enumerate(cells):
+        prompts = render_cell(model.tokenizer, cell)
+        for label, prompt in (("all", prompts["XY"]), ("none", prompts["BY"])):
+            ids = torch.tensor([prompt.ids])
+            said = model._module.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False
+            )
+            words = model.tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+            assert result["text"][c][labels.index(label)] == words
+        assert [bool(text) for text in result["text"][c]] == [
+            label in ("none", "persona", "all") for label in labels
+        ]
+    assert (result["distinct_markers"] >= 0).sum(1).tolist() == [3] * 4
+
+
+def test_a_continuation_that_ends_early_is_scored_up_to_its_end(
+    random_folder: Callable[[str], Path], experiment: ModuleType, small_grid: Grid
+) -> None:
+    model = pn.load_model(random_folder("qwen2"))
+    cells = odd(small_grid)
+    oracle = Oracle(model._module, model.tokenizer, cells[0])
+    model._module.generation_config.eos_token_id = oracle.said[3]
+    stop = oracle.said.index(oracle.said[3]) + 1
+    with pytest.warns(UserWarning, match="end before 10 tokens"):
+        result = experiment.measure(model, cells[:1], n_tokens=5, grafts="none,persona")
+    assert result["n_eval"].tolist() == [stop]
+    distribution = oracle.uncached("BY")
+    per_token = (oracle.clean.exp() * (oracle.clean - distribution)).sum(-1)
+    close(result["kl"][0, 0, 0], per_token[:stop].sum())
+
+
+def test_results_are_labelled(
+    tmp_path: Path, random_model: Callable[[str], TransformersModel], small_grid: Grid
+) -> None:
+    model, store = random_model("qwen2"), tmp_path / "s.zarr"
+    ds = pn.run("kv_graft", model, small_grid, store=store, n_tokens=2, grafts="persona, all")
+    assert ds.kl.dims == ("model", "cell", "graft", "layer_band")
+    assert ds.graft.values.tolist() == ["none", "persona", "all"]
+    assert ds.layer_band.values.tolist() == ["all", *BANDS]
+    assert float(ds.kl.sel(graft="all", layer_band="all").max()) < 1e-6
+    assert float(ds.closure.sel(graft="none", layer_band="all").max()) == 0
+    assert set(draw(ds, "kv_graft")) == {"closure_heatmap", "closure_by_graft", "closure_by_band"}
+    # A table of all grafts has a row for each pair that was measured.
+    every = pn.run("kv_graft", model, small_grid, store=store, n_tokens=2)
+    table = result_table(every, "closure")
+    assert [column.header for column in table.columns] == ["model", "graft", "layer band", "value"]
+    assert table.row_count == len(every.graft) + len(BANDS)
+    with pytest.raises(UsageError, match="there is no graft personas; use none, persona, "):
+        pn.run("kv_graft", model, small_grid, store=store, grafts="personas")
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+def test_no_graft_is_no_injection(
+    golden_model: Callable[[str], TransformersModel], experiment: ModuleType, name: str
+) -> None:
+    model, cells = golden_model(name), list(pn.load_grid("review").cells[:6])
+    injection = load_experiment("host_injection").measure(
+        model, cells, layer_sets=[[2]], n_tokens=2
+    )
+    ours = experiment.measure(model, cells, n_tokens=2, grafts="none")["kl"][:, 0, 0]
+    assert float(ours.min()) > 0.01
+    torch.testing.assert_close(ours, injection["kl"][:, 0, 0], rtol=1e-4, atol=1e-5)

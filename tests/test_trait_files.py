@@ -1,0 +1,190 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from persona_nns.errors import UsageError
+from persona_nns.organism.trait_questions import QUESTIONS, load_artifact
+from persona_nns.responses import Response, read_responses, write_responses
+from persona_nns.trait_files import read_vector, write_vector
+from persona_nns.traits import (
+    bundled_traits,
+    check_held_out,
+    load_traits,
+    read_trait,
+    write_trait,
+)
+
+VECTOR = torch.arange(12.0).reshape(3, 4) / 7
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".safetensors"])
+def test_a_vector_survives_its_file(tmp_path: Path, suffix: str) -> None:
+    write_vector(VECTOR, tmp_path / f"v{suffix}")
+    assert torch.equal(read_vector(tmp_path / f"v{suffix}"), VECTOR)
+
+
+def test_a_bfloat16_vector_is_read_in_float32(tmp_path: Path) -> None:
+    torch.save(VECTOR.bfloat16(), tmp_path / "v.pt")
+    read = read_vector(tmp_path / "v.pt")
+    assert read.dtype == torch.float32
+    assert torch.equal(read, VECTOR.bfloat16().float())
+
+
+class Malice:
+    def __reduce__(self) -> Any:
+        return (print, ("this file ran code",))
+
+
+def test_a_file_that_runs_code_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(Malice(), tmp_path / "v.pt")
+    np.save(tmp_path / "v.npy", np.array([Malice()], dtype=object), allow_pickle=True)
+    for name in ("v.pt", "v.npy"):
+        with pytest.raises(UsageError, match="cannot be read"):
+            read_vector(tmp_path / name)
+    assert "ran code" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("v.pt", torch.zeros(3), r"holds \[3\]"),
+        ("v.pt", {"v": torch.zeros(3, 4)}, "holds dict"),
+        ("v.pt", torch.zeros(3, 4, dtype=torch.long), r"holds \[3, 4\]"),
+        ("v.pt", torch.full((3, 4), torch.nan), "not finite"),
+        ("v.pt", b"nonsense", "cannot be read"),
+        ("v.npy", b"nonsense", "cannot be read"),
+        ("v.safetensors", b"nonsense", "cannot be read"),
+        ("v.csv", b"1,2", "ends in none of"),
+        ("v.npy", None, "does not exist"),
+    ],
+)
+def test_what_is_no_vector_is_refused(
+    tmp_path: Path, name: str, content: Any, message: str
+) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    elif content is not None:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(UsageError, match=message):
+        read_vector(tmp_path / name)
+
+
+def test_a_safetensors_file_with_several_tensors_is_refused(tmp_path: Path) -> None:
+    save_file({"a": VECTOR, "b": VECTOR.clone()}, tmp_path / "v.safetensors")
+    with pytest.raises(UsageError, match=r"2 tensors \(a, b\)"):
+        read_vector(tmp_path / "v.safetensors")
+
+
+@pytest.mark.parametrize("split", ["extraction", "evaluation"])
+def test_bundled_traits_are_the_shipped_artifacts(split: Any) -> None:
+    assert bundled_traits() == ("cheerful", "sycophantic", "terse")
+    for trait in load_traits("cheerful,terse,sycophantic", split):
+        file = load_artifact(trait.name, split)
+        assert list(trait.questions) == file["questions"] == list(QUESTIONS[trait.name, split])
+        assert trait.eval_prompt == file["eval_prompt"]
+        first = file["instruction"][0]
+        assert trait.system(0, "pos") == f"You are a {trait.name} assistant. {first['pos']}"
+        assert trait.system(0, "neg") == f"You are a helpful assistant. {first['neg']}"
+
+
+def test_a_trait_survives_its_file(tmp_path: Path) -> None:
+    trait = replace(load_traits("terse", "extraction")[0], name="laconic")
+    file = write_trait(trait, tmp_path, "extraction")
+    assert read_trait(file) == trait
+    assert load_traits("laconic", "extraction", tmp_path) == [trait]
+    assert set(json.loads(file.read_text())) == {"instruction", "questions", "eval_prompt"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"questions": None}, "lacks questions"),
+        ({"eval_prompt": None, "instruction": None}, "lacks instruction, eval_prompt"),
+        ({"questions": ["How?"] * 12}, "has 12 questions; the format has 20"),
+        ({"questions": ["How?"] * 19 + [""]}, "texts that are not empty"),
+        ({"instruction": [{"pos": "a", "neg": "b"}] * 4}, "has 4 instruction pairs"),
+        ({"instruction": [{"pos": "a"}] * 5}, "needs the texts 'pos' and"),
+        ({"eval_prompt": "Rate {answer}."}, r"with \{question\} and \{answer\}"),
+    ],
+)
+def test_files_that_are_not_in_the_format_are_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    data = {**load_artifact("terse", "extraction"), **change}
+    file = tmp_path / "extraction" / "odd.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+    with pytest.raises(UsageError, match=message):
+        load_traits("odd", "extraction", tmp_path)
+
+
+def test_unknown_traits_and_broken_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Bundled are cheerful, sycophantic, terse"):
+        load_traits("stoic", "extraction")
+    with pytest.raises(UsageError, match="given twice"):
+        load_traits("terse,terse", "extraction")
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_trait(tmp_path / "x.json")
+
+
+def test_evaluation_questions_have_to_be_held_out() -> None:
+    seen, held_out = (load_traits("terse", split) for split in ("extraction", "evaluation"))
+    check_held_out(seen, held_out)
+    leaked = replace(held_out[0], questions=(*held_out[0].questions[:-1], seen[0].questions[0]))
+    with pytest.raises(UsageError, match="in both splits"):
+        check_held_out(seen, [leaked])
+
+
+def test_responses_survive_their_file(tmp_path: Path) -> None:
+    rows = [
+        Response(0, 3, "pos", "Be “kind”.", "Wie?", "So.\nUnd so."),
+        Response(0, 3, "neg", "", "Wie?", "Anders."),
+    ]
+    write_responses(rows, tmp_path / "kind.jsonl")
+    assert read_responses(tmp_path / "kind.jsonl") == rows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"system": None}, "lacks system: line 1 of"),
+        ({"label": "positive"}, "is 'positive', not 'pos' or 'neg': line 1"),
+        ({"pair": "0"}, "'pair' is '0' and not a whole number"),
+        ({"response": ""}, "response is empty"),
+        ({"question": 7}, "'question' is 7 and not a text"),
+    ],
+)
+def test_rows_that_lack_something_are_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    row = {
+        "pair": 0,
+        "question_id": 0,
+        "label": "pos",
+        "system": "s",
+        "question": "q",
+        "response": "r",
+        **change,
+    }
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps({key: value for key, value in row.items() if value is not None}))
+    with pytest.raises(UsageError, match=message):
+        read_responses(file)
+
+
+def test_files_without_rows_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text("\n")
+    with pytest.raises(UsageError, match="holds no responses"):
+        read_responses(tmp_path / "x.jsonl")
+    (tmp_path / "x.jsonl").write_text("{no\n")
+    with pytest.raises(UsageError, match=r"Line 1 of .* is no JSON"):
+        read_responses(tmp_path / "x.jsonl")
