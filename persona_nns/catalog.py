@@ -23,6 +23,7 @@ import ast
 import hashlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ _RESERVED_VARIABLES = {
 _RESERVED_OPTIONS = {
     *("experiment", "model", "grid", "cells", "backend", "dtype", "device", "template", "as_"),
     *("store", "batch_size", "allow_float16", "progress", "deadline", "verbose"),
+    *("workers", "ray_address", "trust_remote_code"),
 }
 
 
@@ -123,7 +125,7 @@ def load_experiment(name: str | Path) -> Experiment:
         raise UsageError(
             f"Unknown experiment {str(name)!r}; use {', '.join(bundled)}, or a path ending in .py."
         )
-    if not file.is_file():
+    if not os.path.isfile(file):  # False, too, for what can be no path
         raise UsageError(f"The experiment file {str(name)!r} does not exist.")
     return _read(file)
 

@@ -1,4 +1,4 @@
-"""The command line: ``persona-nns demo | experiments | run | models | ls | show | plot | …``.
+"""The command line: demo, experiments, run, models, ls, verify, show, plot and compare.
 
 Each experiment is a command of its own under ``run``: its options are the keyword arguments of
 its `plan` and `measure`. Heavy imports wait until a command needs them.
@@ -10,6 +10,7 @@ import shlex
 import sys
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from persona_nns.remote.hosts import Host
+    from persona_nns.units import Plan
 
 DEFAULT_STORE = "stores/results.zarr"
 DEMO_STORE = "stores/demo.zarr"
@@ -142,7 +144,35 @@ def list_store(store: Store) -> None:
     from persona_nns.store import list_runs
     from persona_nns.tables import runs_table
 
-    _out.print(runs_table(list_runs(store), title=store))
+    _out.print(runs_table(list_runs(store), store))
+
+
+@app.command()
+def verify(
+    store: Store,
+    sample: Annotated[
+        int, typer.Option(help="Complete units (cells) of each run to compute anew.", min=0)
+    ] = 2,
+    experiment: Annotated[
+        list[str] | None,
+        typer.Option("--experiment", help="File of an experiment of your own; repeatable."),
+    ] = None,
+) -> None:
+    """Check every array of a store, and compute a sample of its units (cells) anew."""
+    from persona_nns.verify import verify_store
+
+    wrong = 0
+    for verdict in verify_store(store, sample=sample, experiments=experiment or []):
+        info = verdict.info
+        anew = f", {verdict.n_recomputed} computed anew" if verdict.n_recomputed else ""
+        state = "wrong" if verdict.problems else "right"
+        units = f"{info.n_completed}/{info.n_units} {info.noun}s"
+        _say(f"{state}  {info.experiment}/{info.run} ({units}{anew})")
+        for problem in verdict.problems:
+            _say(f"       {problem}")
+        wrong += bool(verdict.problems)
+    if wrong:
+        raise PersonaError(f"{wrong} runs of {store!r} are not right; they are named above.")
 
 
 @app.command()
@@ -359,6 +389,15 @@ def _run_experiment(
     batch_size: Annotated[
         int | None, typer.Option(help="Units (cells) at a time; by default what fits.", min=1)
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that share the work (needs Ray).", min=1)
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster for the workers; by default this machine.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that a model brings with it.")
+    ] = False,
     reuse: Annotated[
         bool,
         typer.Option("--reuse/--no-reuse", help="Reuse prefixes, or run whole sequences."),
@@ -384,46 +423,67 @@ def _run_experiment(
     from persona_nns.runs import run
     from persona_nns.store import check_writable, open_results
     from persona_nns.tables import measured, result_table
+    from persona_nns.workers import launch
 
+    if ray_address is not None and workers is None:
+        raise UsageError("A Ray address was given and no number of workers; use --workers N.")
+    if workers is not None and backend != "local":
+        raise UsageError(
+            f"Workers hold a model each; leave out --workers with the backend {backend!r}, which "
+            "is sent several jobs at a time."
+        )
+    if workers is not None and experiment.prepare is not None:
+        raise UsageError(
+            f"The experiment {experiment.name!r} prepares its inputs in one process; leave out "
+            "--workers."
+        )
     labels = _labels(model, as_ or [])
     check_hosting(model, as_, backend)
     check_writable(store)
     loaded_grid = None if grid is None else load_grid(grid)
     check_inputs(experiment, loaded_grid, cells)
     own = check_options(experiment, options)
+    plans: list[Plan] = []
     # What is wrong with the last model is said before the first one is run.
     for name, label in zip(model, labels, strict=True):
-        sites = check_sites(experiment, count_layers(name), layers, layer_sets, positions)
-        tokenizer = load_tokenizer(name, template)
-        make_plan(experiment, tokenizer, loaded_grid, sites.get("positions", []), own, label)
+        trust = {"trust_remote_code": trust_remote_code}
+        sites = check_sites(experiment, count_layers(name, **trust), layers, layer_sets, positions)
+        tokenizer = load_tokenizer(name, template, **trust)
+        places = sites.get("positions", [])
+        plans.append(make_plan(experiment, tokenizer, loaded_grid, places, own, label))
     names: list[str] = []
-    for name, label in zip(model, labels, strict=True):
-        loaded = load_model(
-            name,
-            backend=backend,
-            dtype=dtype,
-            device=device,
-            template=template,
-            label=label,
-            allow_float16=allow_float16,
-        )
-        results = run(
-            experiment,
-            loaded,
-            loaded_grid,
-            cells=cells,
-            store=store,
-            batch_size=batch_size,
-            reuse=reuse,
-            keep_residuals=keep_residuals,
-            layers=layers,
-            layer_sets=layer_sets,
-            positions=positions,
-            deadline=deadline,
-            verbose=verbose,
+    for name, label, plan in zip(model, labels, plans, strict=True):
+        loading: dict[str, Any] = {
+            "name": name,
+            "backend": backend,
+            "dtype": dtype,
+            "device": device,
+            "template": template,
+            "label": label,
+            "allow_float16": allow_float16,
+            "trust_remote_code": trust_remote_code,
+        }
+        settings: dict[str, Any] = {
+            "grid": loaded_grid,
+            "cells": cells,
+            "store": store,
+            "batch_size": batch_size,
+            "reuse": reuse,
+            "keep_residuals": keep_residuals,
+            "layers": layers,
+            "layer_sets": layer_sets,
+            "positions": positions,
+            "deadline": deadline,
+            "verbose": verbose,
             **options,
-        )
-        names.append(results.attrs["run"])
+        }
+        if workers is None:
+            results = run(experiment, load_model(**loading), **settings)
+            names.append(results.attrs["run"])
+        else:
+            units = plan.units if loaded_grid is None else loaded_grid.select_cells(cells)
+            asked = replace(plan, units=units)
+            names.append(launch(experiment, loading, settings, asked, workers, ray_address))
     results = open_results(store, experiment.name, run=names)
     for name in measured(results)[:1]:
         _out.print(result_table(results, name))

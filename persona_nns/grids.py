@@ -172,7 +172,7 @@ def load_grid(grid: "str | Path | Grid") -> Grid:
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"The grid file {str(path)!r} cannot be read: {error}.") from error
     return _parse(path.stem, text, str(path))
 

@@ -124,6 +124,7 @@ def load_model(
     template: str | Path | None = None,
     label: str | None = None,
     allow_float16: bool = False,
+    trust_remote_code: bool = False,
 ) -> TransformersModel:
     """Load a model, give its modules the standard names, and check it at every layer.
 
@@ -140,6 +141,7 @@ def load_model(
         label: the ``model`` coordinate; by default the bundled name, hub id or folder name. On
             NDIF, a folder or bundled model needs one, ``org/name``: the hosted model it is.
         allow_float16: load in float16 although its range is too small for residual streams.
+        trust_remote_code: run code that comes with the model; it can do whatever you can.
 
     Returns:
         The model; no parameter takes gradients.
@@ -158,13 +160,16 @@ def load_model(
                 f"A server chooses precision and device itself; leave out --{what} with the "
                 f"backend {backend!r}."
             )
-        return _load_weightless(str(name), None if where == "simulate" else where, template, label)
+        host = None if where == "simulate" else where
+        return _load_weightless(
+            str(name), host, template, label, trust_remote_code=trust_remote_code
+        )
     source, shown = _find(str(name))
-    config = _read_config(source, shown)
+    config = _read_config(source, shown, trust_remote_code=trust_remote_code)
     precision = _choose_dtype(shown, config, dtype, allow_float16=allow_float16)
     place = _choose_device(device)
-    module: Any = load_weights(name, precision)
-    tokenizer = load_tokenizer(name, template)
+    module: Any = load_weights(name, precision, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, template, trust_remote_code=trust_remote_code)
     module.eval().requires_grad_(requires_grad=False).to(place)
     _normalise_generation(module)
     try:
@@ -198,7 +203,12 @@ def _record(
 
 
 def _load_weightless(
-    name: str, host: Host | None, template: str | Path | None, label: str | None
+    name: str,
+    host: Host | None,
+    template: str | Path | None,
+    label: str | None,
+    *,
+    trust_remote_code: bool,
 ) -> TransformersModel:
     """Build the client of a hosted model: names and tokenizer, no weights.
 
@@ -207,17 +217,21 @@ def _load_weightless(
         host: the server; None starts one.
         template: as in `load_model`.
         label: as in `load_model`.
+        trust_remote_code: as in `load_model`.
     """
     source, shown = _find(name)
     repo_id = hosted_name(name, label) if host is not None else f"simulated/{Path(shown).name}"
-    config = _read_config(source, shown)
+    config = _read_config(source, shown, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, template, trust_remote_code=trust_remote_code)
+    trusted = {"trust_remote_code": True} if trust_remote_code else {}
     try:
         model = TransformersModel(
             source,
             task="text-generation",
-            tokenizer=load_tokenizer(name, template),
+            tokenizer=tokenizer,
             rename=STANDARD_NAMES,
             attn_implementation="eager",
+            **trusted,
         )
     except ValueError as error:
         raise PersonaError(f"The model {shown!r} is not supported: {_one_line(error)}") from error
@@ -234,12 +248,15 @@ def _load_weightless(
     return model
 
 
-def load_weights(name: str | Path, precision: str) -> PreTrainedModel:
+def load_weights(
+    name: str | Path, precision: str, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Load a model's weights in plain transformers; an adapter is merged into its model.
 
     Args:
         name: a bundled model, a local folder, or a hub id.
         precision: ``float32``, ``bfloat16`` or ``float16``.
+        trust_remote_code: as in `load_model`.
 
     Raises:
         UsageError: unknown model.
@@ -253,6 +270,8 @@ def load_weights(name: str | Path, precision: str) -> PreTrainedModel:
             dtype=_DTYPES[precision],
             attn_implementation="eager",
             output_loading_info=True,
+            use_safetensors=True,  # the other format is a pickle
+            trust_remote_code=trust_remote_code,
         )
         module, loading = loaded
     except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
@@ -311,7 +330,9 @@ def hosted(model: TransformersModel) -> HostedModel | None:
     return _HOSTED.get(model)
 
 
-def load_tokenizer(name: str | Path, template: str | Path | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str | Path, template: str | Path | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, with another chat template if one is given.
 
     Raises:
@@ -321,7 +342,7 @@ def load_tokenizer(name: str | Path, template: str | Path | None = None) -> PreT
     chat_template = read_template(template) if template is not None else None
     source, shown = _find(str(name))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise PersonaError(
             f"The tokenizer of {shown!r} could not be loaded: {_one_line(error)}"
@@ -331,13 +352,14 @@ def load_tokenizer(name: str | Path, template: str | Path | None = None) -> PreT
     return tokenizer
 
 
-def count_layers(name: str | Path) -> int:
+def count_layers(name: str | Path, *, trust_remote_code: bool = False) -> int:
     """The number of decoder blocks, read from a model's configuration.
 
     Raises:
         UsageError: unknown model.
     """
-    return _read_config(*_find(str(name))).get_text_config().num_hidden_layers
+    config = _read_config(*_find(str(name)), trust_remote_code=trust_remote_code)
+    return config.get_text_config().num_hidden_layers
 
 
 def record_of(model: TransformersModel) -> ModelRecord:
@@ -380,8 +402,12 @@ def _find(name: str) -> tuple[str, str]:
     bundled = bundled_models()
     if name in bundled:
         return str(bundled[name]), name
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        is_folder = bool(name) and folder.is_dir()
+    except (OSError, RuntimeError) as error:  # too long a name, or ~ of nobody
+        raise UsageError(f"The model {name!r} is no path: {_one_line(error)}") from error
+    if is_folder:
         if not any((folder / file).exists() for file in ("config.json", CONFIG)):
             raise UsageError(f"The folder {name!r} holds no model: it has no config.json.")
         return str(folder), folder.resolve().name
@@ -393,10 +419,17 @@ def _find(name: str) -> tuple[str, str]:
     )
 
 
-def _read_config(source: str, shown: str) -> PreTrainedConfig:
+def _read_config(source: str, shown: str, *, trust_remote_code: bool) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(base_of(source) or source)
+        return AutoConfig.from_pretrained(
+            base_of(source) or source, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"The model {shown!r} brings code of its own; read it, and run it with "
+                "--trust-remote-code (trust_remote_code=True) if you trust it."
+            ) from error
         raise UsageError(
             f"The model {shown!r} was not found, as a folder or on the hub: {_one_line(error)}"
         ) from error

@@ -162,7 +162,7 @@ def read_template(template: str | Path) -> str:
         return PLAIN_TEMPLATE
     try:
         return Path(template).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"The template {str(template)!r} cannot be read ({error}); "
             "use 'plain' or the path of a Jinja file."

@@ -55,10 +55,15 @@ def _is_digest(version: str) -> bool:
     return len(version) == 64
 
 
-def run_name(label: str, inputs: str, digest: str) -> str:
-    """The name of a run's group: readable, and different for each label and identity."""
-    unique = hashlib.sha256(f"{label}\n{digest}".encode()).hexdigest()
-    return f"{label.replace('/', '--')}.{inputs}.{unique[:10]}"
+def run_name(label: str, plan: Plan, digest: str) -> str:
+    """The name of a run's group: readable, and different for each label and identity.
+
+    The order of the inputs is in it too: two processes that allocate one run at the same moment
+    agree on what they write.
+    """
+    determining = json.dumps([label, digest, [[axis, *of] for axis, of in plan.axes.items()]])
+    unique = hashlib.sha256(determining.encode()).hexdigest()
+    return f"{label.replace('/', '--')}.{plan.name}.{unique[:10]}"
 
 
 def run_attributes(
@@ -66,14 +71,25 @@ def run_attributes(
     record: ModelRecord,
     plan: Plan,
     parameters: Mapping[str, Any],
+    plan_options: Mapping[str, Any],
     digest: str,
     template: str | None,
 ) -> dict[str, Any]:
-    """What a run's group says of itself."""
+    """What a run's group says of itself.
+
+    Args:
+        experiment: what is measured.
+        record: on which model.
+        plan: on which inputs.
+        parameters: layers, positions and options, complete.
+        plan_options: options that only say where the inputs come from.
+        digest: the run's identity.
+        template: the chat template, if there is one.
+    """
     return {
         "experiment": experiment.name,
         "summary": experiment.summary,
-        "run": run_name(record.label, plan.name, digest),
+        "run": run_name(record.label, plan, digest),
         "protocol_version": experiment.version,
         "identity": digest,
         "model": record.label,
@@ -87,8 +103,10 @@ def run_attributes(
         "grid": plan.name,
         "grid_digest": plan.digest,
         **plan.attrs,
+        "template": template or "",
         "template_digest": hashlib.sha256((template or "").encode()).hexdigest(),
         "parameters": dict(parameters),
+        "plan_options": json.loads(json.dumps(dict(plan_options), default=str)),
         "created": now(),
         "session": session_attributes(),
     }

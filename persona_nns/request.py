@@ -100,6 +100,7 @@ def check_request(
     )
     _check_width(plan, record)
     taken = {name: own[name] for name in own if name not in experiment.plan_only}
+    planning = {name: own[name] for name in own if name in experiment.plan_only}
     arguments = {**sites, **taken}
     units = plan.units if grid is None else grid.select_cells(cells)
     digest = identity(experiment, record, plan, arguments)
@@ -112,7 +113,7 @@ def check_request(
     every = any(variable.every_layer for variable in variables.values())
     block = Block(
         experiment=experiment.name,
-        run=run_name(record.label, plan.name, digest),
+        run=run_name(record.label, plan, digest),
         model=record.label,
         n_layers=record.n_layers,
         d_model=record.d_model,
@@ -125,7 +126,7 @@ def check_request(
             for name, v in variables.items()
             if not (v.is_residual and experiment.keeps_residuals)
         },
-        attrs=run_attributes(experiment, record, plan, arguments, digest, template),
+        attrs=run_attributes(experiment, record, plan, arguments, planning, digest, template),
     )
     return Request(
         experiment=experiment,
@@ -229,7 +230,11 @@ def plan_of_grid(grid: Grid, prompts: Mapping[str, Mapping[PromptName, Prompt]])
             "persona": ("cell", [cell.persona for cell in grid.cells]),
             "task": ("cell", [cell.task for cell in grid.cells]),
         },
-        attrs={"personas": dict(grid.personas), "tasks": dict(grid.tasks)},
+        attrs={
+            "personas": dict(grid.personas),
+            "tasks": dict(grid.tasks),
+            "markers": {persona: list(words) for persona, words in grid.markers.items()},
+        },
     )
 
 

@@ -3,38 +3,78 @@
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 from nnsight import TransformersModel
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from persona_nns.catalog import Experiment, load_experiment
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.grids import Grid, load_grid
 from persona_nns.memory import fitting_batch_size, is_out_of_memory
 from persona_nns.models import hosted, load_model
-from persona_nns.provenance import session_attributes, session_name
+from persona_nns.progress import progress_bar
+from persona_nns.provenance import now, session_attributes, session_name
 from persona_nns.remote.dispatch import carry_out_remotely
 from persona_nns.request import Request, check_inputs, check_request
+from persona_nns.sessions import Session
 from persona_nns.shapes import declared_arrays
-from persona_nns.store import (
-    RunGroup,
-    attach,
-    check_writable,
-    completed_units,
-    find_run,
-    open_results,
-)
+from persona_nns.sharing import Share
+from persona_nns.store import check_writable, completed_units, find_run, open_results
+from persona_nns.units import Unit
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A checked request and how to carry it out.
+
+    Attributes:
+        request: what to measure, and the groups it goes to.
+        model: the loaded model, or the client of a hosted one.
+        store: path or URL of the store.
+        execution: keyword arguments of `measure` that do not change its numbers.
+        batch_size: units at a time; None is as many as fit.
+        deadline: seconds that a job on a server may go without news; None is the default.
+        verbose: print what becomes of each job on a server.
+    """
+
+    request: Request
+    model: TransformersModel
+    store: str | Path
+    execution: Mapping[str, Any]
+    batch_size: int | None
+    deadline: float | None
+    verbose: bool
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """Names of the experiment and of the run's group."""
+        return self.request.experiment.name, self.request.block.run
+
+    def carry_out(self, *, progress: bool, shared: bool = False) -> None:
+        """Measure what is missing, beside any other process that does the same.
+
+        Args:
+            progress: show a progress bar.
+            shared: others start at the same moment: allocate the run before the first batch.
+        """
+        elsewhere = hosted(self.model)
+        if elsewhere is None:
+            _carry_out(self, progress=progress, shared=shared)
+            return
+        carry_out_remotely(
+            self.request,
+            self.model,
+            elsewhere,
+            self.store,
+            self.execution,
+            batch_size=self.batch_size,
+            deadline=self.deadline,
+            progress=progress,
+            verbose=self.verbose,
+        )
 
 
 def run(
@@ -87,6 +127,52 @@ def run(
         UsageError: the request is wrong; nothing was written.
         PersonaError: it could not be carried out; what was measured is kept.
     """
+    planned = plan_run(
+        experiment,
+        model,
+        grid,
+        layers=layers,
+        layer_sets=layer_sets,
+        positions=positions,
+        cells=cells,
+        store=store,
+        batch_size=batch_size,
+        reuse=reuse,
+        keep_residuals=keep_residuals,
+        deadline=deadline,
+        verbose=verbose,
+        progress=progress,
+        **options,
+    )
+    planned.carry_out(progress=progress)
+    name, group = planned.group
+    return open_results(store, name, run=group)
+
+
+def plan_run(
+    experiment: str | Path | Experiment,
+    model: TransformersModel | str | Path,
+    grid: str | Path | Grid | None = None,
+    *,
+    layers: str | int | Sequence[int] | None = None,
+    layer_sets: str | int | Sequence[int | Sequence[int]] | None = None,
+    positions: str | Sequence[str] | None = None,
+    cells: str | Sequence[str] | None = None,
+    store: str | Path = "stores/results.zarr",
+    batch_size: int | None = None,
+    reuse: bool = True,
+    keep_residuals: bool = False,
+    deadline: float | None = None,
+    verbose: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> PlannedRun:
+    """Check a run, and prepare it where its experiment does; the arguments are those of `run`.
+
+    Raises:
+        UsageError: the request is wrong; nothing was written.
+        PersonaError: the model cannot be loaded.
+    """
     check_writable(store)
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"The batch size {batch_size} is too small; use 1 or more.")
@@ -117,70 +203,58 @@ def run(
         options,
         keep_residuals=keep_residuals,
     )
-    request = request.into(find_run(store, request.block) or request.block.run)
-    elsewhere = hosted(loaded)
-    if elsewhere is not None:
-        carry_out_remotely(
-            request,
-            loaded,
-            elsewhere,
-            store,
-            execution,
-            batch_size=batch_size or request.plan.batch_size,
-            deadline=deadline,
-            progress=progress,
-            verbose=verbose,
-        )
-    else:
-        rows = [ids for of_key in request.plan.token_ids.values() for ids in of_key.values()]
-        size = batch_size or request.plan.batch_size or fitting_batch_size(loaded, rows)
-        _carry_out(request, loaded, store, size, execution, progress=progress)
-    return open_results(store, loaded_experiment.name, run=request.block.run)
+    return PlannedRun(
+        request=request.into(find_run(store, request.block) or request.block.run),
+        model=loaded,
+        store=store,
+        execution=execution,
+        batch_size=batch_size or request.plan.batch_size,
+        deadline=deadline,
+        verbose=verbose,
+    )
 
 
-def _carry_out(
+def measure_batch(
     request: Request,
     model: TransformersModel,
-    store: str | Path,
-    batch_size: int,
+    units: Sequence[Unit],
     execution: Mapping[str, Any],
-    *,
-    progress: bool,
-) -> None:
+) -> dict[str, Any]:
+    """What `measure` returns for some units: by variable, leading axis = unit."""
+    return request.experiment.measure(model, list(units), **request.arguments, **execution)
+
+
+def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
+    request, model, store = planned.request, planned.model, planned.store
     done = set.intersection(*(completed_units(store, block) for block in request.blocks))
     pending = [unit for unit in request.units if unit.label not in done]
     if not pending:
         return
-    session = {**execution, "batch_size": batch_size, "device": str(model.device)}
-    groups: list[RunGroup] = []
+    rows = [ids for of_key in request.plan.token_ids.values() for ids in of_key.values()]
+    batch_size = planned.batch_size or fitting_batch_size(model, rows)
+    how = {**planned.execution, "batch_size": batch_size, "device": str(model.device)}
+    session = Session(store, request.blocks, session_name(), {**session_attributes(), **how})
+    if shared:
+        session.begin()
+    share = Share(pending, batch_size, session)
     title = f"{request.block.model} · {request.block.attrs['grid']}"
-    n_asked = len(request.units)
-    with _progress_bar(request.plan.noun, enabled=progress) as bar:
+    noun, n_asked = request.plan.noun, len(request.units)
+    with progress_bar(noun, enabled=progress) as bar:
         task = bar.add_task(title, total=n_asked, completed=n_asked - len(pending))
-        while pending:
-            batch = pending[:batch_size]
-            started = time.perf_counter()
-            try:
-                measured = request.experiment.measure(
-                    model, batch, **request.arguments, **execution
-                )
-            except (MemoryError, RuntimeError) as error:
-                batch_size = _smaller(len(batch), error, request.plan.noun)
-                continue
-            measured = request.finish(model.tokenizer, batch, measured)
-            arrays = declared_arrays(request, measured, len(batch))
-            seconds = (time.perf_counter() - started) / len(batch)
-            if not groups:  # allocated only once there is something to write
-                groups = [attach(store, block) for block in request.blocks]
-                groups[-1].add_session(session_name(), {**session_attributes(), **session})
-            for row, unit in enumerate(batch):
-                for group, block in zip(groups, request.blocks, strict=True):
-                    axes = {name: variable.axes for name, variable in block.variables.items()}
-                    names = request.plan.names_written(unit, axes)
-                    values = {name: arrays[name][row] for name in names}
-                    group.write_unit(unit, values, seconds)
-                bar.advance(task)
-            pending = pending[len(batch) :]
+        try:
+            for batch in share:
+                started = time.perf_counter()
+                try:
+                    measured = measure_batch(request, model, batch, planned.execution)
+                except (MemoryError, RuntimeError) as error:
+                    share.put_back(batch, _smaller(len(batch), error, noun))
+                    continue
+                measured = request.finish(model.tokenizer, batch, measured)
+                arrays = declared_arrays(request, measured, len(batch))
+                session.write(batch, arrays, (time.perf_counter() - started) / len(batch))
+                bar.update(task, completed=n_asked - share.n_left)
+        finally:
+            session.end(now())
 
 
 def _smaller(batch_size: int, error: Exception, noun: str) -> int:
@@ -203,18 +277,3 @@ def _smaller(batch_size: int, error: Exception, noun: str) -> int:
         stacklevel=2,
     )
     return half
-
-
-def _progress_bar(noun: str, *, enabled: bool) -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn(f"{noun}s"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not (enabled and console.is_terminal),
-    )

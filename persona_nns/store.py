@@ -3,16 +3,24 @@
 Group ``/<experiment>/<run>`` holds one model's block for one grid, and plain xarray reads it:
 ``xr.open_zarr(store, group="localized_positions/<run>", consolidated=False)``. The block is
 allocated whole, before anything is measured. One unit is whole chunks in every array, so units
-are written independently of each other, and a unit's ``completed`` is written after all the
-rest of it. Metadata is never consolidated: groups that come later would not be seen.
+are written independently of each other. A unit's ``completed`` is written after all the rest of
+it, and on a local disk only once the rest has reached the disk: whatever cuts a run off, a unit
+that says it is complete is. Metadata is never consolidated: groups that come later would not be
+seen.
+
+Whoever writes writes the same bytes to the same place, so any number of processes may allocate
+and write one run at once.
 
 Nothing here knows about models.
 """
 
+import itertools
 import json
-import os
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,14 +28,29 @@ import numpy as np
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
+from xarray.backends import BackendArray
+from xarray.core import indexing
+from zarr.codecs import ZstdCodec
+from zarr.errors import ContainsArrayError, ContainsGroupError, ZarrUserWarning
+from zarr.storage import LocalStore
 
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.units import Label, Plan, Unit
+from persona_nns.places import Place, place_of
+from persona_nns.units import Label, Plan, Unit, noun_of
 from persona_nns.variables import FILL, Kind, Variable
 
 _DTYPES: dict[Kind, Any] = {"float": "float32", "int": "int64", "bool": "bool", "text": str}
 # What labels stand for, where their dimension's name does not say it.
 _NAMES = {"cell": "persona/task"}
+# A unit that is larger than this in one array is cut by layer and position inside its chunk.
+_LARGE_UNIT = 2**20
+# Results up to this size are read when they are opened, larger ones as they are used.
+_EAGER = 2**28
+# What reading a chunk raises that was cut off, whichever codec notices it.
+_DAMAGED = (RuntimeError, ValueError, OSError)
+
+# Where something stands in an array: an index for each of some of its dimensions.
+Index = tuple[int, ...]
 
 
 def _bookkeeping(plan: Plan) -> dict[str, Variable]:
@@ -93,33 +116,105 @@ class Block:
 class RunGroup:
     """The group of one run, opened for reading and writing units."""
 
-    def __init__(self, group: zarr.Group) -> None:
+    def __init__(self, group: zarr.Group, place: Place) -> None:
         self._group = group
+        self._place = place
         self._order: dict[str, dict[Label, int]] = {}
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    def __len__(self) -> int:
+        return self._array("completed").size
 
     @property
     def attrs(self) -> dict[str, Any]:
         """The run's provenance."""
         return dict(self._group.attrs)
 
+    @property
+    def unit_axes(self) -> tuple[str, ...]:
+        """The dimensions of ``completed``: those that every unit has a place on."""
+        return _axes(self._array("completed"))
+
+    def flags(self) -> NDArray[np.bool_]:
+        """The array ``completed``, without what was cut off while it was written."""
+        flags = np.zeros(self._array("completed").shape, dtype=bool)
+        for index in self._complete(np.ndindex(flags.shape[1:])):
+            flags[0, *index] = True
+        return flags
+
     def completed(self, units: Iterable[Unit]) -> set[str]:
         """Labels of those of the units that are complete."""
         array = self._array("completed")
-        done = np.asarray(array[...], dtype=bool)
-        return {unit.label for unit in units if done[self._index(array, unit)]}
+        places = {unit.label: self._index(array, unit) for unit in units}
+        done = self._complete(places.values())
+        return {label for label, index in places.items() if index in done}
+
+    def _complete(self, places: Iterable[Index]) -> set[Index]:
+        """Those of these places in ``completed`` that are set."""
+        array = self._array("completed")
+        if self._place.folder is None and set(array.chunks) == {1}:
+            # An object is written whole or not at all, and only for a flag that is set: one
+            # listing says what a request for each unit would.
+            key = cast("Any", array.metadata).encode_chunk_key
+            written = self._place.names(array.path)
+            return {index for index in places if key((0, *index)) in written}
+        done: set[Index] = set()
+        for stretch in _stretches(places):
+            flags = self._read_flags(array, stretch)
+            done.update(index for index, flag in zip(stretch, flags, strict=True) if flag)
+        return done
+
+    def _read_flags(self, completed: "zarr.Array[Any]", stretch: Sequence[Index]) -> list[bool]:
+        """Flags of a stretch of places; one that was cut off while it was written is not set."""
+        try:
+            found = completed[0, *_box(stretch)]
+        except _DAMAGED:
+            if self._place.folder is None:
+                raise
+            if len(stretch) == 1:
+                return [False]
+            return [flag for index in stretch for flag in self._read_flags(completed, [index])]
+        return np.asarray(found, dtype=bool).ravel().tolist()
+
+    def write_units(
+        self, measured: Sequence[tuple[Unit, Mapping[str, NDArray[Any]]]], seconds: float
+    ) -> None:
+        """Write units; they count only once ``completed`` is written, which is done last.
+
+        Args:
+            measured: each unit with the arrays that it writes, by name.
+            seconds: time of one unit.
+        """
+        if not measured:
+            return
+        for name in dict.fromkeys(name for _, values in measured for name in values):
+            self._write(name, [(unit, values[name]) for unit, values in measured if name in values])
+        self._write("seconds", [(unit, np.asarray(seconds)) for unit, _ in measured])
+        self._place.flush()
+        self._write("completed", [(unit, np.asarray(True)) for unit, _ in measured])  # noqa: FBT003
 
     def write_unit(self, unit: Unit, values: Mapping[str, NDArray[Any]], seconds: float) -> None:
-        """Write one unit; it counts only once ``completed`` is written, which is done last."""
-        for name, value in {**values, "seconds": seconds, "completed": True}.items():
-            array = self._array(name)
-            array[self._index(array, unit)] = value
+        """Write one unit."""
+        self.write_units([(unit, values)], seconds)
 
-    def _index(self, array: zarr.Array[Any], unit: Unit) -> tuple[int | slice, ...]:
-        """Where a unit stands in an array, all of what it has no place on."""
-        dims: Sequence[Any] = cast("Any", array.metadata).dimension_names[1:]
+    def _write(self, name: str, rows: Sequence[tuple[Unit, NDArray[Any]]]) -> None:
+        """Write what units have in one array, neighbours at once."""
+        array = self._array(name)
+        axes = _axes(array)
+        placed = [axis for axis in axes if axis in rows[0][0].place]
+        own = [axis for axis in axes if axis not in placed]
+        values = {self._index(array, unit): value for unit, value in rows}
+        for stretch in _stretches(values):
+            stacked = xr.Variable((placed[-1], *own), np.stack([values[i] for i in stretch]))
+            box = dict(zip(placed, _box(stretch), strict=True))
+            region = tuple(box.get(axis, slice(None)) for axis in axes)
+            sizes = {axis: stacked.sizes.get(axis, 1) for axis in axes}
+            array[0, *region] = stacked.set_dims(sizes).values
+
+    def _index(self, array: "zarr.Array[Any]", unit: Unit) -> Index:
+        """Where a unit stands in an array, on those dimensions that it has a place on."""
         place = unit.place
-        rest = (self._places(axis)[place[axis]] if axis in place else slice(None) for axis in dims)
-        return (0, *rest)
+        return tuple(self._places(axis)[place[axis]] for axis in _axes(array) if axis in place)
 
     def _places(self, axis: str) -> dict[Label, int]:
         """Where each label stands in this group: the order of the plan when it was allocated."""
@@ -128,32 +223,52 @@ class RunGroup:
             self._order[axis] = {label: index for index, label in enumerate(labels)}
         return self._order[axis]
 
-    def add_session(self, name: str, attrs: Mapping[str, Any]) -> None:
-        """Note who computes units of this run, in a sub-group of its own: writers never meet."""
-        self._group.require_group(f"sessions/{name}").attrs.update(attrs)
+    def sessions(self, but: Iterable[str] = ()) -> dict[str, Mapping[str, Any]]:
+        """What the processes that compute, or computed, units of this run say of themselves.
+
+        Args:
+            but: names of sessions to leave out.
+        """
+        known = set(but)
+        groups = _subgroups(self._group, "sessions")
+        return {name: dict(group.attrs) for name, group in groups if name not in known}
+
+    def note_session(self, name: str, attrs: Mapping[str, Any]) -> None:
+        """Say who computes units of this run, in a sub-group of its own: writers never meet."""
+        group = require_group(require_group(self._group, "sessions"), name)
+        group.attrs.put(dict(attrs))
 
     def _array(self, name: str) -> zarr.Array[Any]:
-        return cast("zarr.Array[Any]", self._group[name])
+        if name not in self._arrays:
+            self._arrays[name] = cast("zarr.Array[Any]", self._group[name])
+        return self._arrays[name]
+
+
+def _axes(array: "zarr.Array[Any]") -> tuple[str, ...]:
+    """The dimensions of an array after ``model``."""
+    return tuple(cast("Any", array.metadata).dimension_names[1:])
+
+
+def _stretches(places: Iterable[Index]) -> list[list[Index]]:
+    """Places in an array as stretches without a gap along its last dimension."""
+    grouped = itertools.groupby(
+        enumerate(sorted(set(places))), lambda pair: (pair[1][:-1], pair[1][-1] - pair[0])
+    )
+    return [[index for _, index in group] for _, group in grouped]
+
+
+def _box(stretch: Sequence[Index]) -> tuple[slice, ...]:
+    """The part of an array that a stretch of places is."""
+    return tuple(slice(a, b + 1) for a, b in zip(stretch[0], stretch[-1], strict=True))
 
 
 def check_writable(store: str | Path) -> None:
-    """See that a local store can be written before anything is computed for it.
+    """See that a store can be written before anything is computed for it.
 
     Raises:
         UsageError: the path cannot be written, or is no Zarr store.
     """
-    if "://" in str(store):
-        return
-    path = Path(store).expanduser()
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _is_zarr(path))):
-        raise UsageError(f"{str(store)!r} exists and is no Zarr store; choose another --store.")
-    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise UsageError(f"The store {str(store)!r} cannot be written; choose another --store.")
-
-
-def _is_zarr(path: Path) -> bool:
-    return (path / "zarr.json").is_file()
+    place_of(store).check_writable()
 
 
 def find_run(store: str | Path, block: Block) -> str | None:
@@ -167,30 +282,70 @@ def find_run(store: str | Path, block: Block) -> str | None:
     return None
 
 
+def find_group(store: str | Path, experiment: str, run: str) -> RunGroup | None:
+    """The group of a run, for reading; None where it is not there yet."""
+    group = open_group(store, f"{experiment}/{run}", "r")
+    if group is None or not _is_allocated(group):
+        return None
+    return RunGroup(group, place_of(store))
+
+
 def completed_units(store: str | Path, block: Block) -> set[str]:
     """Labels of the units that are complete; none where the group is not there yet."""
-    root = _open_root(store)
-    path = f"{block.experiment}/{block.run}"
-    if root is None or f"{path}/completed" not in root:
-        return set()
-    return RunGroup(cast("zarr.Group", root[path])).completed(block.plan.units)
+    group = find_group(store, block.experiment, block.run)
+    return set() if group is None else group.completed(block.plan.units)
 
 
 def _open_root(store: str | Path) -> zarr.Group | None:
     """The root of a store for reading; None where there is no Zarr store."""
+    return place_of(store).open_root()
+
+
+def _subgroup(group: zarr.Group, name: str) -> zarr.Group | None:
+    """A group in a group; None where there is none, or its metadata were cut off."""
     try:
-        return zarr.open_group(_location(store), mode="r", zarr_format=3)
-    except (OSError, ValueError):
+        found = group[name]
+    except (KeyError, *_DAMAGED):
         return None
+    return found if isinstance(found, zarr.Group) else None
+
+
+def _subgroups(group: zarr.Group, *path: str) -> Iterator[tuple[str, zarr.Group]]:
+    """The groups in a group, or in one below it, by name; without any whose metadata are gone."""
+    parent: zarr.Group | None = group
+    for name in path:
+        parent = _subgroup(parent, name) if parent is not None else None
+    if parent is None:
+        return
+    if not isinstance(parent.store, LocalStore):
+        yield from sorted(parent.groups())
+        return
+    # On a disk there may be metadata that were cut off, and unfinished files.
+    for metadata in sorted((parent.store.root / parent.path).glob("*/zarr.json")):
+        if (found := _subgroup(parent, metadata.parent.name)) is not None:
+            yield metadata.parent.name, found
+
+
+def _is_allocated(group: zarr.Group) -> bool:
+    """Whether everything but units has been written: ``completed`` is created last."""
+    try:
+        return "completed" in group and "identity" in group.attrs
+    except ValueError:
+        return False
 
 
 def open_group(store: str | Path, path: str, mode: Literal["r", "a"]) -> zarr.Group | None:
     """A group of a store by its path; to write (``a``) it is made, to read it may be None."""
+    names = path.split("/") if path else []
     if mode == "a":
-        root = zarr.open_group(_location(store), mode="a", zarr_format=3)
-        return root.require_group(path) if path else root
-    root = _open_root(store)
-    return cast("zarr.Group", root[path]) if root is not None and path in root else None
+        made = place_of(store).open_for_writing()
+        for name in names:
+            made = require_group(made, name)
+        return made
+    group = _open_root(store)
+    for name in names:
+        group = _subgroup(group, name) if group is not None else None
+    return group
 
 
 def attach(store: str | Path, block: Block) -> RunGroup:
@@ -199,21 +354,29 @@ def attach(store: str | Path, block: Block) -> RunGroup:
     Raises:
         PersonaError: the store cannot be written, or the group is another run's.
     """
+    place = place_of(store)
     try:
-        root = zarr.open_group(_location(store), mode="a", zarr_format=3)
-        group = root.require_group(block.experiment).require_group(block.run)
-        if "completed" not in group:
-            _allocate(group, block)
+        place.discard_damaged_metadata(f"{block.experiment}/{block.run}")
+        group = place.open_for_writing()
+        for name in (block.experiment, *block.run.split("/")):
+            group = require_group(group, name)
+        if not (_is_allocated(group) and all(name in group for name in block.variables)):
+            _allocate(group, block, place)
     except OSError as error:
         raise PersonaError(f"The store {str(store)!r} cannot be written: {error}.") from error
     if group.attrs["identity"] != block.attrs["identity"]:
         raise PersonaError(
             f"The group {block.run!r} of {str(store)!r} holds another run; use another --store."
         )
-    return RunGroup(group)
+    return RunGroup(group, place)
 
 
-def _allocate(group: zarr.Group, block: Block) -> None:
+def _allocate(group: zarr.Group, block: Block, place: Place) -> None:
+    """Write everything but units.
+
+    What is there already is left as it is, or written again with the same bytes: another process
+    may be at it too, and one that was cut off may have left any part of it.
+    """
     described = _write_coordinates(group, block)
     # xarray finds coordinates that are no dimensions by this attribute.
     listing = {"variables": list(block.variables), "coordinates": " ".join(described)}
@@ -221,24 +384,63 @@ def _allocate(group: zarr.Group, block: Block) -> None:
     if placed - set(block.plan.unit_axes):  # what tells which units write such a dimension
         listing["units"] = [dict(unit.place) for unit in block.plan.units]
     group.attrs.update({**block.attrs, **listing})
+    require_group(group, "sessions")
     every = {**block.variables, **_bookkeeping(block.plan)}
     for name, variable in every.items():
-        if name in group:
-            continue
         sizes = {axis: len(block.labels(variable, axis)) for axis in variable.axes}
-        group.create_array(
+        if name == "completed":  # says that all the rest is there
+            place.flush()
+        _require_array(
+            group,
             name,
             shape=(1, *sizes.values()),
-            chunks=(1, *(1 if axis in placed else size for axis, size in sizes.items())),
             dtype=_DTYPES[variable.kind],
             fill_value=FILL[variable.kind],
             dimension_names=("model", *variable.axes),
+            compressors=ZstdCodec(checksum=True),
             attributes={
                 "long_name": variable.long_name,
                 "units": variable.units,
                 "description": variable.description,
             },
+            **_chunks(
+                variable, {axis: 1 if axis in placed else size for axis, size in sizes.items()}
+            ),
         )
+
+
+def _chunks(variable: Variable, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """One unit is one chunk; a large one is cut into chunks a (layer, position) inside a shard.
+
+    Args:
+        variable: the array.
+        sizes: of what a unit has in it.
+    """
+    whole = (1, *sizes.values())
+    if variable.kind == "text" or 8 * math.prod(whole) <= _LARGE_UNIT:
+        return {"chunks": whole}
+    inner = (1 if axis in ("layer", "position") else size for axis, size in sizes.items())
+    return {"shards": whole, "chunks": (1, *inner)}
+
+
+def require_group(parent: zarr.Group, name: str) -> zarr.Group:
+    """A group in a group, created unless it is there: another process may be faster."""
+    try:
+        return parent.require_group(name)
+    except ContainsGroupError:
+        return cast("zarr.Group", parent[name])
+
+
+def _require_array(group: zarr.Group, name: str, **settings: Any) -> "zarr.Array[Any]":
+    """An array of a group, created unless it is there: another process may be faster."""
+    if name not in group:
+        try:
+            # One folder an array, rather than one for each index of a chunk.
+            keys: Any = {"name": "default", "separator": "."}
+            return group.create_array(name, chunk_key_encoding=keys, **settings)
+        except ContainsArrayError:
+            pass
+    return cast("zarr.Array[Any]", group[name])
 
 
 def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
@@ -268,10 +470,9 @@ def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
             labels = variable.labels(axis)
             coordinates[axis] = ((axis,), labels, _kind(labels), axis)
     for name, (dims, values, kind, long_name) in coordinates.items():
-        if name in group:
-            continue
         data = np.asarray(values, dtype=object if kind == "text" else None)
-        array = group.create_array(
+        array = _require_array(
+            group,
             name,
             shape=data.shape,
             chunks=data.shape,
@@ -288,11 +489,6 @@ def _kind(labels: Sequence[Any]) -> Kind:
     return kinds[type(labels[0])]
 
 
-def _location(store: str | Path) -> str:
-    text = str(store)
-    return text if "://" in text else str(Path(text).expanduser())
-
-
 @dataclass(frozen=True)
 class RunInfo:
     """One run in a store: its group, and what it says of itself."""
@@ -300,8 +496,22 @@ class RunInfo:
     experiment: str
     run: str
     attrs: Mapping[str, Any]
-    n_completed: int
-    n_units: int
+    group: RunGroup
+
+    @cached_property
+    def n_completed(self) -> int:
+        """The number of its units that are complete."""
+        return int(self.group.flags().sum())
+
+    @property
+    def n_units(self) -> int:
+        """The number of its units."""
+        return len(self.group)
+
+    @property
+    def noun(self) -> str:
+        """What one of its units is called in messages."""
+        return noun_of(self.group.unit_axes)
 
     @property
     def kin(self) -> str:
@@ -314,12 +524,17 @@ class RunInfo:
         shared = [self.attrs["grid_digest"], self.attrs["protocol_version"], parameters]
         return json.dumps(shared, sort_keys=True)
 
+    @property
+    def configuration(self) -> str:
+        """Its parameters, as short as they can be told."""
+        return ", ".join(f"{k}={_brief(v)}" for k, v in self.attrs["parameters"].items())
+
     def describe(self) -> str:
         """One line that tells this run from its neighbours."""
-        parameters = ", ".join(f"{k}={_brief(v)}" for k, v in self.attrs["parameters"].items())
         return (
             f"{self.run} (model {self.attrs['model']}, grid {self.attrs['grid']}, "
-            f"{self.attrs['precision']}, {parameters}, {self.n_completed}/{self.n_units} complete)"
+            f"{self.attrs['precision']}, {self.configuration}, "
+            f"{self.n_completed}/{self.n_units} complete)"
         )
 
 
@@ -340,15 +555,14 @@ def list_runs(store: str | Path, experiment: str | None = None) -> list[RunInfo]
     root = _open_root(store)
     if root is None:
         raise UsageError(f"There is no Zarr store at {str(store)!r}.")
+    place = place_of(store)
     runs: list[RunInfo] = []
-    for name, group in sorted(root.groups()):
+    for name, _ in _subgroups(root):
         if experiment not in (None, name):
             continue
-        for run, block in sorted(group.groups()):
-            if "completed" in block:
-                flags = np.asarray(cast("zarr.Array[Any]", block["completed"])[0], dtype=bool)
-                done, size = int(flags.sum()), int(flags.size)
-                runs.append(RunInfo(name, run, dict(block.attrs), done, size))
+        for run, group in _subgroups(root, name):
+            if _is_allocated(group):
+                runs.append(RunInfo(name, run, dict(group.attrs), RunGroup(group, place)))
     return sorted(runs, key=lambda info: (info.experiment, info.attrs["created"], info.run))
 
 
@@ -383,8 +597,8 @@ def open_results(
     if missing := asked - {info.run for info in runs}:
         known = ", ".join(info.run for info in runs)
         raise UsageError(f"There is no run {', '.join(sorted(missing))}; there are: {known}.")
-    choices = "; ".join(info.describe() for info in runs)
     if not chosen:
+        choices = "; ".join(info.describe() for info in runs)
         raise UsageError(f"No run of {experiment!r} matches; there are: {choices}.")
     if len({info.kin for info in chosen}) > 1:
         raise UsageError(
@@ -415,45 +629,133 @@ def _matches(info: RunInfo, grid: Any, run: str | Sequence[str] | None) -> bool:
 
 
 def _open_run(store: str | Path, info: RunInfo) -> xr.Dataset:
-    group = f"{info.experiment}/{info.run}"
-    dataset = xr.open_zarr(_location(store), group=group, consolidated=False, chunks=None).load()
-    # Zarr strings come back as numpy's StringDType, which pandas and seaborn do not all know.
-    variables = dataset.variables.items()
-    texts = {name: array.astype(object) for name, array in variables if array.dtype.kind == "T"}
-    dataset = dataset.assign_coords({n: a for n, a in texts.items() if n in dataset.coords})
-    dataset = dataset.assign({n: a for n, a in texts.items() if n not in dataset.coords})
-    dataset = dataset[[*info.attrs["variables"], "seconds", "completed"]]
+    # Flags first: a unit that is completed while the rest is read is not taken for complete.
+    flags = info.group.flags()
+    whole = _open_group(place_of(store), f"{info.experiment}/{info.run}")
+    names = [*info.attrs["variables"], "seconds", "completed"]
+    if missing := [name for name in names if name not in whole]:
+        raise PersonaError(
+            f"The run {info.run!r} lacks the arrays {', '.join(missing)}: its store is damaged."
+        )
+    whole = whole[names]
+    completed = whole["completed"].copy(data=flags)
     units = info.attrs.get("units", [])
-    for name, array in list(dataset.data_vars.items()):
-        # A published summary over cells has no cell to be complete.
-        if name != "completed" and (units or "cell" in array.dims):
-            done = _done(dataset, array, units)
-            dataset[str(name)] = array.where(done, _fill(array)).assign_attrs(array.attrs)
-    return dataset
+    complete = {
+        name: _complete_only(whole[name], _done(completed, whole[name], units))
+        for name in names[:-1]
+    }
+    dataset = whole.assign({**complete, "completed": completed})
+    if dataset.nbytes > _EAGER:
+        chunks = {
+            name: dict(zip(array.dims, whole[name].encoding["chunks"], strict=True))
+            for name, array in complete.items()
+        }
+        return dataset.assign({name: array.chunk(chunks[name]) for name, array in complete.items()})
+    try:
+        return dataset.load()
+    except _DAMAGED as error:
+        raise PersonaError(
+            f"The run {info.run!r} holds a complete {info.noun} that cannot be read ({error}); "
+            "`persona-nns verify` names it."
+        ) from error
+
+
+def _open_group(place: Place, group: str) -> xr.Dataset:
+    """A run's group, of which only the labels have been read."""
+    settings: dict[str, Any] = {"group": group, "consolidated": False}
+    if place.options:
+        settings["storage_options"] = dict(place.options)
+    with warnings.catch_warnings():
+        # A process that was killed may have left an unfinished file among the arrays.
+        warnings.filterwarnings("ignore", "Object at .* is not recognized", ZarrUserWarning)
+        dataset = xr.open_zarr(place.location, chunks=None, **settings)
+    return dataset.assign_coords(
+        {name: _plain_text(c.load()) for name, c in dataset.coords.items()}
+    )
+
+
+def _plain_text(array: xr.DataArray) -> xr.DataArray:
+    """Texts as objects: pandas and seaborn do not all know numpy's StringDType."""
+    return array.astype(object) if array.dtype.kind == "T" else array
 
 
 def _done(
-    dataset: xr.Dataset, array: xr.DataArray, units: Sequence[Mapping[Hashable, Label]]
-) -> xr.DataArray:
-    """Where a variable is complete.
+    completed: xr.DataArray, array: xr.DataArray, units: Sequence[Mapping[str, Label]]
+) -> NDArray[np.bool_]:
+    """Where a variable is complete; of size 1 on the dimensions that no unit has a place on.
 
     Args:
-        dataset: the run's.
-        array: the variable.
+        completed: of the run.
+        array: the variable; it is not read.
         units: the place of every unit, where some have one beyond the dimensions of
             ``completed``: a variable on such a dimension is complete where its own unit is.
     """
-    completed = dataset["completed"]
-    if set(completed.dims) <= set(array.dims):
-        return completed
-    placed = {axis for place in units for axis in place}
-    axes = [axis for axis in array.dims if axis in placed]
-    done = xr.zeros_like(array.isel({dim: 0 for dim in array.dims if dim not in placed}), bool)
-    for place in units:
-        if set(axes) <= set(place):
-            unit = completed.sel({axis: place[str(axis)] for axis in completed.dims[1:]})
-            done.loc[{axis: place[str(axis)] for axis in axes}] = bool(unit.item())
-    return done.drop_vars(set(done.coords) - set(axes))
+    unit_axes = completed.dims[1:]
+    placed = {axis for place in units for axis in place} or set(unit_axes)
+    axes = [str(axis) for axis in array.dims if axis in placed]
+    if not axes:  # a published summary over cells has no cell to be complete
+        return np.ones((1,) * array.ndim, dtype=bool)
+    if set(axes) <= set(unit_axes):  # written by every unit
+        done = completed.variable.any([axis for axis in unit_axes if axis not in axes])
+    else:
+        index = {
+            axis: {label: i for i, label in enumerate(labels.values.tolist())}
+            for axis, labels in {**completed.coords, **array.coords}.items()
+            if axis in placed
+        }
+        done = xr.Variable(axes, np.zeros([array.sizes[axis] for axis in axes], dtype=bool))
+        for place in units:
+            if set(axes) <= set(place):
+                here = tuple(index[axis][place[axis]] for axis in axes)
+                there = tuple(index[str(axis)][place[str(axis)]] for axis in unit_axes)
+                done.values[here] |= completed.values[0, *there]
+    return done.set_dims({axis: done.sizes.get(axis, 1) for axis in array.dims}).values
+
+
+def _complete_only(array: xr.DataArray, done: NDArray[np.bool_]) -> xr.DataArray:
+    """A variable, still to be read, of which only what is complete is ever read."""
+    values = indexing.LazilyIndexedArray(_Complete(array.variable, done, _fill(array)))
+    return array.copy(data=values)
+
+
+class _Complete(BackendArray):
+    """An array on disk with a fill value in place of what is not complete.
+
+    That may be half-written, or cut off so that it cannot be read, and in a store at a URL each
+    piece of it is a request.
+    """
+
+    def __init__(self, stored: xr.Variable, done: NDArray[np.bool_], fill: Any) -> None:
+        self._stored = stored
+        self._done = done
+        self._fill = fill
+        self.shape = stored.shape
+        self.dtype = np.dtype(object) if stored.dtype.kind == "T" else stored.dtype
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        support = indexing.IndexingSupport.BASIC
+        return indexing.explicit_indexing_adapter(key, self.shape, support, self._read)
+
+    def _read(self, key: tuple[int | slice, ...]) -> NDArray[Any]:
+        """What stands in a part of the array."""
+        box = tuple(k if isinstance(k, slice) else slice(k, k + 1) for k in key)
+        stored = self._stored[box]
+        each = self._done.shape
+        done = self._done[
+            tuple(slice(None) if n == 1 else k for n, k in zip(each, box, strict=True))
+        ]
+        if done.all():
+            values = stored.values.astype(self.dtype, copy=False)
+        else:
+            values = np.full(stored.shape, self._fill, dtype=self.dtype)
+            axes = [axis for axis, n in enumerate(each) if n > 1] or [0]
+            places = np.argwhere(done)[:, axes].tolist()
+            for stretch in _stretches(map(tuple, places)):
+                region = [slice(None)] * stored.ndim
+                for axis, part in zip(axes, _box(stretch), strict=True):
+                    region[axis] = part
+                values[tuple(region)] = stored[tuple(region)].values
+        return values[tuple(slice(None) if isinstance(k, slice) else 0 for k in key)]
 
 
 def _fill(array: xr.DataArray) -> Any:

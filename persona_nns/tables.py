@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.text import Text
 from persona_nns.errors import UsageError
 from persona_nns.intervals import interval
 from persona_nns.missing import measured_values
+from persona_nns.places import place_of
 from persona_nns.remote.environment import Deployment
 from persona_nns.store import RunInfo
 
@@ -207,11 +209,14 @@ def save_csv(frame: pd.DataFrame, file: Path) -> str:
     return str(file)
 
 
-def runs_table(runs: Iterable[RunInfo], title: str) -> Table:
+def runs_table(runs: Iterable[RunInfo], store: str) -> Table:
     """What a store holds, a row a run, under the names of the experiments."""
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("run", "precision", "complete", "created (UTC)"):
+    table = Table(title=Text(store), title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("run", "precision", "complete", "size", "created (UTC)"):
         table.add_column(heading, no_wrap=True)
+    table.add_column("age", no_wrap=True)
+    table.add_column("parameters")
+    place = place_of(store)
     last = None
     for info in runs:
         if info.experiment != last:
@@ -220,10 +225,30 @@ def runs_table(runs: Iterable[RunInfo], title: str) -> Table:
             Text(f"  {info.run}"),
             info.attrs["precision"],
             f"{info.n_completed}/{info.n_units}",
+            _bytes(place.size(f"{info.experiment}/{info.run}")),
             info.attrs["created"][:16].replace("T", " "),
+            _age(info.attrs["created"]),
+            Text(info.configuration),
         )
         last = info.experiment
     return table
+
+
+def _bytes(size: int) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size = round(size / 1000)
+    return f"{size} TB"
+
+
+def _age(created: str) -> str:
+    """How long ago something was, in its largest unit."""
+    seconds = (datetime.now(UTC) - datetime.fromisoformat(created)).total_seconds()
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
 
 
 def hosted_table(deployments: Iterable[Deployment], url: str) -> Table:

@@ -75,7 +75,7 @@ class Plan:
     @property
     def noun(self) -> str:
         """What one of its units is called in messages."""
-        return "cell" if self.unit_axes == ("cell",) else "unit"
+        return noun_of(self.unit_axes)
 
     @cached_property
     def placed_axes(self) -> frozenset[str]:
@@ -91,6 +91,11 @@ class Plan:
         """
         placed = self.placed_axes
         return [name for name, dims in axes.items() if placed & set(dims) <= set(unit.place)]
+
+
+def noun_of(unit_axes: tuple[str, ...]) -> str:
+    """What a unit with a place on these dimensions is called in messages."""
+    return "cell" if unit_axes == ("cell",) else "unit"
 
 
 def content_digest(content: Any) -> str:

@@ -70,6 +70,11 @@ def test_a_run_is_stored_shown_listed_and_drawn(command: Command, grid_file: str
     assert code == 0
     assert results.attrs["run"] in out
     assert "2/2" in out
+    assert "kB" in out
+    code, out, _ = command("verify", "s.zarr", "--sample", "1")
+    assert code == 0
+    assert "right  localized_positions/qwen2.mine." in out
+    assert "2/2 cells, 1 computed anew" in out
 
     code, out, _ = command("plot", "s.zarr", "localized_positions", "-o", "figure.png")
     assert code == 0

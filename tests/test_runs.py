@@ -97,7 +97,7 @@ def test_a_second_run_computes_only_what_is_missing(
     assert first.completed.sum() == 1
     assert first.text.sel(cell="chef/haiku").item() == ""
     run(experiment, model, small_grid, **settings)
-    assert calls[1:] == [["chef/haiku", "chef/policy"], ["yoda/policy"]]
+    assert sorted(calls[1:]) == [["chef/haiku", "chef/policy"], ["yoda/policy"]]
     run(experiment, model, small_grid, **settings)
     assert len(calls) == 3
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+import zarr
 from nnsight import TransformersModel
 from typer.testing import CliRunner
 
@@ -14,6 +15,7 @@ import persona_nns as pn
 from persona_nns.catalog import load_experiment
 from persona_nns.cli import app
 from persona_nns.tables import result_table
+from persona_nns.verify import verify_store
 
 PAIRS = '''
 """Pairs of words, for the tests."""
@@ -105,8 +107,9 @@ def test_a_pair_writes_its_own_place_and_the_diagonal_pair_that_of_its_word(
 
 
 def test_what_is_missing_is_measured_and_until_then_reads_as_missing(
-    own: Path, tmp_path: Path, model: TransformersModel
+    own: Path, tmp_path: Path, model: TransformersModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("random.Random.shuffle", lambda _self, _batches: None)
     own.write_text(
         PAIRS.replace(
             "    calls.append",
@@ -207,3 +210,58 @@ def test_a_variable_without_labels_or_units_is_refused(
     with pytest.raises(pn.PersonaError, match=sentence):
         pn.run(own, model, store=tmp_path / "s.zarr")
     assert not (tmp_path / "s.zarr").exists()
+
+
+def damage_what_is_not_complete(store: Path) -> None:
+    """Leave what a loss of power may: pieces that cannot be read, a flag that is cut off."""
+    (run,) = (store / "pairs").glob("*.words.*")
+    for piece in ("sum/c.0.0.1.0.0", "sum/c.0.1.1.0.0", "length/c.0.1.0"):
+        (run / piece).write_bytes(b"(")
+    (run / "completed" / "c.0.1.1").write_bytes(b"")
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_what_is_not_complete_is_never_read(
+    own: Path,
+    tmp_path: Path,
+    model: TransformersModel,
+    monkeypatch: pytest.MonkeyPatch,
+    lazily: bool,
+) -> None:
+    store = tmp_path / "s.zarr"
+    whole = pn.run(own, model, layers="0", store=store)
+    (run,) = (store / "pairs").glob("*.words.*")
+    (run / "completed" / "c.0.0.1").unlink()
+    damage_what_is_not_complete(store)
+    if lazily:
+        monkeypatch.setattr("persona_nns.store._EAGER", 0)
+    cut = pn.open_results(store, "pairs")
+    assert bool(cut["sum"].chunks) == lazily
+    assert cut.completed.values[0].tolist() == [[True, False], [True, False]]
+    for right, name in (("a", "sum"), ("a", "seconds")):
+        np.testing.assert_array_equal(cut[name].sel(right=right), whole[name].sel(right=right))
+    assert np.isnan(cut["sum"].sel(right="bb")).all()
+    assert cut["sum"].sel(right="a", left="bb", letter=2).values.tolist() == [[12.0]]
+    assert cut["sum"].sel(left=["bb", "a"], right="a", letter=0).values.tolist() == [[[12], [11]]]
+    assert cut.length.values.tolist() == [[[1, 1, 1], [-1, -1, -1]]]
+    assert pn.list_runs(store)[0].n_completed == 2
+
+    again = load_experiment(own)
+    xr.testing.assert_equal(
+        pn.run(again, model, layers="0", store=store).drop_vars("seconds").compute(),
+        whole.drop_vars("seconds"),
+    )
+    calls = again.measure.__globals__["calls"]
+    assert sorted(label for batch in calls for label in batch) == ["a|bb", "bb|bb"]
+
+
+def test_units_are_verified_like_cells(own: Path, tmp_path: Path, model: TransformersModel) -> None:
+    store = tmp_path / "s.zarr"
+    pn.run(own, model, layers="0", words="a,bb", store=store)
+    (verdict,) = verify_store(store, sample=9, experiments=[str(own)])
+    assert (verdict.problems, verdict.n_recomputed) == ((), 4)
+    raw = zarr.open_group(store, path=f"pairs/{verdict.info.run}", mode="r+")
+    raw["length"][0, 1] = 7  # type: ignore[index]
+    (verdict,) = verify_store(store, sample=9, experiments=[str(own)])
+    assert verdict.problems == ("'length' of bb|bb is not what is computed anew.",)
+    assert CliRunner().invoke(app, ["verify", str(store), "--sample", "0"]).exit_code == 0

@@ -28,15 +28,16 @@ from persona_nns.grids import Cell
 from persona_nns.jobs import Job, JobBook, accepted
 from persona_nns.models import HOSTED, HostedModel
 from persona_nns.prompts import with_prompts
-from persona_nns.provenance import session_attributes, session_name
+from persona_nns.provenance import now, session_attributes, session_name
 from persona_nns.remote.connection import Connection, Patience, client_python
 from persona_nns.remote.environment import Environment, read_deployments, read_environment
 from persona_nns.remote.payload import Capture, Payload
 from persona_nns.remote.program import Terms, carry_out
 from persona_nns.remote.progress import JobProgress
 from persona_nns.request import Request
+from persona_nns.sessions import Session
 from persona_nns.shapes import declared_arrays
-from persona_nns.store import RunGroup, attach, completed_units
+from persona_nns.store import completed_units
 from persona_nns.units import Unit
 
 #: A job may take about this long, return this much, and be asked with this much.
@@ -89,7 +90,7 @@ class Dispatcher:
     progress: JobProgress
     size: int = FIRST_UNITS
     proven: bool = False
-    groups: list[RunGroup] = field(default_factory=list[RunGroup])
+    session: Session | None = None
     flights: list[_Flight] = field(default_factory=list[_Flight])
     environment: Environment | None = None
 
@@ -123,6 +124,8 @@ class Dispatcher:
             raise
         finally:
             self.connection.close()
+            if self.session is not None:
+                self.session.end(now())
 
     def _pick_up(self, pending: Sequence[Unit]) -> list[Unit]:
         """Wait for the jobs of an earlier process too; returns the units that none is about."""
@@ -272,13 +275,9 @@ class Dispatcher:
         measured = self.request.finish(self.model.tokenizer, flight.units, outcome["measured"])
         arrays = declared_arrays(self.request, measured, len(flight.units))
         seconds = outcome["seconds"] / len(flight.units)
-        if not self.groups:
-            self._allocate(outcome)
-        for row, unit in enumerate(flight.units):
-            for group, block in zip(self.groups, self.request.blocks, strict=True):
-                axes = {name: variable.axes for name, variable in block.variables.items()}
-                names = self.request.plan.names_written(unit, axes)
-                group.write_unit(unit, {name: arrays[name][row] for name in names}, seconds)
+        if self.session is None:
+            self.session = self._begin(outcome)
+        self.session.write(flight.units, arrays, seconds)
         self.book.written(flight.job, n_bytes, outcome["seconds"])
         self.flights.remove(flight)
         self.proven = True
@@ -302,10 +301,9 @@ class Dispatcher:
                 f"measured in {known}; use another --store."
             )
 
-    def _allocate(self, outcome: Mapping[str, Any]) -> None:
-        self.groups = [attach(self.store, block) for block in self.request.blocks]
+    def _begin(self, outcome: Mapping[str, Any]) -> Session:
         facts = self.environment.attributes() if self.environment else {}
-        session = {
+        attrs = {
             **session_attributes(),
             **self.execution,
             **facts,
@@ -313,7 +311,7 @@ class Dispatcher:
             "hosted_model": self.hosted.repo_id,
             "device": outcome["device"],
         }
-        self.groups[-1].add_session(session_name(), session)
+        return Session(self.store, self.request.blocks, session_name(), attrs)
 
     def _smaller(self, flight: _Flight, error: JobTooLargeError) -> list[Unit]:
         """Cells of a job that was too large, to go into jobs of half the size."""
