@@ -12,6 +12,7 @@ import xarray as xr
 
 from persona_nns.errors import PersonaError
 from persona_nns.grids import Grid
+from persona_nns.published import PUBLISHED_VERSION
 from persona_nns.store import RunInfo, list_runs, open_results
 from persona_nns.units import Unit
 
@@ -26,6 +27,8 @@ _PROVENANCE = (
     "variables",
 )
 _PROVENANCE_OF_GRIDS = ("personas", "tasks", "markers")
+# Numbers that were published, not computed: there is nothing to compute anew.
+_PROVENANCE_OF_PUBLISHED = ("source", "source_digest", "model", "grid_digest", "personas", "tasks")
 _DETERMINING = ("protocol_version", "model_version", "precision", "grid_digest", "template")
 
 
@@ -67,7 +70,8 @@ def verify_store(
                 raise PersonaError("What it holds was not checked for want of that.")
             results = open_results(store, info.experiment, run=info.run)
             problems += _check_arrays(results, info)
-            if sample and not problems and info.n_completed:
+            computed = info.attrs["protocol_version"] != PUBLISHED_VERSION
+            if sample and computed and not problems and info.n_completed:
                 file = files.get(info.experiment, info.experiment)
                 with TemporaryDirectory() as folder:
                     planned = _plan_anew(info, file, Path(folder) / "anew.zarr")
@@ -83,6 +87,8 @@ def verify_store(
 
 def _check_provenance(info: RunInfo) -> Iterator[str]:
     needed = _PROVENANCE + (_PROVENANCE_OF_GRIDS if info.noun == "cell" else ())
+    if info.attrs.get("protocol_version") == PUBLISHED_VERSION:
+        needed = _PROVENANCE_OF_PUBLISHED
     missing = [name for name in needed if name not in info.attrs]
     if missing:
         yield f"Its provenance lacks {', '.join(missing)}."
@@ -111,7 +117,8 @@ def _check_arrays(results: xr.Dataset, info: RunInfo) -> Iterator[str]:
         # Of other units it may be right: a pair of one persona and itself has no difference.
         if info.noun == "cell" and values.size and "cell" in values.dims:
             nothing = values.isnull().all([dim for dim in values.dims[1:] if dim != "cell"])
-            if bool((nothing & results.completed).any()):
+            # An array that no cell has is one that the run did not ask for.
+            if not bool(nothing.all()) and bool((nothing & results.completed).any()):
                 yield f"{name!r} is NaN throughout a complete cell."
 
 

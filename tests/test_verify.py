@@ -10,6 +10,7 @@ import zarr
 
 import persona_nns as pn
 from persona_nns.grids import Grid
+from persona_nns.published import published_store
 from persona_nns.store import list_runs
 from persona_nns.verify import verify_store
 
@@ -81,3 +82,10 @@ def test_provenance_that_was_changed_is_found(store: Path) -> None:
     del original["attributes"]["grid_digest"]
     file.write_text(json.dumps(original))
     assert "provenance lacks grid_digest" in problems(store)[0]
+
+
+def test_published_numbers_are_checked_and_not_computed() -> None:
+    verdicts = list(verify_store(published_store()))
+    assert len(verdicts) == 7
+    assert [verdict.problems for verdict in verdicts] == [()] * 7
+    assert {verdict.n_recomputed for verdict in verdicts} == {0}

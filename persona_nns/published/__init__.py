@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+#: The ``protocol_version`` of published numbers, which were not computed here.
+PUBLISHED_VERSION = "published"
+
 _PACKAGE = Path(__file__).parents[1]
 
 

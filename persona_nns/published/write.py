@@ -21,7 +21,7 @@ import zarr
 from numpy.typing import NDArray
 
 from persona_nns.grids import Grid, load_grid
-from persona_nns.published import published_store
+from persona_nns.published import PUBLISHED_VERSION, published_store
 
 DATA = Path(__file__).parent
 PAPER = "As X, Do Y: How Persona and Task Combine in Instruction-Tuned LLMs, arXiv 2605.23147v1"
@@ -252,7 +252,7 @@ def _run(
         "source": f"{PAPER}, appendix C: {', '.join(f'results/{name}' for name in files)}",
         "source_digest": text,
         "run": f"{model.name.replace('/', '--')}.{grid.name}.{digest[:10]}",
-        "protocol_version": "published",
+        "protocol_version": PUBLISHED_VERSION,
         "identity": digest,
         "model": model.name,
         "model_source": model.name,

@@ -59,11 +59,17 @@ def large() -> None:
 def long() -> None:
     """The same model on long prompts: two personas of the long grid on all six tasks."""
     cells = [cell for cell in load_grid("long").cells if cell.persona in {"engineer", "chef"}]
-    compare(random_model(), cells, parse_layers(DEPTHS, 24), sample=1)
+    compare(random_model(), cells, parse_layers(DEPTHS, 24), sample=1, pairs=2, batched=False)
 
 
 def compare(
-    model: TransformersModel, cells: list[Cell], layers: list[int], sample: int, pairs: int = 3
+    model: TransformersModel,
+    cells: list[Cell],
+    layers: list[int],
+    sample: int,
+    pairs: int = 3,
+    *,
+    batched: bool = True,
 ) -> None:
     """Reuse against the paper's schedule, against batches without reuse, and the floor.
 
@@ -80,7 +86,7 @@ def compare(
         some = cells[turn * sample : (turn + 1) * sample]
         times["reuse"].append(timed(lambda: measure(model, cells, **sites)))
         times["floor"].append(work / matmul_rate(model.config.hidden_size))
-        if turn == 0:
+        if batched and turn == 0:
             times["batched"].append(timed(lambda: measure(model, cells, **sites, reuse=False)))
         seconds = timed(
             lambda some=some: paper_schedule(plain, model.tokenizer, some, layers, POSITIONS)
@@ -93,8 +99,9 @@ def compare(
         f"{model.config.num_hidden_layers} layers, {len(cells)} cells, {len(layers)} layers asked, "
         f"{len(POSITIONS)} positions, prompts of up to {longest} tokens; medians of {pairs} turns"
     )
-    median = {name: statistics.median(of) for name, of in times.items()}
-    for name, of in times.items():
+    median = {name: statistics.median(of) for name, of in times.items() if of}
+    for name in median:
+        of = times[name]
         pairwise = statistics.median(
             other / own for other, own in zip(of, times["reuse"], strict=False)
         )
