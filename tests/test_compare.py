@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from rich.console import Console
 from typer.testing import CliRunner
 
+from persona_nns import cli
 from persona_nns.cli import app
 from persona_nns.compare import (
     Matched,
@@ -146,13 +148,16 @@ def compared(store: Path) -> Matched:
     ],
 )
 def test_published_with_itself_shows_what_the_paper_prints(
-    experiment: str, printed: list[str], tmp_path: Path
+    experiment: str, printed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    console = Console(width=110, record=True)
+    monkeypatch.setattr(cli, "_out", console)
     request = ["compare", str(PUBLISHED), experiment, "-o", str(tmp_path)]
-    answer = CliRunner().invoke(app, request, env={"COLUMNS": "110"}, catch_exceptions=False)
+    answer = CliRunner().invoke(app, request, catch_exceptions=False)
     assert answer.exit_code == 0
+    shown = console.export_text()
     for text in printed:
-        assert text in answer.output
+        assert text in shown
     beside = pd.read_csv(tmp_path / f"{experiment}-side_by_side.csv")
     for row in records(beside):
         assert row["published"] == row["measured"]
