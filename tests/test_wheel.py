@@ -6,7 +6,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xarray as xr
+
+from persona_nns.catalog import bundled_experiments
+from persona_nns.store import open_results
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "qwen2"
@@ -74,8 +79,36 @@ def test_it_brings_the_published_numbers(installed: Path, tmp_path: Path) -> Non
     assert place.startswith(str(installed.parents[1]))
 
 
-def test_an_experiment_runs_on_a_server_from_the_wheel(installed: Path, tmp_path: Path) -> None:
-    request = ["run", "localized_positions", "--model", GOLDEN, "--grid", "short"]
-    rest = ["--cells", "yoda/haiku", "--layers", "2", "--backend", "simulate"]
-    printed = _call(installed, *request, *rest, "--store", "s.zarr", cwd=tmp_path)
-    assert "Stored in s.zarr" in printed
+ON_A_GRID = [
+    name for name, file in bundled_experiments().items() if "\ndef plan(" not in file.read_text()
+]
+OWN_INPUTS = {"persona_patching": ["--identities", "identities.txt", "--n-questions", "1"]}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "kv_graft" else pytest.mark.slow)
+        for name in (*ON_A_GRID, *OWN_INPUTS)
+    ],
+)
+def test_the_wheel_gives_the_same_numbers_on_a_server(
+    installed: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "identities.txt").write_text("good\nbad\n")
+    model = "organism-qwen2" if name in OWN_INPUTS else GOLDEN
+    inputs = OWN_INPUTS.get(name, ["--grid", "review", "--cells", "doctor/plan,chef/arch"])
+    opened: list[xr.Dataset] = []
+    for backend in ("local", "simulate"):
+        store = tmp_path / f"{backend}.zarr"
+        request = ["run", name, "--model", model, *inputs, "--backend", backend, "--store", store]
+        _call(installed, *request, cwd=tmp_path)
+        opened.append(open_results(store, name))
+    here, there = opened
+    assert int(there.completed.sum()) == (4 if name in OWN_INPUTS else 2)
+    for each in set(here.data_vars) - {"seconds"}:
+        ours, theirs = here[each].values, there[each].values
+        if ours.dtype.kind == "f":
+            np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5, err_msg=str(each))
+        else:
+            np.testing.assert_array_equal(theirs, ours, err_msg=str(each))
