@@ -304,6 +304,7 @@ def serve(
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", options.port))
+    listener.listen()  # before the port is told: a client may come at once
     print(listener.getsockname()[1], flush=True)  # noqa: T201 - whoever starts it reads the port
     config = uvicorn.Config(wrap(app) if wrap else app, log_level="warning")
     server = uvicorn.Server(config)

@@ -59,7 +59,7 @@ def large() -> None:
 def long() -> None:
     """The same model on long prompts: two personas of the long grid on all six tasks."""
     cells = [cell for cell in load_grid("long").cells if cell.persona in {"engineer", "chef"}]
-    compare(random_model(), cells, parse_layers(DEPTHS, 24), sample=1, pairs=2, batched=False)
+    compare(random_model(), cells, parse_layers(DEPTHS, 24), sample=1, batched=False)
 
 
 def compare(
