@@ -12,7 +12,7 @@ test: check
 	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
