@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import zarr
 
 from persona_nns.provenance import now
-from persona_nns.store import Block, open_group
+from persona_nns.store import Block, open_group, put_group, subgroups
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,9 @@ class JobBook:
 
     def note(self, job: Job) -> None:
         """Write a job down, in place of an earlier one for the same units."""
-        run = open_group(self._store, self._path, "a")
-        assert run is not None
-        group = run.require_group(f"jobs/{self.key(job.units)}")
-        group.attrs.put({**asdict(job), "units": list(job.units)})
+        jobs = open_group(self._store, f"{self._path}/jobs", "a")
+        assert jobs is not None
+        put_group(jobs, self.key(job.units), {**asdict(job), "units": list(job.units)})
 
     def written(self, job: Job, result_bytes: int, seconds: float) -> None:
         """Note that a job's units are in the store, and what it took."""
@@ -124,7 +123,7 @@ def read_jobs(store: str | Path, experiment: str, run: str) -> dict[str, Job]:
     """
     jobs = open_group(store, f"{experiment}/{run}/jobs", "r")
     noted: dict[str, Job] = {}
-    for key, group in jobs.groups() if jobs is not None else ():
+    for key, group in subgroups(jobs) if jobs is not None else ():
         attrs = cast("dict[str, Any]", dict(group.attrs))
         noted[key] = Job(**{**attrs, "units": tuple(attrs["units"])})
     return noted

@@ -230,13 +230,12 @@ class RunGroup:
             but: names of sessions to leave out.
         """
         known = set(but)
-        groups = _subgroups(self._group, "sessions")
+        groups = subgroups(self._group, "sessions")
         return {name: dict(group.attrs) for name, group in groups if name not in known}
 
     def note_session(self, name: str, attrs: Mapping[str, Any]) -> None:
         """Say who computes units of this run, in a sub-group of its own: writers never meet."""
-        group = require_group(require_group(self._group, "sessions"), name)
-        group.attrs.put(dict(attrs))
+        put_group(require_group(self._group, "sessions"), name, attrs)
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
@@ -310,7 +309,7 @@ def _subgroup(group: zarr.Group, name: str) -> zarr.Group | None:
     return found if isinstance(found, zarr.Group) else None
 
 
-def _subgroups(group: zarr.Group, *path: str) -> Iterator[tuple[str, zarr.Group]]:
+def subgroups(group: zarr.Group, *path: str) -> Iterator[tuple[str, zarr.Group]]:
     """The groups in a group, or in one below it, by name; without any whose metadata are gone."""
     parent: zarr.Group | None = group
     for name in path:
@@ -429,6 +428,16 @@ def require_group(parent: zarr.Group, name: str) -> zarr.Group:
         return parent.require_group(name)
     except ContainsGroupError:
         return cast("zarr.Group", parent[name])
+
+
+def put_group(parent: zarr.Group, name: str, attributes: Mapping[str, Any]) -> None:
+    """Write a group that is its attributes, in one piece: nobody ever sees it without them."""
+    found = _subgroup(parent, name)
+    if found is None:
+        # There is nothing, or metadata that were cut off.
+        parent.create_group(name, attributes=dict(attributes), overwrite=True)
+    else:
+        found.attrs.put(dict(attributes))
 
 
 def _require_array(group: zarr.Group, name: str, **settings: Any) -> "zarr.Array[Any]":
@@ -557,10 +566,10 @@ def list_runs(store: str | Path, experiment: str | None = None) -> list[RunInfo]
         raise UsageError(f"There is no Zarr store at {str(store)!r}.")
     place = place_of(store)
     runs: list[RunInfo] = []
-    for name, _ in _subgroups(root):
+    for name, _ in subgroups(root):
         if experiment not in (None, name):
             continue
-        for run, group in _subgroups(root, name):
+        for run, group in subgroups(root, name):
             if _is_allocated(group):
                 runs.append(RunInfo(name, run, dict(group.attrs), RunGroup(group, place)))
     return sorted(runs, key=lambda info: (info.experiment, info.attrs["created"], info.run))
