@@ -7,8 +7,10 @@ follows is computed anew. How much of the way from the corrupt to the clean answ
 And which heads look at the identity, before and after?
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Annotated, Any
 
 import torch
@@ -17,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from persona_nns.kv import KVCache
 from persona_nns.patching_plots import (
     accuracy_by_persona,
     attention_before_and_after,
@@ -45,7 +48,7 @@ protocol_version = 1
 COMPONENTS = ("mlp", "attn")
 POSITION_SETS = ("all", "identity")
 # Tokens of a pass: a processor is fastest while they stay in its cache, an accelerator when busy.
-_PASS_TOKENS = {"cpu": 1536}
+_PASS_TOKENS = {"cpu": 3072}
 _PASS_TOKENS_ELSEWHERE = 16384
 # Bytes of the unpatched runs' activations that are held at a time.
 _HELD_BYTES = 2**30
@@ -443,29 +446,90 @@ def _patch_heads(
     Returns:
         Logits, [question, layer, head, position set, letter].
     """
-    n, n_heads = len(source), run.attention.shape[-1]
+    n, n_heads, n_layers = len(source), run.attention.shape[-1], len(model.layers)
     logits = run.logits.new_empty(n, len(layers), n_heads, len(POSITION_SETS), len(LETTERS))
-    rows = [(q, s, h) for q in range(n) for s in range(len(POSITION_SETS)) for h in range(n_heads)]
-    for k, layer in enumerate(layers):
-        outputs = run.heads[layer]
-        features = torch.arange(outputs.shape[-1], device=outputs.device)
-        head_of = features // (outputs.shape[-1] // n_heads)
-        for q, s, h in _passes(rows, run):
+    common = _common_columns(run, source, patched)
+    for (k, layer), s in product(enumerate(layers), range(len(POSITION_SETS))):
+        beyond = bool(patched[s, :, common:].any())
+        resumed = layer if beyond else layer + 1  # Where the columns that differ meet the patch.
+        if resumed == n_layers:
+            logits[:, k, :, s] = run.logits[n : 2 * n, None]
+            continue
+        behind = None
+        if common and layer < n_layers - 1:
+            behind = _patch_common(model, run, source, patched[s], layer, common)
+        for q, h in _passes([(q, h) for q in range(n) for h in range(n_heads)], run):
             last, letters = run.last[n + q], run.letters[n + q]
             width = int(last.max()) + 1
-            window = run.window.rows(n + q, layer, width)
-            where = patched[s, q, :width, None] & (head_of == h[:, None])[:, None]
-            value = take(outputs[q], source[q, :width])
+            window = run.window.rows(n + q, resumed, width)
+            if behind is not None:
+                window = window.behind(behind.rows(h))
+            first = window.start - run.window.start
+            where, value = _head_of(run, source, patched[s], layer, q, h, slice(first, width))
             with model.trace(window.inputs()):
-                window.resume(model, layer)
-                projection = model.layers[layer].attn.o_proj
-                projection.input = torch.where(where, value, projection.input)
+                window.resume(model, resumed)
+                attention = model.layers[layer].attn
+                if window.clean is None:
+                    attention.o_proj.input = torch.where(where, value, attention.o_proj.input)
+                elif beyond:  # Below the projection, everything is as it was.
+                    before = run.heads[layer][n + q, first:width]
+                    attention.skip((attention.o_proj(torch.where(where, value, before)), None))
                 if window.clean is not None:
-                    _finish_last_token(model, last, attention_too=layer < len(model.layers) - 1)
-                model.lm_head.input = take(model.lm_head.input, last)
+                    _finish_last_token(model, last - first, attention_too=layer < n_layers - 1)
+                model.lm_head.input = take(model.lm_head.input, last - first)
                 said = save(model.output.logits[:, -1].gather(1, letters).float())
             logits[q, k, h, s] = said
     return logits
+
+
+def _common_columns(run: Unpatched, source: Tensor, patched: Tensor) -> int:
+    """First columns of the window in which a patch does the same in every question.
+
+    What follows the identity is the same instruction before another question.
+    """
+    if run.window.clean is None:
+        return 0
+    n = len(source)
+    clean, corrupt = run.window.input_ids[: 2 * n].split(n)
+    as_clean = (clean == clean[:1]).all(0).long().cumprod(0)
+    same = (corrupt == corrupt[:1]).all(0) & (source == source[:1]).all(0)
+    same &= (patched == patched[:, :1]).all(0).all(0) & as_clean[source[0]].bool()
+    return int(same.long().cumprod(0)[: int(run.last[n : 2 * n].min())].sum())
+
+
+def _patch_common(
+    model: TransformersModel, run: Unpatched, source: Tensor, patched: Tensor, layer: int, n: int
+) -> KVCache:
+    """The first ``n`` columns after one head of a block is patched; a row for each head."""
+    h = torch.arange(run.attention.shape[-1], device=run.last.device)
+    q = torch.zeros_like(h)
+    window = run.window.rows(len(source) + q, layer, n)
+    where, value = _head_of(run, source, patched, layer, q, h, slice(n))
+    cache = window.prefix.cache() if window.prefix is not None else DynamicCache()
+    with model.trace({**window.inputs(), "past_key_values": cache, "use_cache": True}):
+        window.resume(model, layer)
+        projection = model.layers[layer].attn.o_proj
+        projection.input = torch.where(where, value, projection.input)
+        model.lm_head.input = model.lm_head.input[:, -1:]
+        kept = save(model.output.past_key_values)
+    return window.read_cache(kept)
+
+
+def _head_of(
+    run: Unpatched,
+    source: Tensor,
+    patched: Tensor,
+    layer: int,
+    q: Tensor,
+    h: Tensor,
+    columns: slice,
+) -> tuple[Tensor, Tensor]:
+    """Where heads are patched, [row, column, head × d_head], and with what."""
+    outputs = run.heads[layer]
+    features = torch.arange(outputs.shape[-1], device=outputs.device)
+    head_of = features // (outputs.shape[-1] // run.attention.shape[-1])
+    where = patched[q, columns, None] & (head_of == h[:, None])[:, None]
+    return where, take(outputs[q], source[q, columns])
 
 
 def _finish_last_token(model: TransformersModel, last: Tensor, *, attention_too: bool) -> None:
@@ -569,5 +633,6 @@ def _passes(rows: Sequence[tuple[int, ...]], run: Unpatched) -> Iterator[Tensor]
     """Cut patches into passes of a bounded number of tokens; each as its columns, [field, row]."""
     tokens = _PASS_TOKENS.get(run.last.device.type, _PASS_TOKENS_ELSEWHERE)
     size = max(1, tokens // run.window.input_ids.shape[1])
+    size = math.ceil(len(rows) / math.ceil(len(rows) / size))
     for first in range(0, len(rows), size):
         yield torch.tensor(rows[first : first + size], device=run.last.device).T

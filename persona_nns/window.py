@@ -11,13 +11,13 @@ pass over whole rows.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from nnsight import TransformersModel, save
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from persona_nns.batches import left_pad
 from persona_nns.kv import KVCache, read_cache, stack
@@ -82,6 +82,41 @@ class Window:
             prefix=None if self.prefix is None else self.prefix.rows(index),
             # A view that repeats the one layer that is read, so that the others are not copied.
             clean=None if clean is None else clean.expand(layer + 1, -1, -1, -1),
+        )
+
+    def behind(self, cache: KVCache) -> "Window":
+        """The columns that a cache does not hold, on top of it in place of the prefix.
+
+        Args:
+            cache: of each row, the prefix and the first columns of the window.
+        """
+        first = cache.width - self.start
+        return replace(
+            self,
+            input_ids=self.input_ids[:, first:],
+            position_ids=self.position_ids[:, first:],
+            start=cache.width,
+            prefix=cache,
+            clean=None if self.clean is None else self.clean[:, :, first:],
+        )
+
+    def read_cache(self, cache: Cache) -> KVCache:
+        """What a pass over the window has left in the cache that it was given.
+
+        Blocks that it has not run hold the prefix alone; a pass that resumes at the same layer
+        does not read them, and finds zeros.
+        """
+        layers: Any = cache.layers
+        width = self.attention_mask.shape[1]
+
+        def whole(held: Tensor) -> Tensor:
+            return torch.nn.functional.pad(held, (0, 0, 0, width - held.shape[2]))
+
+        return KVCache(
+            tuple(whole(layer.keys) for layer in layers),
+            tuple(whole(layer.values) for layer in layers),
+            self.attention_mask,
+            (self.attention_mask.cumsum(1) - 1).clamp(min=0),
         )
 
     def resume(self, model: TransformersModel, layer: int) -> None:

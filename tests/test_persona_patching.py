@@ -375,3 +375,25 @@ def test_a_run_from_files_to_figures(
     moved = identities.rename(tmp_path / "elsewhere.txt")
     again = pn.run("persona_patching", model, **{**settings, "identities": str(moved)})
     assert again.attrs["identity"] == ds.attrs["identity"]
+
+
+def test_only_what_a_patch_does_to_every_question_is_run_once(
+    patching: ModuleType, random_model: Callable[[str], TransformersModel], pair: Pair
+) -> None:
+    run = patching._run_unpatched(
+        random_model("llama"), [*pair.asked_clean, *pair.asked_corrupt], reuse=True
+    )
+    source, patched = patching._partners(run, pair.asked_clean, pair.asked_corrupt)
+    ids = [asked.ids[run.window.start :] for asked in pair.asked_corrupt]
+    same = next(k for k, (a, b) in enumerate(zip(*ids, strict=False)) if a != b)
+    assert patching._common_columns(run, source, patched) == same
+    elsewhere = source.clone()
+    elsewhere[1, same - 2] = 0
+    assert patching._common_columns(run, elsewhere, patched) == same - 2
+    fewer = patched.clone()
+    fewer[0, 1, same - 3] = False
+    assert patching._common_columns(run, source, fewer) == same - 3
+    clean = run.window.input_ids.clone()
+    clean[1, source[0, same - 4]] += 1
+    other = replace(run, window=replace(run.window, input_ids=clean))
+    assert patching._common_columns(other, source, patched) == same - 4

@@ -1,15 +1,16 @@
 """The full head sweep of persona_patching against one forward pass a patch.
 
-    python tests/benchmarks/head_sweep.py [MODEL] [--pairs 10] [--questions 20]
+    python tests/benchmarks/head_sweep.py [MODEL] [--pairs 10] [--questions 20] [--threads N]
 
 Both patch every head of every block, at all positions and at the identity, in the same pairs and
-questions. The sweep is measured whole, unpatched runs included; the loop is what plain
-transformers with a forward hook does for one patch (batch of one, no cache, logits of the last
-token only), measured on a share of the patches and multiplied out.
+questions. The loop is what plain transformers with a forward hook does for one patch (batch of
+one, no cache, logits of the last token only), measured on a share of each pair's patches and
+multiplied out. Both count the unpatched runs of the pair. Pair by pair, one after the other.
 """
 
 import argparse
 import random
+import statistics
 import sys
 import time
 from typing import Any
@@ -27,9 +28,10 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="organism-qwen2")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--questions", type=int, default=20)
-    parser.add_argument("--sample", type=int, default=300, help="patches that the loop does")
+    parser.add_argument("--sample", type=int, default=60, help="patches that the loop does")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     model = pn.load_model(arguments.model)
     module = sys.modules[load_experiment("persona_patching").measure.__module__]
     plan = module.plan(model.tokenizer, n_questions=arguments.questions)
@@ -37,68 +39,76 @@ def main() -> None:
     pairs = random.Random(0).sample(pairs, arguments.pairs)
     n_layers, n_heads = len(model.layers), model.config.num_attention_heads
     patches = [
-        (pair, question, layer, head, position_set)
-        for pair in pairs
+        (question, layer, head, position_set)
         for question in range(arguments.questions)
         for layer in range(n_layers)
         for head in range(n_heads)
         for position_set in module.POSITION_SETS
     ]
+    sweeps: list[float] = []
+    loops: list[float] = []
+    error = 0.0
     with torch.inference_mode():
         sweep_heads(module, model, pairs[0])  # warm up
-        started = time.perf_counter()
-        swept = [sweep_heads(module, model, pair) for pair in pairs]
-        sweep = time.perf_counter() - started
+        for k, pair in enumerate(pairs):
+            started = time.perf_counter()
+            swept = sweep_heads(module, model, pair)
+            sweeps.append(time.perf_counter() - started)
 
-        sample = random.Random(1).sample(patches, min(arguments.sample, len(patches)))
-        kept: dict[Any, Any] = {}
-        for pair, question, *_ in sample:
-            keep_clean(model, pair, question, kept)
-        started = time.perf_counter()
-        looped = [patch_once(model, kept, *patch) for patch in sample]
-        loop = (time.perf_counter() - started) / len(sample) * len(patches)
-
-    error = 0.0
-    for (pair, question, layer, head, position_set), logits in zip(sample, looped, strict=True):
-        s = module.POSITION_SETS.index(position_set)
-        ours = swept[pairs.index(pair)][question, layer, head, s]
-        error = max(error, float((ours - logits).abs().max()))
+            started = time.perf_counter()
+            kept = [keep_clean(model, pair, question) for question in range(arguments.questions)]
+            unpatched = time.perf_counter() - started
+            sample = random.Random(k).sample(patches, min(arguments.sample, len(patches)))
+            started = time.perf_counter()
+            looped = [patch_once(model, kept[patch[0]], pair, *patch) for patch in sample]
+            each = (time.perf_counter() - started) / len(sample)
+            loops.append(unpatched + each * len(patches))
+            for (question, layer, head, position_set), logits in zip(sample, looped, strict=True):
+                ours = swept[question, layer, head, module.POSITION_SETS.index(position_set)]
+                error = max(error, float((ours - logits).abs().max()))
     print(
-        f"{arguments.model}: {len(patches)} patches ({arguments.pairs} pairs × "
-        f"{arguments.questions} questions × {n_layers} layers × {n_heads} heads × 2 position sets)"
+        f"{arguments.model}, {arguments.threads} threads: {arguments.pairs} pairs × "
+        f"{arguments.questions} questions × {n_layers} layers × {n_heads} heads × 2 position sets"
     )
-    print(f"sweep {sweep:.1f} s, one forward a patch {loop:.1f} s (from {len(sample)} patches)")
-    print(f"ratio {loop / sweep:.1f}, largest difference {error:.1e} logits")
+    print(f"sweep {sum(sweeps):.1f} s, one forward a patch {sum(loops):.1f} s", end=" ")
+    print(f"(from {arguments.sample} of {len(patches)} patches a pair)")
+    ratios = sorted(loop / sweep for loop, sweep in zip(loops, sweeps, strict=True))
+    print(
+        f"ratio {statistics.median(ratios):.1f} (median of the pairs; {ratios[0]:.1f} to "
+        f"{ratios[-1]:.1f}), largest difference {error:.1e} logits"
+    )
 
 
 def sweep_heads(module: Any, model: Any, pair: Pair) -> torch.Tensor:
     """What `measure` does for heads, [question, layer, head, position set, letter]."""
-    rows = [*pair.asked_clean, *pair.asked_corrupt]
-    run = module._run_unpatched(model, rows, reuse=True)
-    source, patched = module._partners(run, pair.asked_clean, pair.asked_corrupt)
-    return module._patch_heads(model, run, source, patched, list(range(len(model.layers))))
+    parts, order = [], []
+    for chunk in module._chunks(model, pair):
+        clean = [pair.asked_clean[k] for k in chunk]
+        corrupt = [pair.asked_corrupt[k] for k in chunk]
+        run = module._run_unpatched(model, [*clean, *corrupt], reuse=True)
+        source, patched = module._partners(run, clean, corrupt)
+        parts.append(module._patch_heads(model, run, source, patched, range(len(model.layers))))
+        order += chunk
+    return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
-def keep_clean(model: Any, pair: Pair, question: int, kept: dict[Any, Any]) -> None:
-    """The clean run's projection inputs: run once for each persona and question, not timed."""
-    key = (pair.clean, question)
-    if key in kept:
-        return
+def keep_clean(model: Any, pair: Pair, question: int) -> list[torch.Tensor]:
+    """The projection inputs of the clean run, one forward, and another for the corrupt run."""
     inputs: list[torch.Tensor] = []
     blocks = [block.attn.o_proj._module for block in model.layers]
     hooks = [
         block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in blocks
     ]
-    ids = torch.tensor([pair.asked_clean[question].ids])
-    model._module(input_ids=ids, use_cache=False, logits_to_keep=1)
+    for asked in (pair.asked_clean[question], pair.asked_corrupt[question]):
+        model._module(input_ids=torch.tensor([asked.ids]), use_cache=False, logits_to_keep=1)
     for hook in hooks:
         hook.remove()
-    kept[key] = inputs
+    return inputs[: len(blocks)]
 
 
 def patch_once(
     model: Any,
-    kept: dict[Any, Any],
+    kept: list[torch.Tensor],
     pair: Pair,
     question: int,
     layer: int,
@@ -107,7 +117,7 @@ def patch_once(
 ) -> torch.Tensor:
     """One forward pass with one head patched; the letters' logits."""
     asked = pair.asked_corrupt[question]
-    clean = kept[pair.clean, question][layer]
+    clean = kept[layer]
     chosen = asked.identity if position_set == "identity" else range(len(asked.ids))
     partner = align(pair.asked_clean[question], asked)
     to = [k for k in chosen if partner[k] >= 0]
