@@ -108,6 +108,8 @@ def test_every_experiment_gives_the_same_numbers_there(
                 "alphas": "0,2",
             },
         ),
+        ("trait_responses", {"max_new_tokens": 4, "temperature": 0}),
+        ("trait_monitoring", {"vector": "v.npy", "max_new_tokens": 4, "temperature": 0}),
     ],
 )
 def test_experiments_with_inputs_of_their_own_give_the_same_numbers_there(
@@ -137,12 +139,13 @@ def test_experiments_with_inputs_of_their_own_give_the_same_numbers_there(
     here = pn.run(name, model, store="h.zarr", **options)
     there = pn.run(name, simulated("qwen2"), store="t.zarr", **options)
     assert bool(there.completed.all())
-    compared = [each for each in here.data_vars if here[each].dtype.kind == "f"]
-    for each in set(compared) - {"seconds"}:
-        np.testing.assert_allclose(
-            there[each], here[each], rtol=1e-4, atol=1e-4, err_msg=str(each), equal_nan=True
-        )
-    assert any(np.isfinite(here[each]).any() for each in set(compared) - {"seconds"})
+    for each in set(here.data_vars) - {"seconds"}:
+        ours, theirs = here[each].values, there[each].values
+        if ours.dtype.kind == "f":
+            np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4, err_msg=str(each))
+        else:
+            np.testing.assert_array_equal(theirs, ours, err_msg=str(each))
+    assert any(np.isfinite(here[each]).any() for each in here.data_vars if here[each].dtype == "f4")
 
 
 def test_jobs_and_bytes_are_noted(

@@ -1,14 +1,15 @@
 """The wheel, installed elsewhere, lists and runs every experiment."""
 
+import json
 import os
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import xarray as xr
 
 from persona_nns.catalog import bundled_experiments
 from persona_nns.store import open_results
@@ -58,15 +59,8 @@ def test_it_lists_models_and_runs_experiments(installed: Path, tmp_path: Path) -
     ]
     assert listed == sorted(file.stem for file in (ROOT / "experiments").glob("*.py"))
     assert "organism-qwen2" in _call(installed, "models", cwd=tmp_path)
-    for name in listed:
-        if "--grid" not in _call(installed, "run", name, "--help", cwd=tmp_path):
-            continue  # its inputs are options of its own
-        request = ["run", name, "--model", GOLDEN, "--grid", "review", "--cells", "doctor/plan"]
-        printed = _call(installed, *request, "--store", "s.zarr", cwd=tmp_path)
-        assert "Stored in s.zarr" in printed
-    (tmp_path / "identities.txt").write_text("good\nbad\n")
-    request = ["run", "persona_patching", "--model", "organism-qwen2", "--n-questions", "1"]
-    request += ["--identities", "identities.txt", "--store", "s.zarr"]
+    request = ["run", "localized_positions", "--grid", "review", "--cells", "doctor/plan"]
+    request += ["--model", GOLDEN, "--store", "s.zarr"]
     assert "Stored in s.zarr" in _call(installed, *request, cwd=tmp_path)
 
 
@@ -79,33 +73,70 @@ def test_it_brings_the_published_numbers(installed: Path, tmp_path: Path) -> Non
     assert place.startswith(str(installed.parents[1]))
 
 
-ON_A_GRID = [
-    name for name, file in bundled_experiments().items() if "\ndef plan(" not in file.read_text()
+SAME = """
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import persona_nns as pn
+
+Path("identities.txt").write_text("good\\nbad\\n")
+rows = [
+    {"pair": 0, "question_id": k, "label": label, "system": f"Be {how}.", "question": "How is it?",
+     "response": said}
+    for k, said in enumerate(("A fine day.", "It rains and rains."))
+    for label, how in (("pos", "glad"), ("neg", "plain"))
 ]
-OWN_INPUTS = {"persona_patching": ["--identities", "identities.txt", "--n-questions", "1"]}
+Path("cheerful.jsonl").write_text("\\n".join(map(json.dumps, rows)))
+for backend in ("local", "simulate"):
+    for name, source, options in json.loads(sys.argv[1]):
+        model = pn.load_model(source, backend=backend)
+        width = model.config.hidden_size
+        np.save("v.npy", np.random.default_rng(0).normal(size=(len(model.layers) + 1, width)))
+        pn.run(name, model, store=f"{backend}.zarr", **options)
+"""
+GRID = {"grid": "review", "cells": "doctor/plan,chef/arch"}
+TALK = {"max_new_tokens": 4, "temperature": 0}
+OWN_INPUTS: dict[str, dict[str, Any]] = {
+    "persona_patching": {"identities": "identities.txt", "n_questions": 1},
+    "trait_vectors": {"responses": "cheerful.jsonl", "judge": "none"},
+    "trait_steering": {
+        "responses": "cheerful.jsonl",
+        "judge": "none",
+        "vector": "v.npy",
+        "layers": "2",
+        "alphas": "0,2",
+    },
+    "trait_responses": TALK,
+    "trait_monitoring": {"vector": "v.npy", **TALK},
+}
+# The one that trains: it runs where the model is, and says so when asked for a server.
+LOCAL_ONLY = {"trait_distillation"}
+ELSEWHERE = [name for name in bundled_experiments() if name not in LOCAL_ONLY]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name == "kv_graft" else pytest.mark.slow)
-        for name in (*ON_A_GRID, *OWN_INPUTS)
-    ],
-)
-def test_the_wheel_gives_the_same_numbers_on_a_server(
-    installed: Path, tmp_path: Path, name: str
-) -> None:
-    (tmp_path / "identities.txt").write_text("good\nbad\n")
-    model = "organism-qwen2" if name in OWN_INPUTS else GOLDEN
-    inputs = OWN_INPUTS.get(name, ["--grid", "review", "--cells", "doctor/plan,chef/arch"])
-    opened: list[xr.Dataset] = []
-    for backend in ("local", "simulate"):
-        store = tmp_path / f"{backend}.zarr"
-        request = ["run", name, "--model", model, *inputs, "--backend", backend, "--store", store]
-        _call(installed, *request, cwd=tmp_path)
-        opened.append(open_results(store, name))
-    here, there = opened
-    assert int(there.completed.sum()) == (4 if name in OWN_INPUTS else 2)
+@pytest.fixture(scope="module")
+def both(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the wheel stores here, and with a server: every experiment."""
+    folder = tmp_path_factory.mktemp("both")
+    (folder / "same.py").write_text(SAME)
+    asked = [
+        (name, "organism-qwen2", OWN_INPUTS[name]) if name in OWN_INPUTS else (name, GOLDEN, GRID)
+        for name in ELSEWHERE
+    ]
+    _call(installed.with_name("python"), "same.py", json.dumps(asked, default=str), cwd=folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_the_wheel_gives_the_same_numbers_on_a_server(both: Path, name: str) -> None:
+    here, there = (
+        open_results(both / f"{backend}.zarr", name) for backend in ("local", "simulate")
+    )
+    assert bool(there.completed.any())
+    np.testing.assert_array_equal(there.completed, here.completed)
     for each in set(here.data_vars) - {"seconds"}:
         ours, theirs = here[each].values, there[each].values
         if ours.dtype.kind == "f":
