@@ -148,6 +148,17 @@ def test_experiments_with_inputs_of_their_own_give_the_same_numbers_there(
     assert any(np.isfinite(here[each]).any() for each in here.data_vars if here[each].dtype == "f4")
 
 
+def test_the_one_that_trains_stays_here(
+    simulated: Callable[[str], TransformersModel], tmp_path: Path
+) -> None:
+    model = simulated("qwen2")
+    np.save(tmp_path / "v.npy", np.ones((len(model.layers) + 1, model.config.hidden_size)))
+    options = {"vector": str(tmp_path / "v.npy"), "layer": 2}
+    with pytest.raises(pn.UsageError, match="trained on this machine; use the backend 'local'"):
+        pn.run("trait_distillation", model, store=tmp_path / "s.zarr", **options)
+    assert not (tmp_path / "s.zarr").exists()
+
+
 def test_jobs_and_bytes_are_noted(
     simulated: Callable[[str], TransformersModel], tmp_path: Path
 ) -> None:
