@@ -1,8 +1,9 @@
 """The schedule of the paper's public scripts, frozen: what reuse is compared with.
 
-One prompt at a time in plain transformers, whole sequences, nothing kept: for each cell and
-position a capture pass over each of the four prompts, and for each layer, position and cell a
-clean and an intervened pass.
+Written after what v15_localized_positions.py of github.com/xuy/localized-additive-composition
+does (fd941b5). One prompt at a time in plain transformers, whole sequences, nothing kept: for
+each cell and position a capture pass over each of the four prompts, and for each layer, position
+and cell a clean and an intervened pass.
 """
 
 from typing import Any
@@ -44,7 +45,7 @@ def _one_cell(
             states = model(ids, output_hidden_states=True).hidden_states
             index = position_index(prompts[name], position)
             hidden[name] = [state[0, index] for state in states]
-        ids = torch.tensor([[*prompts["XY"].ids, *reference[: first + 9]]])
+        ids = torch.tensor([[*prompts["XY"].ids, *reference[: first + 10]]])
         site = position_index(prompts["XY"], position)
         window = slice(n_prompt - 1 + first, n_prompt + 9 + first)
         for k, layer in enumerate(layers):
