@@ -205,11 +205,13 @@ class RunGroup:
         own = [axis for axis in axes if axis not in placed]
         values = {self._index(array, unit): value for unit, value in rows}
         for stretch in _stretches(values):
-            stacked = xr.Variable((placed[-1], *own), np.stack([values[i] for i in stretch]))
+            stacked = np.stack([values[index] for index in stretch])
+            sizes = dict(zip((placed[-1], *own), stacked.shape, strict=True))
+            order = [[*sizes].index(axis) for axis in axes if axis in sizes]
             box = dict(zip(placed, _box(stretch), strict=True))
             region = tuple(box.get(axis, slice(None)) for axis in axes)
-            sizes = {axis: stacked.sizes.get(axis, 1) for axis in axes}
-            array[0, *region] = stacked.set_dims(sizes).values
+            shape = [sizes.get(axis, 1) for axis in axes]
+            array[0, *region] = stacked.transpose(order).reshape(shape)
 
     def _index(self, array: "zarr.Array[Any]", unit: Unit) -> Index:
         """Where a unit stands in an array, on those dimensions that it has a place on."""
@@ -382,7 +384,7 @@ def _allocate(group: zarr.Group, block: Block, place: Place) -> None:
     placed = block.plan.placed_axes
     if placed - set(block.plan.unit_axes):  # what tells which units write such a dimension
         listing["units"] = [dict(unit.place) for unit in block.plan.units]
-    group.attrs.update({**block.attrs, **listing})
+    group.update_attributes({**block.attrs, **listing})  # one write, not one for each
     require_group(group, "sessions")
     every = {**block.variables, **_bookkeeping(block.plan)}
     for name, variable in every.items():
