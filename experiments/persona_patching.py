@@ -10,7 +10,6 @@ And which heads look at the identity, before and after?
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Annotated, Any
 
 import torch
@@ -449,23 +448,24 @@ def _patch_heads(
     n, n_heads, n_layers = len(source), run.attention.shape[-1], len(model.layers)
     logits = run.logits.new_empty(n, len(layers), n_heads, len(POSITION_SETS), len(LETTERS))
     common = _common_columns(run, source, patched)
-    for (k, layer), s in product(enumerate(layers), range(len(POSITION_SETS))):
-        beyond = bool(patched[s, :, common:].any())
-        resumed = layer if beyond else layer + 1  # Where the columns that differ meet the patch.
-        if resumed == n_layers:
-            logits[:, k, :, s] = run.logits[n : 2 * n, None]
-            continue
+    for k, layer in enumerate(layers):
         behind = None
         if common and layer < n_layers - 1:
-            behind = _patch_common(model, run, source, patched[s], layer, common)
-        for q, h in _passes([(q, h) for q in range(n) for h in range(n_heads)], run):
+            behind = _patch_common(model, run, source, patched, layer, common)
+        for s, q, h in _head_passes(run, n):
+            # Columns that are not patched meet the patch in the block above.
+            beyond = bool(patched[s, :, common:].any())
+            resumed = layer if beyond else layer + 1
+            if resumed == n_layers:
+                logits[q, k, h, s] = run.logits[n + q]
+                continue
             last, letters = run.last[n + q], run.letters[n + q]
             width = int(last.max()) + 1
             window = run.window.rows(n + q, resumed, width)
             if behind is not None:
-                window = window.behind(behind.rows(h))
+                window = window.behind(behind.rows(s * n_heads + h))
             first = window.start - run.window.start
-            where, value = _head_of(run, source, patched[s], layer, q, h, slice(first, width))
+            where, value = _head_of(run, source, patched, layer, (s, q, h), slice(first, width))
             with model.trace(window.inputs()):
                 window.resume(model, resumed)
                 attention = model.layers[layer].attn
@@ -497,14 +497,23 @@ def _common_columns(run: Unpatched, source: Tensor, patched: Tensor) -> int:
     return int(same.long().cumprod(0)[: int(run.last[n : 2 * n].min())].sum())
 
 
+def _head_passes(run: Unpatched, n: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Every head in every of ``n`` questions, one position set at a time: set, questions, heads."""
+    rows = [(q, h) for q in range(n) for h in range(run.attention.shape[-1])]
+    for s in range(len(POSITION_SETS)):
+        for q, h in _passes(rows, run):
+            yield s, q, h
+
+
 def _patch_common(
     model: TransformersModel, run: Unpatched, source: Tensor, patched: Tensor, layer: int, n: int
 ) -> KVCache:
-    """The first ``n`` columns after one head of a block is patched; a row for each head."""
-    h = torch.arange(run.attention.shape[-1], device=run.last.device)
-    q = torch.zeros_like(h)
+    """The first ``n`` columns after one head of a block is patched; [position set × head] rows."""
+    n_heads = run.attention.shape[-1]
+    row = torch.arange(len(POSITION_SETS) * n_heads, device=run.last.device)
+    s, q, h = row // n_heads, torch.zeros_like(row), row % n_heads
     window = run.window.rows(len(source) + q, layer, n)
-    where, value = _head_of(run, source, patched, layer, q, h, slice(n))
+    where, value = _head_of(run, source, patched, layer, (s, q, h), slice(n))
     cache = window.prefix.cache() if window.prefix is not None else DynamicCache()
     with model.trace({**window.inputs(), "past_key_values": cache, "use_cache": True}):
         window.resume(model, layer)
@@ -520,15 +529,18 @@ def _head_of(
     source: Tensor,
     patched: Tensor,
     layer: int,
-    q: Tensor,
-    h: Tensor,
+    row: tuple[Tensor | int, Tensor, Tensor],
     columns: slice,
 ) -> tuple[Tensor, Tensor]:
-    """Where heads are patched, [row, column, head × d_head], and with what."""
+    """Where heads are patched, [row, column, head × d_head], and with what.
+
+    A row is a position set, a question and a head.
+    """
+    s, q, h = row
     outputs = run.heads[layer]
     features = torch.arange(outputs.shape[-1], device=outputs.device)
     head_of = features // (outputs.shape[-1] // run.attention.shape[-1])
-    where = patched[q, columns, None] & (head_of == h[:, None])[:, None]
+    where = patched[s, q][:, columns, None] & (head_of == h[:, None])[:, None]
     return where, take(outputs[q], source[q, columns])
 
 
