@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from persona_nns.errors import PersonaError, UsageError
     from persona_nns.grids import Cell, Grid, load_grid
     from persona_nns.models import load_model
+    from persona_nns.results import list_runs, open_results
     from persona_nns.runs import run
-    from persona_nns.store import list_runs, open_results
     from persona_nns.variables import Variable
 
 _HOMES = {
@@ -22,10 +22,10 @@ _HOMES = {
     "PersonaError": "errors",
     "UsageError": "errors",
     "Variable": "variables",
-    "list_runs": "store",
+    "list_runs": "results",
     "load_grid": "grids",
     "load_model": "models",
-    "open_results": "store",
+    "open_results": "results",
     "run": "runs",
 }
 

@@ -141,7 +141,7 @@ def _list_hosted(host: "Host") -> None:
 @app.command(name="ls")
 def list_store(store: Store) -> None:
     """List the runs of a store."""
-    from persona_nns.store import list_runs
+    from persona_nns.results import list_runs
     from persona_nns.tables import runs_table
 
     _out.print(runs_table(list_runs(store), store))
@@ -309,7 +309,7 @@ def compare(
 
 
 def _open(store: str, experiment: str, grid: str | None, run: list[str] | None) -> "xr.Dataset":
-    from persona_nns.store import open_results
+    from persona_nns.results import open_results
 
     name = Path(experiment).stem if experiment.endswith(".py") else experiment
     return open_results(store, name, grid=grid, run=run or None)
@@ -420,8 +420,9 @@ def _run_experiment(
     from persona_nns.grids import load_grid
     from persona_nns.models import check_hosting, count_layers, load_model, load_tokenizer
     from persona_nns.request import check_inputs, check_options, check_sites, make_plan
+    from persona_nns.results import open_results
     from persona_nns.runs import run
-    from persona_nns.store import check_writable, open_results
+    from persona_nns.store import check_writable
     from persona_nns.tables import measured, result_table
     from persona_nns.workers import launch
 

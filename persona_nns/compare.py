@@ -17,7 +17,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from persona_nns.errors import UsageError
-from persona_nns.store import RunInfo, list_runs, open_results
+from persona_nns.results import RunInfo, list_runs, open_results
 from persona_nns.variables import FILL
 
 #: Site labels that differ between models, and are paired by depth.

@@ -17,8 +17,8 @@ from rich.text import Text
 from persona_nns.catalog import load_experiment
 from persona_nns.models import bundled_models, load_model
 from persona_nns.plots import draw, save_figure
+from persona_nns.results import open_results
 from persona_nns.runs import run
-from persona_nns.store import open_results
 from persona_nns.tables import number
 
 GRIDS = ("short", "long")

@@ -19,10 +19,11 @@ from persona_nns.progress import progress_bar
 from persona_nns.provenance import now, session_attributes, session_name
 from persona_nns.remote.dispatch import carry_out_remotely
 from persona_nns.request import Request, check_inputs, check_request
+from persona_nns.results import find_run, open_results
 from persona_nns.sessions import Session
 from persona_nns.shapes import declared_arrays
 from persona_nns.sharing import Share
-from persona_nns.store import check_writable, completed_units, find_run, open_results
+from persona_nns.store import check_writable, completed_units
 from persona_nns.units import Unit
 
 

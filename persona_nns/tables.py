@@ -18,7 +18,7 @@ from persona_nns.intervals import interval
 from persona_nns.missing import measured_values
 from persona_nns.places import place_of
 from persona_nns.remote.environment import Deployment
-from persona_nns.store import RunInfo
+from persona_nns.results import RunInfo
 
 # Columns of a table; more are not readable.
 _MOST_COLUMNS = 12

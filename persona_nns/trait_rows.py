@@ -14,7 +14,7 @@ from persona_nns.errors import PersonaError, UsageError
 from persona_nns.extraction import AVERAGES, keeps_pair
 from persona_nns.judge import Answer
 from persona_nns.responses import Response, check_labels, read_responses
-from persona_nns.store import open_results
+from persona_nns.results import open_results
 from persona_nns.trait_files import SUFFIXES, read_vector
 from persona_nns.traits import LABELS, Trait
 
@@ -192,7 +192,7 @@ def runs_of(store: str | Path, experiment: str, trait: str, model: str) -> str:
     Raises:
         UsageError: there is none, or there are several.
     """
-    from persona_nns.store import list_runs
+    from persona_nns.results import list_runs
 
     found = [
         info

@@ -13,7 +13,7 @@ import xarray as xr
 from persona_nns.errors import PersonaError
 from persona_nns.grids import Grid
 from persona_nns.published import PUBLISHED_VERSION
-from persona_nns.store import RunInfo, list_runs, open_results
+from persona_nns.results import RunInfo, list_runs, open_results
 from persona_nns.units import Unit
 
 if TYPE_CHECKING:

@@ -32,7 +32,8 @@ from persona_nns.errors import UsageError
 from persona_nns.grids import Grid, load_grid
 from persona_nns.published import published_store
 from persona_nns.request import plan_of_grid
-from persona_nns.store import Block, attach, open_results
+from persona_nns.results import open_results
+from persona_nns.store import Block, attach
 from persona_nns.variables import Variable
 
 PUBLISHED = published_store()

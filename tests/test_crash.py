@@ -20,7 +20,8 @@ from store_writer import block_of, cells_of, values_are_right, values_of, write_
 
 import persona_nns as pn
 from persona_nns.places import Place, place_of
-from persona_nns.store import attach, check_writable, list_runs, open_results
+from persona_nns.results import list_runs, open_results
+from persona_nns.store import attach, check_writable
 
 HERE = Path(__file__).parent
 

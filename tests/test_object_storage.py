@@ -20,7 +20,8 @@ from store_writer import block_of, cells_of, plan_of, values_are_right, write_al
 
 import persona_nns as pn
 from persona_nns.places import place_of
-from persona_nns.store import attach, check_writable, list_runs, open_results
+from persona_nns.results import list_runs, open_results
+from persona_nns.store import attach, check_writable
 from persona_nns.variables import Variable
 
 WRITER = Path(__file__).with_name("store_writer.py")

@@ -11,7 +11,8 @@ import zarr
 
 from persona_nns.errors import UsageError
 from persona_nns.grids import Cell, Grid
-from persona_nns.store import Block, attach, check_writable, list_runs, open_results
+from persona_nns.results import list_runs, open_results
+from persona_nns.store import Block, attach, check_writable
 from persona_nns.units import Plan
 from persona_nns.variables import Variable
 

@@ -234,7 +234,7 @@ def test_what_is_not_complete_is_never_read(
     (run / "completed" / "c.0.0.1").unlink()
     damage_what_is_not_complete(store)
     if lazily:
-        monkeypatch.setattr("persona_nns.store._EAGER", 0)
+        monkeypatch.setattr("persona_nns.results._EAGER", 0)
     cut = pn.open_results(store, "pairs")
     assert bool(cut["sum"].chunks) == lazily
     assert cut.completed.values[0].tolist() == [[True, False], [True, False]]

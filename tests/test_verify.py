@@ -11,7 +11,7 @@ import zarr
 import persona_nns as pn
 from persona_nns.grids import Grid
 from persona_nns.published import published_store
-from persona_nns.store import list_runs
+from persona_nns.results import list_runs
 from persona_nns.verify import verify_store
 
 NAME = "localized_positions"

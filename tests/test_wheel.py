@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from persona_nns.catalog import bundled_experiments
-from persona_nns.store import open_results
+from persona_nns.results import open_results
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "qwen2"

@@ -13,7 +13,7 @@ from store_writer import plan_of, values_are_right, write_all
 
 import persona_nns as pn
 from persona_nns.grids import load_grid
-from persona_nns.store import list_runs, open_results
+from persona_nns.results import list_runs, open_results
 from persona_nns.workers import run_on_workers
 
 HERE = Path(__file__).parent

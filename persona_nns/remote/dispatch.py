@@ -428,7 +428,7 @@ def carry_out_remotely(
 
 def _known_precision(request: Request, store: str | Path) -> Request:
     """The request with the precision that the store has its units in, if it has any."""
-    from persona_nns.store import list_runs
+    from persona_nns.results import list_runs
 
     if request.block.precision != HOSTED or not completed_units(store, request.block):
         return request

@@ -20,7 +20,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
 
 from store_writer import write_all  # noqa: E402
 
-from persona_nns.store import list_runs  # noqa: E402
+from persona_nns.results import list_runs  # noqa: E402
 from persona_nns.workers import run_on_workers  # noqa: E402
 
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from store_writer import write_all
 
 from persona_nns import demo, runs, sharing
+from persona_nns.results import list_runs, open_results
 from persona_nns.sessions import Session
-from persona_nns.store import list_runs, open_results
 
 spent: dict[str, float] = {}
 
