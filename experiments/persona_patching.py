@@ -7,9 +7,7 @@ follows is computed anew. How much of the way from the corrupt to the clean answ
 And which heads look at the identity, before and after?
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -19,6 +17,19 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from persona_nns.kv import KVCache
+from persona_nns.patches import (
+    POSITION_SETS,
+    Unpatched,
+    attention_to,
+    chunk_questions,
+    common_columns,
+    cut_passes,
+    head_passes,
+    head_patch,
+    heads_apart,
+    logit_difference,
+    partners,
+)
 from persona_nns.patching_plots import (
     accuracy_by_persona,
     attention_before_and_after,
@@ -32,7 +43,6 @@ from persona_nns.students import (
     PERSONA,
     Asked,
     Pair,
-    align,
     ask,
     check_persona,
     load_identities,
@@ -45,12 +55,6 @@ from persona_nns.window import Window, open_ragged_window, prefill
 protocol_version = 1
 
 COMPONENTS = ("mlp", "attn")
-POSITION_SETS = ("all", "identity")
-# Tokens of a pass: a processor is fastest while they stay in its cache, an accelerator when busy.
-_PASS_TOKENS = {"cpu": 3072}
-_PASS_TOKENS_ELSEWHERE = 16384
-# Bytes of the unpatched runs' activations that are held at a time.
-_HELD_BYTES = 2**30
 _RESAMPLES = 9999
 
 _PAIR = "clean_persona corrupt_persona question"
@@ -253,7 +257,7 @@ def _measure_pair(
     """What one pair gives; the leading axis is the question where there is one."""
     parts: dict[str, list[Tensor]] = {}
     order: list[int] = []
-    for chunk in _chunks(model, pair):
+    for chunk in chunk_questions(model, pair):
         order += chunk
         for name, values in _patch_pair(model, pair, chunk, layers, reuse=reuse).items():
             parts.setdefault(name, []).append(values)
@@ -278,22 +282,6 @@ def _measure_pair(
     return results
 
 
-def logit_difference(logits: Tensor, answer: Tensor) -> Tensor:
-    """Logit of the right letter minus the mean of the others.
-
-    Args:
-        logits: [question, …, letter].
-        answer: [question], the right letter.
-
-    Returns:
-        [question, …].
-    """
-    right = torch.nn.functional.one_hot(answer, logits.shape[-1]).bool()
-    right = right.view(len(answer), *[1] * (logits.dim() - 2), -1)
-    others = torch.where(right, 0.0, logits).sum(-1) / (logits.shape[-1] - 1)
-    return torch.where(right, logits, 0.0).sum(-1) - others
-
-
 def _beside(values: Tensor, logits: Tensor) -> Tensor:
     """One number a question, to be combined with an array of [question, …, letter]."""
     return values.view(-1, *[1] * (logits.dim() - 2))
@@ -306,52 +294,6 @@ def _bootstrap(correct: Tensor) -> Tensor:
     return correct[drawn].mean(1).quantile(torch.tensor([0.025, 0.975]))
 
 
-def _chunks(model: TransformersModel, pair: Pair) -> Iterator[list[int]]:
-    """Questions of similar length, as many as the activations of their runs may take."""
-    lengths = [
-        max(len(asked[k].ids) for asked in (pair.asked_clean, pair.asked_corrupt))
-        for k in range(len(pair.asked_clean))
-    ]
-    config = model.config.get_text_config()
-    per_token = 4 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
-    chunk: list[int] = []
-    for question in sorted(range(len(lengths)), key=lambda k: lengths[k]):
-        if chunk and 3 * (len(chunk) + 1) * lengths[question] * per_token > _HELD_BYTES:
-            yield chunk
-            chunk = []
-        chunk.append(question)
-    yield chunk
-
-
-@dataclass(frozen=True)
-class Unpatched:
-    """The runs of every row of a chunk, and what patches take from them.
-
-    Attributes:
-        window: the columns from the first identity on.
-        last: [row, 1], the column of the last prompt token.
-        identity: [row, column], whether the token belongs to the identity.
-        letters: [row, letter], token ids.
-        mlp: of each block, [row, column, d_model], the MLP's output.
-        attn: of each block, [row, column, d_model], the output projection's output.
-        heads: of each block, [row, column, head × d_head], the output projection's input.
-        logits: [row, letter], at the last prompt token.
-        attention: [row, layer, head], from the last prompt token to the identity.
-        attention_value: [row, layer, head], norm of what is written of it.
-    """
-
-    window: Window
-    last: Tensor
-    identity: Tensor
-    letters: Tensor
-    mlp: list[Tensor]
-    attn: list[Tensor]
-    heads: list[Tensor]
-    logits: Tensor
-    attention: Tensor
-    attention_value: Tensor
-
-
 def _patch_pair(
     model: TransformersModel, pair: Pair, chunk: list[int], layers: list[int], *, reuse: bool
 ) -> dict[str, Tensor]:
@@ -361,7 +303,7 @@ def _patch_pair(
     control = [pair.asked_control[k] for k in chunk] if pair.is_diagonal else []
     run = _run_unpatched(model, [*clean, *corrupt, *control], reuse=reuse)
     n = len(chunk)
-    source, patched = _partners(run, clean, corrupt)
+    source, patched = partners(run, clean, corrupt)
     logits, attention = _patch_components(model, run, source, patched, layers)
     return {
         "logits": run.logits[:n],
@@ -376,24 +318,6 @@ def _patch_pair(
         else torch.full_like(run.attention[:n, layers], torch.nan),
         "attention_patched": attention,
     }
-
-
-def _partners(
-    run: Unpatched, clean: Sequence[Asked], corrupt: Sequence[Asked]
-) -> tuple[Tensor, Tensor]:
-    """Where each token of the corrupt prompts takes its value from, and which tokens do.
-
-    Returns:
-        [question, column], columns of the clean row; [position set, question, column], whether
-        the token is patched.
-    """
-    start, width = run.window.start, run.window.input_ids.shape[1]
-    aligned = [align(a, b)[start:] for a, b in zip(clean, corrupt, strict=True)]
-    token = torch.tensor([[*row, *[-1] * (width - len(row))] for row in aligned])
-    column = token.to(run.last.device) - start
-    n = len(clean)
-    patched = torch.stack([column >= 0, (column >= 0) & run.identity[n : 2 * n]])
-    return column.clamp(min=0), patched
 
 
 def _patch_components(
@@ -413,7 +337,7 @@ def _patch_components(
     rows = [(q, s) for q in range(n) for s in range(len(POSITION_SETS))]
     for k, layer in enumerate(layers):
         for c, outputs in enumerate((run.mlp[layer], run.attn[layer])):
-            for q, s in _passes(rows, run):
+            for q, s in cut_passes(rows, run):
                 last, identity, letters = run.last[n + q], run.identity[n + q], run.letters[n + q]
                 width = int(last.max()) + 1
                 window = run.window.rows(n + q, layer, width)
@@ -425,7 +349,9 @@ def _patch_components(
                     site = block.mlp if COMPONENTS[c] == "mlp" else block.attn.o_proj
                     site.output = torch.where(where, value, site.output)
                     looks = [
-                        _weights(block.attn.output[1], last, identity[:, :width]).float().sum(-1)
+                        attention_to(block.attn.output[1], last, identity[:, :width])
+                        .float()
+                        .sum(-1)
                         for block in model.layers[layer + 1 :]
                     ]
                     model.lm_head.input = take(model.lm_head.input, last)
@@ -447,12 +373,12 @@ def _patch_heads(
     """
     n, n_heads, n_layers = len(source), run.attention.shape[-1], len(model.layers)
     logits = run.logits.new_empty(n, len(layers), n_heads, len(POSITION_SETS), len(LETTERS))
-    common = _common_columns(run, source, patched)
+    common = common_columns(run, source, patched)
     for k, layer in enumerate(layers):
         behind = None
         if common and layer < n_layers - 1:
             behind = _patch_common(model, run, source, patched, layer, common)
-        for s, q, h in _head_passes(run, n):
+        for s, q, h in head_passes(run, n):
             # Columns that are not patched meet the patch in the block above.
             beyond = bool(patched[s, :, common:].any())
             resumed = layer if beyond else layer + 1
@@ -465,7 +391,7 @@ def _patch_heads(
             if behind is not None:
                 window = window.behind(behind.rows(s * n_heads + h))
             first = window.start - run.window.start
-            where, value = _head_of(run, source, patched, layer, (s, q, h), slice(first, width))
+            where, value = head_patch(run, source, patched, layer, (s, q, h), slice(first, width))
             with model.trace(window.inputs()):
                 window.resume(model, resumed)
                 attention = model.layers[layer].attn
@@ -482,29 +408,6 @@ def _patch_heads(
     return logits
 
 
-def _common_columns(run: Unpatched, source: Tensor, patched: Tensor) -> int:
-    """First columns of the window in which a patch does the same in every question.
-
-    What follows the identity is the same instruction before another question.
-    """
-    if run.window.clean is None:
-        return 0
-    n = len(source)
-    clean, corrupt = run.window.input_ids[: 2 * n].split(n)
-    as_clean = (clean == clean[:1]).all(0).long().cumprod(0)
-    same = (corrupt == corrupt[:1]).all(0) & (source == source[:1]).all(0)
-    same &= (patched == patched[:, :1]).all(0).all(0) & as_clean[source[0]].bool()
-    return int(same.long().cumprod(0)[: int(run.last[n : 2 * n].min())].sum())
-
-
-def _head_passes(run: Unpatched, n: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Every head in every of ``n`` questions, one position set at a time: set, questions, heads."""
-    rows = [(q, h) for q in range(n) for h in range(run.attention.shape[-1])]
-    for s in range(len(POSITION_SETS)):
-        for q, h in _passes(rows, run):
-            yield s, q, h
-
-
 def _patch_common(
     model: TransformersModel, run: Unpatched, source: Tensor, patched: Tensor, layer: int, n: int
 ) -> KVCache:
@@ -513,7 +416,7 @@ def _patch_common(
     row = torch.arange(len(POSITION_SETS) * n_heads, device=run.last.device)
     s, q, h = row // n_heads, torch.zeros_like(row), row % n_heads
     window = run.window.rows(len(source) + q, layer, n)
-    where, value = _head_of(run, source, patched, layer, (s, q, h), slice(n))
+    where, value = head_patch(run, source, patched, layer, (s, q, h), slice(n))
     cache = window.prefix.cache() if window.prefix is not None else DynamicCache()
     with model.trace({**window.inputs(), "past_key_values": cache, "use_cache": True}):
         window.resume(model, layer)
@@ -522,26 +425,6 @@ def _patch_common(
         model.lm_head.input = model.lm_head.input[:, -1:]
         kept = save(model.output.past_key_values)
     return window.read_cache(kept)
-
-
-def _head_of(
-    run: Unpatched,
-    source: Tensor,
-    patched: Tensor,
-    layer: int,
-    row: tuple[Tensor | int, Tensor, Tensor],
-    columns: slice,
-) -> tuple[Tensor, Tensor]:
-    """Where heads are patched, [row, column, head × d_head], and with what.
-
-    A row is a position set, a question and a head.
-    """
-    s, q, h = row
-    outputs = run.heads[layer]
-    features = torch.arange(outputs.shape[-1], device=outputs.device)
-    head_of = features // (outputs.shape[-1] // run.attention.shape[-1])
-    where = patched[s, q][:, columns, None] & (head_of == h[:, None])[:, None]
-    return where, take(outputs[q], source[q, columns])
 
 
 def _finish_last_token(model: TransformersModel, last: Tensor, *, attention_too: bool) -> None:
@@ -576,14 +459,14 @@ def _run_unpatched(model: TransformersModel, rows: Sequence[Asked], *, reuse: bo
             entering.append(block.input)
             heads.append(block.attn.o_proj.input)
             attn.append(block.attn.o_proj.output)
-            looks.append(_weights(block.attn.output[1], last, identity))
+            looks.append(attention_to(block.attn.output[1], last, identity))
             mlp.append(block.mlp.output)
         model.lm_head.input = take(model.lm_head.input, last)
         logits = save(model.output.logits[:, -1].gather(1, letters).float())
         kept: Any = model.output.past_key_values
         written = []
         for layer, block in enumerate(model.layers):
-            separate = _apart(looks[layer], kept.layers[layer].values[:, :, window.start :])
+            separate = heads_apart(looks[layer], kept.layers[layer].values[:, :, window.start :])
             nothing = block.attn.o_proj(torch.zeros_like(separate[:1, :1]))
             written.append((block.attn.o_proj(separate) - nothing).float().norm(dim=-1))
         save((entering, heads, attn, mlp))
@@ -609,42 +492,3 @@ def _run_unpatched(model: TransformersModel, rows: Sequence[Asked], *, reuse: bo
         attention=looked,
         attention_value=sizes,
     )
-
-
-def _weights(probabilities: Tensor, last: Tensor, identity: Tensor) -> Tensor:
-    """Attention of the last prompt token to the columns of the identity, [row, head, column].
-
-    Args:
-        probabilities: [row, head, column of the window, column].
-        last: [row, 1], column of the window.
-        identity: [row, column of the window].
-    """
-    n_window = identity.shape[1]
-    query = last[:, :, None, None].expand(-1, probabilities.shape[1], 1, n_window)
-    return probabilities[..., -n_window:].gather(2, query)[:, :, 0] * identity[:, None]
-
-
-def _apart(weights: Tensor, values: Tensor) -> Tensor:
-    """Each head's weighted values as inputs of the output projection that are zero elsewhere.
-
-    Args:
-        weights: [row, head, column].
-        values: [row, kv_head, column, d_head]; a group of heads shares one.
-
-    Returns:
-        [row, head, head × d_head].
-    """
-    n_heads = weights.shape[1]
-    values = values.repeat_interleave(n_heads // values.shape[1], dim=1)
-    mixed = (weights[..., None] * values).sum(2)
-    own = torch.eye(n_heads, device=mixed.device, dtype=mixed.dtype)
-    return (own[:, :, None] * mixed[:, :, None]).flatten(2)
-
-
-def _passes(rows: Sequence[tuple[int, ...]], run: Unpatched) -> Iterator[Tensor]:
-    """Cut patches into passes of a bounded number of tokens; each as its columns, [field, row]."""
-    tokens = _PASS_TOKENS.get(run.last.device.type, _PASS_TOKENS_ELSEWHERE)
-    size = max(1, tokens // run.window.input_ids.shape[1])
-    size = math.ceil(len(rows) / math.ceil(len(rows) / size))
-    for first in range(0, len(rows), size):
-        yield torch.tensor(rows[first : first + size], device=run.last.device).T

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import persona_nns as pn
+from persona_nns import patches
 from persona_nns.catalog import load_experiment
 from persona_nns.patching_plots import rank_heads
 from persona_nns.plots import draw
@@ -240,7 +241,7 @@ def test_patching_every_component_everywhere_gives_the_clean_answer(
     rows = [*pair.asked_clean, *pair.asked_corrupt]
     assert len({len(asked.identity) for asked in rows}) == 1
     run = patching._run_unpatched(random_model(architecture), rows, reuse=True)
-    source, patched = patching._partners(run, pair.asked_clean, pair.asked_corrupt)
+    source, patched = patches.partners(run, pair.asked_clean, pair.asked_corrupt)
     for k, asked in enumerate(pair.asked_corrupt):
         column = patched[0, k].nonzero()[:, 0]
         to = (column + run.window.start).tolist()
@@ -299,8 +300,8 @@ def test_how_the_work_is_cut_does_not_change_the_numbers(
     model = random_model("gemma2")
     pairs = [pair, make_pair(tokenizer, "red", "red")]
     together = patching.measure(model, pairs, layers=[0, 3])
-    monkeypatch.setattr(patching, "_PASS_TOKENS", {"cpu": 1})
-    monkeypatch.setattr(patching, "_HELD_BYTES", 1)
+    monkeypatch.setattr(patches, "_PASS_TOKENS", {"cpu": 1})
+    monkeypatch.setattr(patches, "_HELD_BYTES", 1)
     for k, one in enumerate(pairs):
         alone = patching.measure(model, [one], layers=[0, 3])
         for name, values in alone.items():
@@ -383,17 +384,17 @@ def test_only_what_a_patch_does_to_every_question_is_run_once(
     run = patching._run_unpatched(
         random_model("llama"), [*pair.asked_clean, *pair.asked_corrupt], reuse=True
     )
-    source, patched = patching._partners(run, pair.asked_clean, pair.asked_corrupt)
+    source, patched = patches.partners(run, pair.asked_clean, pair.asked_corrupt)
     ids = [asked.ids[run.window.start :] for asked in pair.asked_corrupt]
     same = next(k for k, (a, b) in enumerate(zip(*ids, strict=False)) if a != b)
-    assert patching._common_columns(run, source, patched) == same
+    assert patches.common_columns(run, source, patched) == same
     elsewhere = source.clone()
     elsewhere[1, same - 2] = 0
-    assert patching._common_columns(run, elsewhere, patched) == same - 2
+    assert patches.common_columns(run, elsewhere, patched) == same - 2
     fewer = patched.clone()
     fewer[0, 1, same - 3] = False
-    assert patching._common_columns(run, source, fewer) == same - 3
+    assert patches.common_columns(run, source, fewer) == same - 3
     clean = run.window.input_ids.clone()
     clean[1, source[0, same - 4]] += 1
     other = replace(run, window=replace(run.window, input_ids=clean))
-    assert patching._common_columns(other, source, patched) == same - 4
+    assert patches.common_columns(other, source, patched) == same - 4

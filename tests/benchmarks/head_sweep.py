@@ -19,6 +19,7 @@ import torch
 
 import persona_nns as pn
 from persona_nns.catalog import load_experiment
+from persona_nns.patches import chunk_questions, partners
 from persona_nns.students import Pair, align
 
 
@@ -82,11 +83,11 @@ def main() -> None:
 def sweep_heads(module: Any, model: Any, pair: Pair) -> torch.Tensor:
     """What `measure` does for heads, [question, layer, head, position set, letter]."""
     parts, order = [], []
-    for chunk in module._chunks(model, pair):
+    for chunk in chunk_questions(model, pair):
         clean = [pair.asked_clean[k] for k in chunk]
         corrupt = [pair.asked_corrupt[k] for k in chunk]
         run = module._run_unpatched(model, [*clean, *corrupt], reuse=True)
-        source, patched = module._partners(run, clean, corrupt)
+        source, patched = partners(run, clean, corrupt)
         parts.append(module._patch_heads(model, run, source, patched, range(len(model.layers))))
         order += chunk
     return torch.cat(parts)[torch.tensor(order).argsort()]
