@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
@@ -571,10 +570,5 @@ def finish(
         JudgeChoice(judge, judge_model, judge_prices),
     )
     shape = measured["said"].shape[:-1]
-    rest = {name: values for name, values in measured.items() if name != "said"}
-    return {
-        **rest,
-        "score": judged.trait.view(shape),
-        "coherence": judged.coherence.view(shape),
-        "response": np.asarray(judged.text, dtype=object).reshape(shape),
-    }
+    scored = {name: values.reshape(shape) for name, values in judged.items()}
+    return {name: values for name, values in measured.items() if name != "said"} | scored

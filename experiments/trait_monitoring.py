@@ -8,7 +8,6 @@ trait's direction at every layer, and the answer is judged ("Persona Vectors", a
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
@@ -238,9 +237,4 @@ def finish(
         measured["said"],
         JudgeChoice(judge, judge_model, judge_prices),
     )
-    return {
-        "projection": measured["projection"],
-        "score": judged.trait,
-        "coherence": judged.coherence,
-        "response": np.asarray(judged.text, dtype=object),
-    }
+    return {"projection": measured["projection"], **judged}

@@ -8,7 +8,6 @@ coherence. Vectors are made from the pairs that show the contrast (`trait_vector
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
@@ -210,15 +209,10 @@ def finish(
 ) -> dict[str, Any]:
     """Decode and judge the answers."""
     asked: Trait = load_traits(trait, split, artifacts)[0]
-    judged = judge_tokens(
+    return judge_tokens(
         tokenizer,
         asked,
         [asked.questions[unit.question] for unit in units],
         measured["said"],
         JudgeChoice(judge, judge_model, judge_prices),
     )
-    return {
-        "score": judged.trait,
-        "coherence": judged.coherence,
-        "response": np.asarray(judged.text, dtype=object),
-    }

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
@@ -363,15 +362,10 @@ def finish(
     if "said" not in measured:
         return dict(measured)
     asked = load_traits(units[0].trait, "evaluation", artifacts)[0]
-    judged = judge_tokens(
+    return judge_tokens(
         tokenizer,
         asked,
         [asked.questions[unit.number] for unit in units],
         measured["said"],
         JudgeChoice(judge, judge_model, judge_prices),
     )
-    return {
-        "score": judged.trait,
-        "coherence": judged.coherence,
-        "response": np.asarray(judged.text, dtype=object),
-    }

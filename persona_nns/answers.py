@@ -84,28 +84,13 @@ def open_judge(choice: JudgeChoice) -> Judge:
     return EndpointJudge(choice.judge, choice.model)
 
 
-@dataclass(frozen=True)
-class Judged:
-    """Answers as texts with their scores.
-
-    Attributes:
-        text: what was said, an array of texts of the shape asked for.
-        trait: scores of the same shape; NaN where the judge refuses.
-        coherence: scores of the same shape.
-    """
-
-    text: Any
-    trait: Tensor
-    coherence: Tensor
-
-
 def judge_tokens(
     tokenizer: PreTrainedTokenizerBase,
     trait: Trait,
     questions: Sequence[str],
     said: Tensor,
     choice: JudgeChoice,
-) -> Judged:
+) -> dict[str, Any]:
     """Decode generated tokens and have them judged.
 
     Args:
@@ -116,7 +101,8 @@ def judge_tokens(
         choice: the judge; ``none`` gives NaN.
 
     Returns:
-        Arrays of shape [row, …].
+        By variable, of shape [row, …]: ``score`` for the trait and ``coherence``, NaN where the
+        judge refuses, and ``response``, the texts.
     """
     import numpy as np
 
@@ -128,17 +114,18 @@ def judge_tokens(
     ]
     per_question = len(flat) // len(questions)
     answers = [Answer(questions[k // per_question], text) for k, text in enumerate(texts)]
+    response = np.array(texts, dtype=object).reshape(shape)
     if choice.judge == "none":
         missing = torch.full(shape, torch.nan)
-        return Judged(np.array(texts, dtype=object).reshape(shape), missing, missing)
+        return {"score": missing, "coherence": missing, "response": response}
     judge = open_judge(choice)
     scores = judge.scores(trait, answers)
     _show_cost(judge, choice)
-    return Judged(
-        np.array(texts, dtype=object).reshape(shape),
-        torch.tensor(scores.trait).reshape(shape),
-        torch.tensor(scores.coherence).reshape(shape),
-    )
+    return {
+        "score": torch.tensor(scores.trait).reshape(shape),
+        "coherence": torch.tensor(scores.coherence).reshape(shape),
+        "response": response,
+    }
 
 
 def _show_cost(judge: Judge, choice: JudgeChoice) -> None:
