@@ -14,7 +14,7 @@ import torch
 from nnsight import TransformersModel, save
 from pydantic import Field
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from persona_nns.kv import KVCache
 from persona_nns.patches import (
@@ -52,7 +52,7 @@ from persona_nns.units import Plan, content_digest
 from persona_nns.variables import Variable
 from persona_nns.window import Window, open_ragged_window, prefill
 
-protocol_version = 1
+protocol_version = 2
 
 COMPONENTS = ("mlp", "attn")
 _RESAMPLES = 9999
@@ -146,6 +146,13 @@ variables = {
         "attention to the identity, patched",
         description="As attention, over the corrupt prompt's identity tokens, with one component "
         "of a block patched.",
+        coords={**_PATCH, **_ATTENTION},
+    ),
+    "attention_value_patched": Variable(
+        f"{_PAIR} component layer position_set attention_layer attention_head",
+        "value-weighted attention to the identity, patched",
+        description="As attention_value, over the corrupt prompt's identity tokens, with one "
+        "component of a block patched.",
         coords={**_PATCH, **_ATTENTION},
     ),
     "identity_tokens": Variable(
@@ -304,7 +311,7 @@ def _patch_pair(
     run = _run_unpatched(model, [*clean, *corrupt, *control], reuse=reuse)
     n = len(chunk)
     source, patched = partners(run, clean, corrupt)
-    logits, attention = _patch_components(model, run, source, patched, layers)
+    logits, attention, sizes = _patch_components(model, run, source, patched, layers)
     return {
         "logits": run.logits[:n],
         "logits_corrupt": run.logits[n : 2 * n],
@@ -317,23 +324,28 @@ def _patch_pair(
         if control
         else torch.full_like(run.attention[:n, layers], torch.nan),
         "attention_patched": attention,
+        "attention_value_patched": sizes,
     }
 
 
 def _patch_components(
     model: TransformersModel, run: Unpatched, source: Tensor, patched: Tensor, layers: list[int]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """One component of one block at a time, in both position sets and all questions at once.
 
     Returns:
         Logits, [question, component, layer, position set, letter], and attention to the
-        identity, [question, component, layer, position set, attention layer, head].
+        identity, plain and weighted by values, [question, component, layer, position set,
+        attention layer, head].
     """
     n = len(source)
     shape = (n, len(COMPONENTS), len(layers), len(POSITION_SETS))
     logits = run.logits.new_empty(*shape, len(LETTERS))
     # Up to the patched block itself, attention is what it was.
-    attention = run.attention[n : 2 * n, None, None, None].repeat(1, *shape[1:], 1, 1)
+    attention, sizes = (
+        unpatched[n : 2 * n, None, None, None].repeat(1, *shape[1:], 1, 1)
+        for unpatched in (run.attention, run.attention_value)
+    )
     rows = [(q, s) for q in range(n) for s in range(len(POSITION_SETS))]
     for k, layer in enumerate(layers):
         for c, outputs in enumerate((run.mlp[layer], run.attn[layer])):
@@ -343,24 +355,31 @@ def _patch_components(
                 window = run.window.rows(n + q, layer, width)
                 where = patched[s, q, :width, None]
                 value = take(outputs[q], source[q, :width])
-                with model.trace(window.inputs()):
+                with model.trace(window.inputs(cached=True)):
                     window.resume(model, layer)
                     block = model.layers[layer]
                     site = block.mlp if COMPONENTS[c] == "mlp" else block.attn.o_proj
                     site.output = torch.where(where, value, site.output)
+                    above = model.layers[layer + 1 :]
                     looks = [
                         attention_to(block.attn.output[1], last, identity[:, :width])
-                        .float()
-                        .sum(-1)
-                        for block in model.layers[layer + 1 :]
+                        for block in above
                     ]
                     model.lm_head.input = take(model.lm_head.input, last)
                     said = save(model.output.logits[:, -1].gather(1, letters).float())
-                    looked = save(looks)
+                    held: Any = model.output.past_key_values.layers[layer + 1 :]
+                    looked = save([look.float().sum(-1) for look in looks])
+                    written = save(
+                        [
+                            _written(block, look, kept.values[:, :, window.start :])
+                            for block, look, kept in zip(above, looks, held, strict=True)
+                        ]
+                    )
                 logits[q, c, k, s] = said
                 if looked:
                     attention[q, c, k, s, layer + 1 :] = torch.stack(looked, dim=1)
-    return logits, attention
+                    sizes[q, c, k, s, layer + 1 :] = torch.stack(written, dim=1)
+    return logits, attention, sizes
 
 
 def _patch_heads(
@@ -417,8 +436,7 @@ def _patch_common(
     s, q, h = row // n_heads, torch.zeros_like(row), row % n_heads
     window = run.window.rows(len(source) + q, layer, n)
     where, value = head_patch(run, source, patched, layer, (s, q, h), slice(n))
-    cache = window.prefix.cache() if window.prefix is not None else DynamicCache()
-    with model.trace({**window.inputs(), "past_key_values": cache, "use_cache": True}):
+    with model.trace(window.inputs(cached=True)):
         window.resume(model, layer)
         projection = model.layers[layer].attn.o_proj
         projection.input = torch.where(where, value, projection.input)
@@ -453,8 +471,7 @@ def _run_unpatched(model: TransformersModel, rows: Sequence[Asked], *, reuse: bo
     identity = (column >= first) & (column < stop)
 
     entering, heads, attn, looks, mlp = [], [], [], [], []
-    cache = prefix.cache() if prefix is not None else DynamicCache()
-    with model.trace({**window.inputs(), "past_key_values": cache, "use_cache": True}):
+    with model.trace(window.inputs(cached=True)):
         for block in model.layers:
             entering.append(block.input)
             heads.append(block.attn.o_proj.input)
@@ -464,11 +481,10 @@ def _run_unpatched(model: TransformersModel, rows: Sequence[Asked], *, reuse: bo
         model.lm_head.input = take(model.lm_head.input, last)
         logits = save(model.output.logits[:, -1].gather(1, letters).float())
         kept: Any = model.output.past_key_values
-        written = []
-        for layer, block in enumerate(model.layers):
-            separate = heads_apart(looks[layer], kept.layers[layer].values[:, :, window.start :])
-            nothing = block.attn.o_proj(torch.zeros_like(separate[:1, :1]))
-            written.append((block.attn.o_proj(separate) - nothing).float().norm(dim=-1))
+        written = [
+            _written(block, looks[layer], kept.layers[layer].values[:, :, window.start :])
+            for layer, block in enumerate(model.layers)
+        ]
         save((entering, heads, attn, mlp))
         looked = save(torch.stack([look.float().sum(-1) for look in looks], dim=1))
         sizes = save(torch.stack(written, dim=1))
@@ -492,3 +508,16 @@ def _run_unpatched(model: TransformersModel, rows: Sequence[Asked], *, reuse: bo
         attention=looked,
         attention_value=sizes,
     )
+
+
+def _written(block: Any, weights: Tensor, values: Tensor) -> Tensor:
+    """Inside a trace: norm of what each head writes of weighted values, [row, head].
+
+    Args:
+        block: of the model.
+        weights: [row, head, column], attention of one token.
+        values: [row, kv_head, column, d_head].
+    """
+    separate = heads_apart(weights, values)
+    nothing = block.attn.o_proj(torch.zeros_like(separate[:1, :1]))
+    return (block.attn.o_proj(separate) - nothing).float().norm(dim=-1)

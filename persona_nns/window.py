@@ -50,14 +50,21 @@ class Window:
     prefix: KVCache | None = None
     clean: Tensor | None = None
 
-    def inputs(self) -> dict[str, Any]:
-        """What a trace needs to run the window; a new cache each time."""
+    def inputs(self, *, cached: bool = False) -> dict[str, Any]:
+        """What a trace needs to run the window; a new cache each time.
+
+        Args:
+            cached: give it a cache even where there is no prefix, to read what the pass leaves.
+        """
+        cache = self.prefix.cache() if self.prefix is not None else None
+        if cached and cache is None:
+            cache = DynamicCache()
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
-            "past_key_values": self.prefix.cache() if self.prefix is not None else None,
-            "use_cache": self.prefix is not None,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
         }
 
     def column(self, index: Tensor) -> Tensor:

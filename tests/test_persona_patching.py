@@ -151,7 +151,7 @@ def test_every_number_agrees_with_plain_forward_hooks(
 ) -> None:
     plain = plain_model(architecture)
     compared = ("logits", "logits_patched", "head_logits_patched", "attention")
-    attended = ("attention_value", "attention_patched")
+    attended = ("attention_value", "attention_patched", "attention_value_patched")
     expected = {name: torch.full_like(measured[name], torch.nan) for name in compared + attended}
     corrupt_letters = []
     for k, (clean, corrupt) in enumerate(zip(pair.asked_clean, pair.asked_corrupt, strict=True)):
@@ -167,6 +167,7 @@ def test_every_number_agrees_with_plain_forward_hooks(
                     run = Run(plain, corrupt, [(layer, site, to, slice(None), value)])
                     expected["logits_patched"][k, c, layer, s] = run.letters
                     expected["attention_patched"][k, c, layer, s] = run.attention
+                    expected["attention_value_patched"][k, c, layer, s] = run.value
                 heads = source.kept[layer, "head"]
                 for head in range(N_HEADS):
                     own = head_features(heads.shape[-1], head)
