@@ -173,6 +173,7 @@ figures = {
     "accuracy": accuracy_by_persona,
     "head_ranking": head_ranking,
     "attention": attention_before_and_after,
+    "attention_value": lambda ds: attention_before_and_after(ds, "attention_value"),
 }
 
 

@@ -138,8 +138,13 @@ def head_ranking(results: xr.Dataset) -> Figure:
     return figure
 
 
-def attention_before_and_after(results: xr.Dataset) -> Figure:
-    """Attention to the identity in the heads that look at it most, by the patched layer."""
+def attention_before_and_after(results: xr.Dataset, variable: str = "attention") -> Figure:
+    """Attention to the identity in the heads that look at it most, by the patched layer.
+
+    Args:
+        results: of `persona_patching`.
+        variable: ``attention``, or ``attention_value``.
+    """
     ranking, models = rank_heads(results), results.model.values.tolist()
     names, shared = results.persona.values, ["clean_persona", "corrupt_persona"]
     others = xr.DataArray(
@@ -152,9 +157,11 @@ def attention_before_and_after(results: xr.Dataset) -> Figure:
         for row, model in enumerate(models):
             top = ranking[ranking.model == model].head(_SHOWN_HEADS)
             for axis, (_, head) in zip(axes[row], top.iterrows(), strict=False):
-                after = results.attention_patched.sel(
+                after = results[f"{variable}_patched"].sel(
                     model=model, attention_layer=head["layer"], attention_head=head["head"]
                 )
+                own = {"model": model, "layer": head["layer"], "head": head["head"]}
+                before = float(results[variable].sel(own).mean())
                 after = after.where(others).mean([*shared, "question"]).rename("after")
                 frame = after.to_dataframe().reset_index().dropna(subset="after")
                 sns.lineplot(
@@ -168,9 +175,9 @@ def attention_before_and_after(results: xr.Dataset) -> Figure:
                     legend=axis is axes[0, -1],
                     ax=axis,
                 )
-                axis.axhline(head["attention"], color="0.3", linestyle=":", label="unpatched")
+                axis.axhline(before, color="0.3", linestyle=":", label="unpatched")
                 axis.set(title=f"{model}\nL{head['layer']} H{head['head']}", xlabel="patched layer")
-                axis.set_ylabel("attention to the identity")
+                axis.set_ylabel(results[variable].attrs["long_name"])
         handles, labels = axes[0, -1].get_legend_handles_labels()
         if axes[0, -1].get_legend() is not None:
             axes[0, -1].get_legend().remove()
