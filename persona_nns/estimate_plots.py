@@ -143,7 +143,7 @@ def shares_heatmap(results: xr.Dataset, name: str, by: str, across: str) -> Figu
     models = results.model.values.tolist()
     order = list(dict.fromkeys(results[by].values.tolist()))
     with sns.axes_style("white"), sns.plotting_context("paper", font_scale=1.1):
-        size = (1.9 + 3.1 * len(models), 1.4 + 0.34 * len(order))
+        size = (1.9 + 3.1 * len(models), 2.1 + 0.34 * len(order))
         figure = Figure(figsize=size, dpi=150, layout="constrained")
         axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
         for axis, model in zip(axes, models, strict=True):
@@ -166,9 +166,10 @@ def shares_heatmap(results: xr.Dataset, name: str, by: str, across: str) -> Figu
             axis.set_xlabel(across)
             axis.set_ylabel(by if axis is axes[0] else "")
             axis.tick_params(axis="x", rotation=30)
-        label = f"cells with {results[name].attrs.get('long_name', name)} (%)"
-        figure.colorbar(axes[0].collections[0], ax=axes, label=label)
-        figure.suptitle(_title(results, f"share of the cells of each {by}"), fontsize="medium")
+            axis.tick_params(axis="y", rotation=0)
+        figure.colorbar(axes[0].collections[0], ax=axes, label="cells (%)")
+        said = f"{results[name].attrs.get('long_name', name)}: share of the cells of each {by}"
+        figure.suptitle(_title(results, said), fontsize="medium")
     return figure
 
 
