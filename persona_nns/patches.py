@@ -92,7 +92,7 @@ def common_columns(run: Unpatched, source: Tensor, patched: Tensor) -> int:
 
     What follows the identity is the same instruction before another question.
     """
-    if run.window.clean is None:
+    if run.window.clean is None or run.window.prefix is None:
         return 0
     n = len(source)
     clean, corrupt = run.window.input_ids[: 2 * n].split(n)
