@@ -19,10 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from persona_nns.answers import JudgeChoice, judge_tokens
 from persona_nns.batches import left_pad, similar_rows
 from persona_nns.chats import render_chat, takes_system_role
-from persona_nns.continuations import read_continuation
 from persona_nns.extraction import normalised
-from persona_nns.models import end_tokens
-from persona_nns.sampling import RowSampler, row_seed
+from persona_nns.replies import sample_replies
+from persona_nns.sampling import row_seed
 from persona_nns.trait_plots import correlation_by_layer
 from persona_nns.trait_rows import load_vector
 from persona_nns.traits import DEGREES, load_traits
@@ -194,24 +193,13 @@ def measure(
         projection[batch] = (read * direction).sum(-1).cpu()
 
     rows = [(prompt, sample) for prompt in prompts for sample in range(n_samples)]
-    said = torch.full((len(rows), max_new_tokens), -1)
-    for batch in similar_rows([len(rows[row][0][0]) + max_new_tokens for row in range(len(rows))]):
-        padded = left_pad([rows[row][0][0] for row in batch], device=model.device)
-        sampler = RowSampler(
-            [row_seed(*rows[row][0][1:], rows[row][1]) for row in batch], temperature
-        )
-        with model.generate(
-            padded.tokens,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            logits_processor=[sampler] if temperature else [],
-        ) as tracer:
-            generated = save(tracer.result)
-        answer = read_continuation(
-            generated, padded.input_ids.shape[1], max_new_tokens, end_tokens(model)
-        )
-        said[batch] = answer.until_end().cpu()
+    said = sample_replies(
+        model,
+        [prompt[0] for prompt, _ in rows],
+        [row_seed(*prompt[1:], sample) for prompt, sample in rows],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
     return {
         "projection": projection.view(len(units), len(DEGREES), -1),
         "said": said.view(len(units), len(DEGREES), n_samples, max_new_tokens),

@@ -8,20 +8,17 @@ coherence. Vectors are made from the pairs that show the contrast (`trait_vector
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import torch
 import xarray as xr
 from matplotlib.figure import Figure
-from nnsight import TransformersModel, save
+from nnsight import TransformersModel
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_nns.answers import JudgeChoice, judge_tokens
-from persona_nns.batches import left_pad, similar_rows
 from persona_nns.chats import render_chat, takes_system_role
-from persona_nns.continuations import read_continuation
-from persona_nns.models import end_tokens
-from persona_nns.sampling import RowSampler, row_seed
+from persona_nns.replies import sample_replies
+from persona_nns.sampling import row_seed
 from persona_nns.trait_plots import score_bars
 from persona_nns.traits import LABELS, Trait, load_traits
 from persona_nns.units import Plan, content_digest
@@ -176,22 +173,10 @@ def measure(
         for label, ids in enumerate(of_pair)
         for sample in range(n_samples)
     ]
-    said = torch.full((len(rows), max_new_tokens), -1)
-    for batch in similar_rows([len(ids) + max_new_tokens for ids, _ in rows]):
-        padded = left_pad([rows[row][0] for row in batch], device=model.device)
-        sampler = RowSampler([rows[row][1] for row in batch], temperature)
-        with model.generate(
-            padded.tokens,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            logits_processor=[sampler] if temperature else [],
-        ) as tracer:
-            generated = save(tracer.result)
-        answer = read_continuation(
-            generated, padded.input_ids.shape[1], max_new_tokens, end_tokens(model)
-        )
-        said[batch] = answer.until_end().cpu()
+    prompts, seeds = zip(*rows, strict=True)
+    said = sample_replies(
+        model, prompts, seeds, max_new_tokens=max_new_tokens, temperature=temperature
+    )
     return {"said": said.view(len(units), -1, len(LABELS), n_samples, max_new_tokens)}
 
 
