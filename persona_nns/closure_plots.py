@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from persona_nns.plots import QUARTILES, axis_label
+from persona_nns.plots import QUARTILES, axis_label, grid_title
 
 ENOUGH = 0.9
 _SPAN = re.compile(r"(?P<first>\d+)(?::(?P<stop>\d+))?")
@@ -49,7 +49,7 @@ def closure_heatmap(results: xr.Dataset) -> Figure:
         figure.colorbar(
             axes[0, 0].collections[0], ax=axes, label="median closure", extend="min", aspect=40
         )
-        figure.suptitle(_title(results), fontsize="medium")
+        figure.suptitle(grid_title(results, "median over cells"), fontsize="medium")
     return figure
 
 
@@ -72,7 +72,7 @@ def closure_by_graft(results: xr.Dataset) -> Figure:
             axis.set_xlabel(axis_label(results.closure))
             axis.set_ylabel("graft" if axis is axes[0] else "")
             axis.set_xlim(left=max(-1.0, axis.get_xlim()[0]))
-        figure.suptitle(_title(results, "all layers; a dot a cell"), fontsize="medium")
+        figure.suptitle(grid_title(results, "all layers; a dot a cell"), fontsize="medium")
     return figure
 
 
@@ -101,7 +101,7 @@ def closure_by_band(results: xr.Dataset) -> Figure:
             axis.axhline(ENOUGH, color="0.4", linestyle=":", linewidth=1.2)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.set_title(model)
-        figure.suptitle(_title(results, "persona span, band 25–75 %"), fontsize="medium")
+        figure.suptitle(grid_title(results, "persona span, band 25–75 %"), fontsize="medium")
     return figure
 
 
@@ -173,8 +173,3 @@ def _heat(axis: Axes, values: pd.DataFrame) -> None:
     axis.tick_params(axis="y", rotation=0)
     axis.set_xlabel("")
     axis.set_ylabel("")
-
-
-def _title(results: xr.Dataset, what: str = "median over cells") -> str:
-    experiment, grid = results.attrs["experiment"], results.attrs["grid"]
-    return f"{experiment} · {grid} grid, {results.sizes['cell']} cells · {what}"

@@ -49,3 +49,9 @@ class JobTooLargeError(RemoteError):
 
 class JobLostError(RemoteError):
     """The server does not know a job any more, or cannot give its result."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, with a full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".: ") + "."

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from persona_nns.intervals import Statistic, interval
 from persona_nns.missing import measured_values
-from persona_nns.plots import axis_label
+from persona_nns.plots import axis_label, grid_title
 
 Summary = Literal["mean", "median"]
 
@@ -169,7 +169,7 @@ def shares_heatmap(results: xr.Dataset, name: str, by: str, across: str) -> Figu
             axis.tick_params(axis="y", rotation=0)
         figure.colorbar(axes[0].collections[0], ax=axes, label="cells (%)")
         said = f"{results[name].attrs.get('long_name', name)}: share of the cells of each {by}"
-        figure.suptitle(_title(results, said), fontsize="medium")
+        figure.suptitle(grid_title(results, said, "\n"), fontsize="medium")
     return figure
 
 
@@ -207,7 +207,7 @@ def _panels(
             title=hue.replace("_", " "),
             loc="outside right center",
         )
-        figure.suptitle(_title(results, WITH_INTERVAL), fontsize="medium")
+        figure.suptitle(grid_title(results, WITH_INTERVAL, "\n"), fontsize="medium")
     return figure
 
 
@@ -242,8 +242,3 @@ def _panel(axis: Axes, table: pd.DataFrame, x: str, hue: str, series: list[Any])
 def _present(array: xr.DataArray) -> NDArray[Any]:
     values = np.asarray(array.values, dtype=float)
     return values[~np.isnan(values)]
-
-
-def _title(results: xr.Dataset, what: str) -> str:
-    experiment, grid = results.attrs["experiment"], results.attrs["grid"]
-    return f"{experiment} · {grid} grid, {results.sizes['cell']} cells\n{what}"

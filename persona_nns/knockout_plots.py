@@ -1,7 +1,5 @@
 """Figures of attention knockout: how far from the clean run, how near to the host."""
 
-from typing import Any
-
 import pandas as pd
 import seaborn as sns
 import xarray as xr
@@ -10,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from persona_nns.bands import band_labels, band_layers
-from persona_nns.plots import QUARTILES, axis_label
+from persona_nns.plots import QUARTILES, axis_label, grid_title, one_legend
 
 _KINDS = {
     "single layer": "layer",
@@ -54,8 +52,8 @@ def kl_by_band(results: xr.Dataset) -> Figure:
                 axis.set_xlabel(_KINDS[kind] if name == "kl_host" else "")
                 axis.set_ylabel(axis_label(results[name]) if column == 0 else "")
             axes[row, 0].set_ylim(bottom=0)  # once all columns that share the axis are drawn
-        _one_legend(figure, axes)
-        figure.suptitle(_title(results, "median over cells, band 25–75 %"), fontsize="medium")
+        one_legend(figure, axes, "blocked queries")
+        figure.suptitle(grid_title(results, "median over cells, band 25–75 %"), fontsize="medium")
     return figure
 
 
@@ -89,7 +87,7 @@ def markers_by_blocked(results: xr.Dataset) -> Figure:
         axis.set_xlabel("queries that are kept from the persona")
         axis.set_ylabel("share with a persona marker")
         axis.legend(title="model")
-        figure.suptitle(_title(results, "all layers, interval 95 %"), fontsize="medium")
+        figure.suptitle(grid_title(results, "all layers, interval 95 %"), fontsize="medium")
     return figure
 
 
@@ -129,16 +127,3 @@ def _places(n_layers: int) -> dict[str, dict[str, int]]:
         if layers.stop == n_layers:
             last[label] = layers.start
     return dict(zip(_KINDS, (single, first, last), strict=True))
-
-
-def _one_legend(figure: Figure, axes: Any) -> None:
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    for axis in axes.flat:
-        axis.get_legend().remove()
-    figure.legend(handles, labels, title="blocked queries", loc="outside right center")
-
-
-def _title(results: xr.Dataset, what: str) -> str:
-    return (
-        f"attention_knockout · {results.attrs['grid']} grid, {results.sizes['cell']} cells · {what}"
-    )

@@ -35,7 +35,7 @@ from transformers import (
 
 from persona_nns.adapters import CONFIG, base_of, merge_adapter
 from persona_nns.checks import check_model, check_names
-from persona_nns.errors import PersonaError, UsageError
+from persona_nns.errors import PersonaError, UsageError, one_line
 from persona_nns.organism import ORGANISMS, organism_folder
 from persona_nns.prompts import read_template
 from persona_nns.remote.hosts import Host, read_backend
@@ -178,7 +178,7 @@ def load_model(
         )
     except ValueError as error:
         raise PersonaError(
-            f"The model {shown!r} ({type(module).__name__}) is not supported: {_one_line(error)}"
+            f"The model {shown!r} ({type(module).__name__}) is not supported: {one_line(error)}"
         ) from error
     check_model(model, shown)
     _RECORDS[model] = _record(model, label or shown, str(name), _version(source, config), precision)
@@ -234,7 +234,7 @@ def _load_weightless(
             **trusted,
         )
     except ValueError as error:
-        raise PersonaError(f"The model {shown!r} is not supported: {_one_line(error)}") from error
+        raise PersonaError(f"The model {shown!r} is not supported: {one_line(error)}") from error
     check_names(model, shown)
     _ID_CACHE[source] = repo_id
     if host is None:
@@ -275,9 +275,7 @@ def load_weights(
         )
         module, loading = loaded
     except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
-        raise PersonaError(
-            f"The model {shown!r} could not be loaded: {_one_line(error)}"
-        ) from error
+        raise PersonaError(f"The model {shown!r} could not be loaded: {one_line(error)}") from error
     _check_complete(shown, loading)
     return module if base is None else merge_adapter(module, source)
 
@@ -345,7 +343,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise PersonaError(
-            f"The tokenizer of {shown!r} could not be loaded: {_one_line(error)}"
+            f"The tokenizer of {shown!r} could not be loaded: {one_line(error)}"
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -406,7 +404,7 @@ def _find(name: str) -> tuple[str, str]:
         folder = Path(name).expanduser()
         is_folder = bool(name) and folder.is_dir()
     except (OSError, RuntimeError) as error:  # too long a name, or ~ of nobody
-        raise UsageError(f"The model {name!r} is no path: {_one_line(error)}") from error
+        raise UsageError(f"The model {name!r} is no path: {one_line(error)}") from error
     if is_folder:
         if not any((folder / file).exists() for file in ("config.json", CONFIG)):
             raise UsageError(f"The folder {name!r} holds no model: it has no config.json.")
@@ -431,7 +429,7 @@ def _read_config(source: str, shown: str, *, trust_remote_code: bool) -> PreTrai
                 "--trust-remote-code (trust_remote_code=True) if you trust it."
             ) from error
         raise UsageError(
-            f"The model {shown!r} was not found, as a folder or on the hub: {_one_line(error)}"
+            f"The model {shown!r} was not found, as a folder or on the hub: {one_line(error)}"
         ) from error
 
 
@@ -484,7 +482,7 @@ def _choose_device(device: str | None) -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"The device {device!r} cannot be used: {_one_line(error)}") from error
+        raise UsageError(f"The device {device!r} cannot be used: {one_line(error)}") from error
     return place
 
 
@@ -508,9 +506,3 @@ def _digest(files: Iterable[Path]) -> str:
         with file.open("rb") as stream:
             total.update(hashlib.file_digest(stream, "sha256").digest())
     return total.hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    """The first line of an error's message, with a full stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".: ") + "."

@@ -17,7 +17,7 @@ from typing import Any
 import zarr
 from zarr.errors import ContainsGroupError
 
-from persona_nns.errors import PersonaError, UsageError
+from persona_nns.errors import PersonaError, UsageError, one_line
 
 # A listing that fsspec remembers does not show what other processes have added since.
 _FRESH: Mapping[str, Any] = {"use_listings_cache": False}
@@ -85,7 +85,7 @@ class Place:
         except Exception as error:
             # Every file system has errors of its own for a wrong key, host or bucket.
             raise PersonaError(
-                f"The store {self.shown!r} cannot be reached: {_one_line(error)}"
+                f"The store {self.shown!r} cannot be reached: {one_line(error)}"
             ) from error
 
     def check_writable(self) -> None:
@@ -200,7 +200,7 @@ def place_of(store: str | Path) -> Place:
     try:
         return Place(str(Path(text).expanduser()), {}, text)
     except RuntimeError as error:
-        raise UsageError(f"The store {text!r} is no path: {_one_line(error)}") from error
+        raise UsageError(f"The store {text!r} is no path: {one_line(error)}") from error
 
 
 def _is_zarr(path: Path) -> bool:
@@ -217,8 +217,3 @@ def _is_damaged(metadata: Path) -> bool:
         return not isinstance(json.loads(metadata.read_bytes()), dict)
     except ValueError:
         return True
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".: ") + "."

@@ -62,8 +62,8 @@ def lines_by_layer(
                 axis.set_ylabel(axis_label(results[name]) if column == 0 else "")
             if log:
                 _log_scale(axes[row, 0], results[name])
-        _one_legend(figure, axes)
-        figure.suptitle(_title(results, "median over cells, band 25–75 %"), fontsize="medium")
+        one_legend(figure, axes, "position")
+        figure.suptitle(grid_title(results, "median over cells, band 25–75 %"), fontsize="medium")
     return figure
 
 
@@ -108,7 +108,7 @@ def compare_by_layer(
             if label in log:
                 _log_scale(axes[row, 0], together)
         figure.suptitle(
-            _title(results, f"{position}, median over cells, band 25–75 %"), fontsize="medium"
+            grid_title(results, f"{position}, median over cells, band 25–75 %"), fontsize="medium"
         )
     return figure
 
@@ -153,7 +153,9 @@ def cells_heatmap(results: xr.Dataset, name: str, by: str) -> Figure:
                 axes[row, column].set_ylabel(by if column == 0 else "")
         label = f"median {axis_label(results[name])}"
         figure.colorbar(axes[0, 0].collections[0], ax=axes, label=label, extend="min")
-        figure.suptitle(_title(results, f"median over the cells of each {by}"), fontsize="medium")
+        figure.suptitle(
+            grid_title(results, f"median over the cells of each {by}"), fontsize="medium"
+        )
     return figure
 
 
@@ -264,14 +266,14 @@ def _frame(values: xr.DataArray, hue: str) -> pd.DataFrame:
     return frame
 
 
-def _one_legend(figure: Figure, axes: Any) -> None:
+def one_legend(figure: Figure, axes: Any, title: str) -> None:
     """One legend for all panels, at the right of the figure."""
     handles, labels = axes[0, 0].get_legend_handles_labels()
     for axis in axes.flat:
         if axis.get_legend() is not None:
             axis.get_legend().remove()
     if handles:
-        figure.legend(handles, labels, title="position", loc="outside right center")
+        figure.legend(handles, labels, title=title, loc="outside right center")
 
 
 def _panel_title(results: xr.Dataset, model: str) -> str:
@@ -279,6 +281,7 @@ def _panel_title(results: xr.Dataset, model: str) -> str:
     return f"{model} ({n_layers} layers)"
 
 
-def _title(results: xr.Dataset, what: str) -> str:
+def grid_title(results: xr.Dataset, what: str, separator: str = " · ") -> str:
+    """A figure's title: the experiment, its grid and cells, and what is drawn of them."""
     experiment, grid = results.attrs["experiment"], results.attrs["grid"]
-    return f"{experiment} · {grid} grid, {results.sizes['cell']} cells · {what}"
+    return f"{experiment} · {grid} grid, {results.sizes['cell']} cells{separator}{what}"
