@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from persona_nns.catalog import load_experiment
-from persona_nns.models import bundled_models, load_model
+from persona_nns.checkpoints import bundled_models
+from persona_nns.models import load_model
 from persona_nns.plots import draw, save_figure
 from persona_nns.results import open_results
 from persona_nns.runs import run

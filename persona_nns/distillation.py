@@ -19,8 +19,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from persona_nns.adapters import base_of
 from persona_nns.batches import left_pad
+from persona_nns.checkpoints import load_weights
 from persona_nns.errors import UsageError
-from persona_nns.models import load_weights
 
 _SAVE_EVERY = 50  # steps between checkpoints
 _LOW_RANK = re.compile(r"r([1-9]\d*)")

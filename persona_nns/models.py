@@ -10,34 +10,33 @@ Gemma2, Gemma3 (text), Mistral, Phi3, OLMo2 (no input norm: its blocks normalise
 GPT-2 and GPT-NeoX. Another decoder is loaded if it passes the same checks.
 """
 
-import hashlib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary, finalize
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from nnsight import TransformersModel
 from nnsight.modeling.huggingface import _ID_CACHE
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
-from persona_nns.adapters import CONFIG, base_of, merge_adapter
+from persona_nns.checkpoints import (
+    DTYPES,
+    HUB_ID,
+    digest_of,
+    find_checkpoint,
+    load_tokenizer,
+    load_weights,
+    read_config,
+    version_of,
+)
 from persona_nns.checks import check_model, check_names
 from persona_nns.errors import PersonaError, UsageError, one_line
-from persona_nns.organism import ORGANISMS, organism_folder
-from persona_nns.prompts import read_template
 from persona_nns.remote.hosts import Host, read_backend
 
 #: Precision of a model on somebody's server, until its first job has told.
@@ -59,13 +58,6 @@ STANDARD_NAMES = {
     "input_layernorm": "input_norm",
     "ln_1": "input_norm",
     "*.rotary_emb": "rotary_emb",
-}
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
 }
 
 
@@ -164,8 +156,8 @@ def load_model(
         return _load_weightless(
             str(name), host, template, label, trust_remote_code=trust_remote_code
         )
-    source, shown = _find(str(name))
-    config = _read_config(source, shown, trust_remote_code=trust_remote_code)
+    source, shown = find_checkpoint(str(name))
+    config = read_config(source, shown, trust_remote_code=trust_remote_code)
     precision = _choose_dtype(shown, config, dtype, allow_float16=allow_float16)
     place = _choose_device(device)
     module: Any = load_weights(name, precision, trust_remote_code=trust_remote_code)
@@ -181,7 +173,9 @@ def load_model(
             f"The model {shown!r} ({type(module).__name__}) is not supported: {one_line(error)}"
         ) from error
     check_model(model, shown)
-    _RECORDS[model] = _record(model, label or shown, str(name), _version(source, config), precision)
+    _RECORDS[model] = _record(
+        model, label or shown, str(name), version_of(source, config), precision
+    )
     return model
 
 
@@ -219,9 +213,9 @@ def _load_weightless(
         label: as in `load_model`.
         trust_remote_code: as in `load_model`.
     """
-    source, shown = _find(name)
+    source, shown = find_checkpoint(name)
     repo_id = hosted_name(name, label) if host is not None else f"simulated/{Path(shown).name}"
-    config = _read_config(source, shown, trust_remote_code=trust_remote_code)
+    config = read_config(source, shown, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(name, template, trust_remote_code=trust_remote_code)
     trusted = {"trust_remote_code": True} if trust_remote_code else {}
     try:
@@ -238,7 +232,7 @@ def _load_weightless(
     check_names(model, shown)
     _ID_CACHE[source] = repo_id
     if host is None:
-        precision, version = _choose_dtype(shown, config, None), _version(source, config)
+        precision, version = _choose_dtype(shown, config, None), version_of(source, config)
         host = simulate(model, source, repo_id, precision)
     else:
         precision, name = HOSTED, repo_id
@@ -246,38 +240,6 @@ def _load_weightless(
     _HOSTED[model] = HostedModel(host, repo_id, model.to_model_key())
     _RECORDS[model] = _record(model, label or shown, name, version, precision)
     return model
-
-
-def load_weights(
-    name: str | Path, precision: str, *, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """Load a model's weights in plain transformers; an adapter is merged into its model.
-
-    Args:
-        name: a bundled model, a local folder, or a hub id.
-        precision: ``float32``, ``bfloat16`` or ``float16``.
-        trust_remote_code: as in `load_model`.
-
-    Raises:
-        UsageError: unknown model.
-        PersonaError: the model cannot be loaded.
-    """
-    source, shown = _find(str(name))
-    base = base_of(source)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base or source,
-            dtype=_DTYPES[precision],
-            attn_implementation="eager",
-            output_loading_info=True,
-            use_safetensors=True,  # the other format is a pickle
-            trust_remote_code=trust_remote_code,
-        )
-        module, loading = loaded
-    except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
-        raise PersonaError(f"The model {shown!r} could not be loaded: {one_line(error)}") from error
-    _check_complete(shown, loading)
-    return module if base is None else merge_adapter(module, source)
 
 
 def simulate(model: TransformersModel, source: str, repo_id: str, precision: str) -> Host:
@@ -295,10 +257,10 @@ def hosted_name(name: str, label: str | None) -> str:
     Raises:
         UsageError: a folder or bundled model without the name of a hosted one.
     """
-    source, shown = _find(name)
+    source, shown = find_checkpoint(name)
     if source == name and not Path(name).expanduser().is_dir():
         return name
-    if label is None or not _HUB_ID.fullmatch(label):
+    if label is None or not HUB_ID.fullmatch(label):
         raise UsageError(
             f"A server is asked for {shown!r} under the name it is hosted under; "
             "add --as org/name (its configuration and tokenizer are read here)."
@@ -320,44 +282,12 @@ def check_hosting(names: Sequence[str], labels: Sequence[str] | None, backend: s
 def _hosted_version(source: str, config: PreTrainedConfig) -> str:
     """What is known here of a hosted model's version: never its weights."""
     folder = Path(source)
-    return _digest([folder / "config.json"]) if folder.is_dir() else _version(source, config)
+    return digest_of([folder / "config.json"]) if folder.is_dir() else version_of(source, config)
 
 
 def hosted(model: TransformersModel) -> HostedModel | None:
     """Where a model runs that is not loaded here; None for one that is."""
     return _HOSTED.get(model)
-
-
-def load_tokenizer(
-    name: str | Path, template: str | Path | None = None, *, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer, with another chat template if one is given.
-
-    Raises:
-        UsageError: unknown model, or a template that cannot be read.
-        PersonaError: the tokenizer cannot be loaded.
-    """
-    chat_template = read_template(template) if template is not None else None
-    source, shown = _find(str(name))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise PersonaError(
-            f"The tokenizer of {shown!r} could not be loaded: {one_line(error)}"
-        ) from error
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    return tokenizer
-
-
-def count_layers(name: str | Path, *, trust_remote_code: bool = False) -> int:
-    """The number of decoder blocks, read from a model's configuration.
-
-    Raises:
-        UsageError: unknown model.
-    """
-    config = _read_config(*_find(str(name)), trust_remote_code=trust_remote_code)
-    return config.get_text_config().num_hidden_layers
 
 
 def record_of(model: TransformersModel) -> ModelRecord:
@@ -371,15 +301,6 @@ def record_of(model: TransformersModel) -> ModelRecord:
     return _RECORDS[model]
 
 
-def model_label(name: str) -> str:
-    """The ``model`` coordinate that a model gets where no other label is given.
-
-    Raises:
-        UsageError: no such model.
-    """
-    return _find(name)[1]
-
-
 def end_tokens(model: TransformersModel) -> list[int]:
     """Ids of the tokens that end a text of this model."""
     ends = model._module.generation_config.eos_token_id
@@ -390,54 +311,11 @@ def end_tokens(model: TransformersModel) -> list[int]:
     return [ends] if isinstance(ends, int) else list(ends)
 
 
-def bundled_models() -> dict[str, Path]:
-    """The models shipped with the package and their folders."""
-    return {name: organism_folder(name) for name in ORGANISMS}
-
-
-def _find(name: str) -> tuple[str, str]:
-    """Where a model is loaded from, and the name it is shown under."""
-    bundled = bundled_models()
-    if name in bundled:
-        return str(bundled[name]), name
-    try:
-        folder = Path(name).expanduser()
-        is_folder = bool(name) and folder.is_dir()
-    except (OSError, RuntimeError) as error:  # too long a name, or ~ of nobody
-        raise UsageError(f"The model {name!r} is no path: {one_line(error)}") from error
-    if is_folder:
-        if not any((folder / file).exists() for file in ("config.json", CONFIG)):
-            raise UsageError(f"The folder {name!r} holds no model: it has no config.json.")
-        return str(folder), folder.resolve().name
-    if _HUB_ID.fullmatch(name) and not name.startswith((".", "~")):
-        return name, name
-    raise UsageError(
-        f"Unknown model {name!r}: it is neither bundled ({', '.join(bundled)}), nor a folder, "
-        "nor a hub id of the form org/name."
-    )
-
-
-def _read_config(source: str, shown: str, *, trust_remote_code: bool) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(
-            base_of(source) or source, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        if "trust_remote_code" in str(error):
-            raise UsageError(
-                f"The model {shown!r} brings code of its own; read it, and run it with "
-                "--trust-remote-code (trust_remote_code=True) if you trust it."
-            ) from error
-        raise UsageError(
-            f"The model {shown!r} was not found, as a folder or on the hub: {one_line(error)}"
-        ) from error
-
-
 def _choose_dtype(
     shown: str, config: PreTrainedConfig, dtype: str | None, *, allow_float16: bool = False
 ) -> str:
-    if dtype is not None and dtype not in _DTYPES:
-        raise UsageError(f"Unknown dtype {dtype!r}; use {', '.join(_DTYPES)}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"Unknown dtype {dtype!r}; use {', '.join(DTYPES)}.")
     if dtype == "float16" and not allow_float16:
         raise UsageError(
             f"float16 overflows in the residual stream and gives NaN, so {shown!r} is not loaded "
@@ -464,17 +342,6 @@ def _normalise_generation(module: PreTrainedModel) -> None:
     generation.stop_strings = None
 
 
-def _check_complete(shown: str, loading: Mapping[str, Any]) -> None:
-    """See that every weight came from the checkpoint: transformers invents what is missing."""
-    for what in ("missing_keys", "mismatched_keys"):
-        if loading[what]:
-            names = ", ".join(sorted(map(str, loading[what]))[:3])
-            raise PersonaError(
-                f"The checkpoint of {shown!r} does not fit its config.json: "
-                f"{len(loading[what])} {what.replace('_', ' ')}, such as {names}."
-            )
-
-
 def _choose_device(device: str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -484,25 +351,3 @@ def _choose_device(device: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"The device {device!r} cannot be used: {one_line(error)}") from error
     return place
-
-
-def _version(source: str, config: PreTrainedConfig) -> str:
-    folder = Path(source)
-    if not folder.is_dir():
-        return str(getattr(config, "_commit_hash", None))
-    base = base_of(source)
-    if base is not None:
-        own = _digest([*sorted(folder.glob("adapter_model.*")), folder / CONFIG])
-        return hashlib.sha256(f"{_version(base, config)}\n{own}".encode()).hexdigest()
-    weights = (path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
-    configs = (folder / name for name in ("config.json", "generation_config.json"))
-    return _digest([*sorted(weights), *(path for path in configs if path.exists())])
-
-
-def _digest(files: Iterable[Path]) -> str:
-    """SHA-256 of the contents of some files, in their order."""
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()

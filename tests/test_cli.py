@@ -9,7 +9,7 @@ from readme_example import EXAMPLE
 from rich.console import Console
 
 import persona_nns as pn
-from persona_nns import cli
+from persona_nns import terminal
 from persona_nns.cli import main
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -32,8 +32,8 @@ def command(
 ) -> Command:
     """Run ``persona-nns …`` in an empty folder; returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_out", Console(width=200))
-    monkeypatch.setattr(cli, "_err", Console(width=200, stderr=True))
+    monkeypatch.setattr(terminal, "out", Console(width=200))
+    monkeypatch.setattr(terminal, "err", Console(width=200, stderr=True))
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["persona-nns", *arguments])

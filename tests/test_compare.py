@@ -11,7 +11,7 @@ import xarray as xr
 from rich.console import Console
 from typer.testing import CliRunner
 
-from persona_nns import cli
+from persona_nns import terminal
 from persona_nns.cli import app
 from persona_nns.compare import (
     Matched,
@@ -152,7 +152,7 @@ def test_published_with_itself_shows_what_the_paper_prints(
     experiment: str, printed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = Console(width=110, record=True)
-    monkeypatch.setattr(cli, "_out", console)
+    monkeypatch.setattr(terminal, "out", console)
     request = ["compare", str(PUBLISHED), experiment, "-o", str(tmp_path)]
     answer = CliRunner().invoke(app, request, catch_exceptions=False)
     assert answer.exit_code == 0

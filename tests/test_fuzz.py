@@ -14,8 +14,8 @@ from nnsight import TransformersModel
 import persona_nns as pn
 from persona_nns import cli
 from persona_nns.catalog import load_experiment
+from persona_nns.checkpoints import count_layers
 from persona_nns.grids import Grid, load_grid
-from persona_nns.models import count_layers
 from persona_nns.places import place_of
 from persona_nns.prompts import read_template
 from persona_nns.runs import plan_run

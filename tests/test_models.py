@@ -18,13 +18,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from persona_nns.checkpoints import model_label
 from persona_nns.checks import check_model
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.models import (
     STANDARD_NAMES,
     end_tokens,
     load_model,
-    model_label,
     record_of,
 )
 from persona_nns.prompts import PLAIN_TEMPLATE
