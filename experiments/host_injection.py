@@ -24,7 +24,7 @@ from persona_nns.decomposition import additive
 from persona_nns.estimate_plots import closure_figure, estimates, host_markers
 from persona_nns.grids import Cell
 from persona_nns.markers import count_markers, warn_without_markers
-from persona_nns.metrics import log_probabilities, summed_kl
+from persona_nns.metrics import closure, log_probabilities, summed_kl
 from persona_nns.models import end_tokens
 from persona_nns.prompts import ROLE_PROMPTS, render_cell
 from persona_nns.sites import label_layer_set, substitute
@@ -58,7 +58,7 @@ variables = {
         "cell layer_set source",
         "closure",
         description="Share of the gap between host and long persona that the injection removes, "
-        "1 − KL / KL(none).",
+        "1 − KL / KL(none); NaN where there is no gap.",
         coords=_by_set,
     ),
     "n_eval": Variable(
@@ -258,7 +258,7 @@ def measure(
     )
     return {
         "kl": kl,
-        "closure": 1 - kl / none[:, None, None],
+        "closure": closure(kl, none[:, None, None]),
         "n_eval": scored.sum(1),
         "any_marker": distinct > 0,
         "distinct_markers": distinct,

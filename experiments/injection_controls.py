@@ -32,7 +32,7 @@ from persona_nns.continuations import read_continuation
 from persona_nns.control_plots import by_control
 from persona_nns.decomposition import additive
 from persona_nns.grids import Cell
-from persona_nns.metrics import log_probabilities, summed_kl
+from persona_nns.metrics import closure, log_probabilities, summed_kl
 from persona_nns.models import end_tokens
 from persona_nns.neutral import NEUTRAL, pad_persona, pad_total
 from persona_nns.prompts import ROLE_PROMPTS, Prompt, Span, render_cell
@@ -105,7 +105,7 @@ variables = {
         "cell layer_set control source",
         "closure",
         description="1 − KL / KL of the control's own host prompt (padded or not) with nothing "
-        "injected and its own keys and values.",
+        "injected and its own keys and values; NaN where that is no gap.",
         coords=_COORDS,
     ),
     "n_neutral": Variable(
@@ -283,7 +283,7 @@ def measure(
     kl = torch.where(fits, kl, torch.nan)
     return {
         "kl": kl.permute(3, 0, 1, 2),
-        "closure": (1 - kl / host_gap[None, :, None]).permute(3, 0, 1, 2),
+        "closure": closure(kl, host_gap[None, :, None]).permute(3, 0, 1, 2),
         "n_neutral": n_neutral,
         "n_eval": scored.sum(1),
     }

@@ -287,6 +287,22 @@ def test_without_markers_there_is_nothing_to_count(
     assert bool(ds.kl.notnull().all())
 
 
+def test_a_persona_like_the_hosts_has_no_gap_to_close(
+    random_model: Callable[[str], TransformersModel],
+    small_grid: Grid,
+    host_injection: ModuleType,
+) -> None:
+    (cell,) = small_grid.select_cells("chef/haiku")
+    same = replace(cell, persona_text=cell.baseline_persona_text)
+    with pytest.warns(UserWarning, match="no markers"):
+        result = host_injection.measure(
+            random_model("qwen2"), [same, cell], layer_sets=[[1]], n_tokens=2
+        )
+    assert float(result["kl"][0].abs().max()) < 1e-6
+    assert result["closure"][0].isnan().all()
+    assert result["closure"][1].isfinite().all()
+
+
 def test_labels_and_dimensions_are_those_of_the_contract(
     tmp_path: Path, random_model: Callable[[str], TransformersModel], small_grid: Grid
 ) -> None:
