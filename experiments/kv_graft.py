@@ -6,6 +6,7 @@ for a band of them; p_last and the greedy continuation of XY then run forward on
 cache. How much of the distance to the source does each graft close?
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from persona_nns.continuations import read_continuation
 from persona_nns.grids import Cell, PromptName
 from persona_nns.kv import KVCache, Piece, Rotation, hide, read_rotation, splice
 from persona_nns.markers import count_markers, warn_without_markers
-from persona_nns.metrics import log_probabilities, summed_kl
+from persona_nns.metrics import closure, log_probabilities, summed_kl
 from persona_nns.models import ModelRecord, end_tokens
 from persona_nns.prompts import ROLE_PROMPTS, Prompt, Span, render_cell
 from persona_nns.variables import Variable
@@ -90,8 +91,8 @@ variables = {
     "closure": Variable(
         "cell graft layer_band",
         "closure",
-        description="Share of the host gap removed: 1 − KL / KL(none), in each cell. "
-        f"{_ONLY_PERSONA}",
+        description="Share of the host gap removed: 1 − KL / KL(none), in each cell; "
+        f"NaN where there is no gap. {_ONLY_PERSONA}",
         coords=_coords,
     ),
     "cache_bytes": Variable(
@@ -169,6 +170,8 @@ def measure(
     spans: Spans = [
         {name: spans_before_last(prompt[name]) for name in ROLE_PROMPTS} for prompt in prompts
     ]
+
+    warn_about_prefixes(cells, prompts, spans)
 
     # Everything before p_last of each prompt, once; and how this model's keys are moved.
     source: dict[PromptName, KVCache] = {
@@ -282,13 +285,34 @@ def measure(
     gap = kl[:, asked.index("none"), 0, None, None]
     return {
         "kl": kl,
-        "closure": torch.where(gap > 0, 1 - kl / gap, torch.nan),
+        "closure": closure(kl, gap),
         "cache_bytes": cache_bytes,
         "n_eval": scored.sum(1),
         "text": text,
         "any_marker": distinct > 0,
         "distinct_markers": distinct,
     }
+
+
+def warn_about_prefixes(
+    cells: Sequence[Cell], prompts: Sequence[Mapping[PromptName, Prompt]], spans: Spans
+) -> None:
+    """Warn of cells in which a token joins what stands before the persona with its first word.
+
+    The prefix is the host's, so that there no graft, ``all`` included, gives the clean run.
+    """
+    joined = [
+        cell.label
+        for cell, prompt, of in zip(cells, prompts, spans, strict=True)
+        if prompt["XY"].ids[: of["XY"]["prefix"].stop]
+        != prompt["BY"].ids[: of["BY"]["prefix"].stop]
+    ]
+    if joined:
+        warnings.warn(
+            f"In {', '.join(joined)} the tokens before the persona are not the host's (one of "
+            "them takes up a part of it): no graft can give the clean run.",
+            stacklevel=3,
+        )
 
 
 def spans_before_last(prompt: Prompt) -> dict[Span, range]:

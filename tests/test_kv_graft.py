@@ -7,6 +7,7 @@ positions of queries and keys.
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -278,6 +279,22 @@ def test_a_batch_gives_the_numbers_of_single_cells_and_reuse_those_of_none(
         for other in (alone, plain[name]):
             torch.testing.assert_close(together[name], other, rtol=1e-3, atol=1e-5, equal_nan=True)
     assert together["text"] == [result["text"][0] for result in single] == plain["text"]
+
+
+def test_a_token_across_prefix_and_persona_is_said(
+    random_model: Callable[[str], TransformersModel], experiment: ModuleType, small_grid: Grid
+) -> None:
+    model = random_model("qwen2")
+    cells = list(small_grid.cells)[:1]
+    prompts = [render_cell(model.tokenizer, cell) for cell in cells]
+    spans = [{name: experiment.spans_before_last(p[name]) for name in p} for p in prompts]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        experiment.warn_about_prefixes(cells, prompts, spans)
+    host = prompts[0]["BY"]
+    joined = replace(host, ids=(host.ids[0] + 1, *host.ids[1:]))
+    with pytest.warns(UserWarning, match=f"In {cells[0].label} the tokens before the persona"):
+        experiment.warn_about_prefixes(cells, [{**prompts[0], "BY": joined}], spans)
 
 
 def test_learned_positions_allow_only_what_does_not_move(

@@ -139,7 +139,7 @@ def _refusal(config: Any, has_rotary: bool) -> str:  # noqa: FBT001
     if not rope or not has_rotary:
         return (
             f"The keys of a {config.model_type} model cannot be moved to another position: its "
-            "positions are learned, not rotary."
+            "positions are learned, or it has no rotary module that they could be moved with."
         )
     per_type = [rope] if "rope_type" in rope else list(rope.values())
     for parameters in per_type:
