@@ -24,8 +24,6 @@ from persona_nns.results import RunInfo
 _MOST_COLUMNS = 12
 # Most columns beside layer bands, which most conditions are not measured in.
 _MOST_BY_BAND = 6
-# The dimension that has a row each: the first of these that there is.
-_DOWN = ("layer", "layer_set", "layer_band", "site")
 # Beside the results: what the store notes about their making.
 _BOOKKEEPING = ("seconds", "completed")
 # Dimensions whose labels are rows of a table; of two of them, the first.
@@ -78,9 +76,10 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
         table.add_column(down.replace("_", " "), justify="right")
     if down == "layer":
         table.add_column("depth", justify="right")
-    stacked = present.stack(column=across) if across else present.expand_dims(column=[""])
-    stacked = stacked.stack(sample=over) if over else stacked.expand_dims(sample=[0])
-    for label in stacked.column.values.tolist():
+    # Underscores: a dimension of the results may have any other name.
+    stacked = present.stack(_column=across) if across else present.expand_dims(_column=[""])
+    stacked = stacked.stack(_pooled=over) if over else stacked.expand_dims(_pooled=[0])
+    for label in stacked["_column"].values.tolist():
         heading = " · ".join(map(str, label)) if isinstance(label, tuple) else str(label)
         table.add_column(Text(heading or statistic), justify="right")
     for model in array.model.values.tolist():
@@ -94,7 +93,7 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
             site = [] if down is None else [str(label)]
             if down == "layer":
                 site.append(f"{label / int(rows.n_layers):.2f}")
-            columns = row.transpose("column", "sample").values.astype(float)
+            columns = row.transpose("_column", "_pooled").values.astype(float)
             head = Text(model if label == labels[0] else "")
             last = label == labels[-1]
             table.add_row(head, *site, *map(summarise, columns), end_section=last)
@@ -113,12 +112,12 @@ def _add_long_rows(
         table.add_column(label.replace("_", " "), justify="right")
     table.add_column("value", justify="right")
     for model in present.model.values.tolist():
-        rows = present.sel(model=model).stack(row=labels, sample=over).dropna("row", how="all")
-        rows = rows.transpose("row", "sample")
+        rows = present.sel(model=model).stack(_row=labels, _pooled=over).dropna("_row", how="all")
+        rows = rows.transpose("_row", "_pooled")
         for number_of, row in enumerate(rows):
             head = Text(model if number_of == 0 else "")
             own = (Text(str(row[label].item())) for label in labels)
-            last = number_of == rows.sizes["row"] - 1
+            last = number_of == rows.sizes["_row"] - 1
             table.add_row(head, *own, summarise(row.values.astype(float)), end_section=last)
     return table
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import xarray as xr
 from nnsight import TransformersModel
+from rich.console import Console
 
 import persona_nns as pn
 from persona_nns import answers
@@ -20,10 +21,20 @@ from persona_nns.models import load_model
 from persona_nns.monitoring import correlation
 from persona_nns.plots import draw
 from persona_nns.responses import Response, write_responses
+from persona_nns.tables import measured, result_table
 from persona_nns.trait_files import read_vector, write_vector
 from persona_nns.trait_rows import keep_pairs, load_vector
 
 ASK = {"trait": "terse", "max_new_tokens": 24}
+
+
+def printed(results: xr.Dataset) -> str:
+    """The tables of every variable, as the command line prints them."""
+    console = Console(width=200)
+    with console.capture() as capture:
+        for name in measured(results):
+            console.print(result_table(results, name))
+    return capture.get()
 
 
 @pytest.fixture(scope="module")
@@ -125,15 +136,18 @@ def test_steering_is_the_same_in_any_batch_and_nothing_at_zero(
         "layers": "0,4",
         "alphas": "0,2",
         "position_sets": "all,prompt",
+        "n_samples": 2,
     }
     first = pn.run("trait_steering", model, store=tmp_path / "a", batch_size=20, **options)
     other = pn.run("trait_steering", model, store=tmp_path / "b", batch_size=3, **options)
     first, other = (each.isel(model=0, trait=0) for each in (first, other))
     assert first.score.dims == ("layer", "alpha", "position_set", "question", "sample")
     assert (first.response.values == other.response.values).mean() > 0.97  # ties may fall
-    zero = first.response.sel(alpha=0).values.reshape(4, -1)
+    assert "score" in printed(first.expand_dims(["model", "trait"]))
+    by_site = ("layer", "position_set", "question", "sample")
+    zero = first.response.sel(alpha=0).transpose(*by_site).values.reshape(4, -1)
     assert (zero == zero[0]).all()
-    moved = first.response.sel(alpha=2).values.reshape(4, -1)
+    moved = first.response.sel(alpha=2).transpose(*by_site).values.reshape(4, -1)
     assert (moved != zero).mean() > 0.5
     scores = first.score.mean(("question", "sample"))
     assert float(scores.sel(alpha=2).max() - scores.sel(alpha=0).max()) > 10
@@ -229,6 +243,7 @@ def test_a_student_is_distilled_and_opens(
     ours = ds.token_kl.sel(condition=name).values[0][: len(said)]
     np.testing.assert_allclose(ours, expected, atol=2e-4, rtol=1e-3)
     assert set(draw(found, "trait_distillation")) == {"curves", "kl_by_token"}
+    assert "training_kl" in printed(found)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     pn.run("trait_distillation", model, **options)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
