@@ -84,7 +84,8 @@ variables = {
         "trait condition step",
         "training KL(teacher ‖ student)",
         units="nat",
-        description="Mean over the response tokens of the batch of a training step.",
+        description="Mean over the response tokens of the batch of a training step; with the "
+        "checkpoint's own dropout, where it has any.",
     ),
     "trained_parameters": Variable(
         "trait condition", "trained parameters", description="Numbers trained.", kind="int"

@@ -31,7 +31,7 @@ from persona_nns.traits import LABELS, load_traits
 from persona_nns.units import Plan, content_digest
 from persona_nns.variables import Variable
 
-protocol_version = 1
+protocol_version = 2
 
 variables = {
     "vector": Variable(
@@ -215,9 +215,10 @@ def measure(model: TransformersModel, units: list[Answers]) -> dict[str, Tensor]
         model: from `load_model`.
         units: the answers of a trait.
     """
-    means, projected = [], []
+    means, vectors, projected = [], [], []
     for answers in units:
-        # The mean over the kept answers of each label. [label, layer, average, d_model]
+        # The mean over the kept answers of each label, [label, layer, average, d_model], in
+        # float64: where both labels read the same, their difference is zero and no direction.
         total: dict[int, Tensor] = {}
         for label in range(len(LABELS)):
             counted = [
@@ -226,24 +227,24 @@ def measure(model: TransformersModel, units: list[Answers]) -> dict[str, Tensor]
                 if kept and answers.labels[row] == label
             ]
             for _, read in read_averages(model, answers, counted):
-                summed = read.sum(1)
+                summed = read.cpu().double().sum(1)
                 total[label] = total[label] + summed if label in total else summed
             total[label] = total[label] / len(counted)
         mean = torch.stack([total[label] for label in range(len(LABELS))])
-        means.append(mean)
+        vector = mean[LABELS.index("pos")] - mean[LABELS.index("neg")]
+        means.append(mean.float())
+        vectors.append(vector.float())
 
         # Every answer on the direction of response_avg. [layer, row, average]
-        vector = mean[LABELS.index("pos")] - mean[LABELS.index("neg")]
-        direction = normalised(vector[:, AVERAGES.index("response_avg")])
+        direction = normalised(vectors[-1][:, AVERAGES.index("response_avg")])
         every = list(range(len(answers.labels)))
         projection = torch.empty(len(direction), len(every), len(AVERAGES))
         for rows, read in read_averages(model, answers, every):
-            projection[:, rows] = torch.einsum("lrad,ld->lra", read, direction).cpu()
+            projection[:, rows] = torch.einsum("lrad,ld->lra", read.cpu(), direction)
         projected.append(projection)
-    mean = torch.stack(means).transpose(2, 3)  # [trait, label, average, layer, d_model]
     return {
-        "vector": mean[:, LABELS.index("pos")] - mean[:, LABELS.index("neg")],
-        "mean": mean,
+        "vector": torch.stack(vectors).transpose(1, 2),  # [trait, average, layer, d_model]
+        "mean": torch.stack(means).transpose(2, 3),  # [trait, label, average, layer, d_model]
         "projection": torch.stack(projected).permute(0, 3, 2, 1),
     }
 

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import openai
+from openai.types.chat import ChatCompletion
 
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.judge import Answer, Scores, judge_all
@@ -178,6 +179,10 @@ class EndpointJudge:
                 f"The judge at {self._url} does not answer ({type(error).__name__}); see that the "
                 "endpoint runs, then repeat the command: what is judged is kept."
             ) from None
+        except ValueError:
+            raise PersonaError(_not_openai(self._url)) from None
+        if not isinstance(completion, ChatCompletion):
+            raise PersonaError(_not_openai(self._url))
         with self._lock:
             self.usage.calls += 1
             if completion.usage is not None:
@@ -211,6 +216,13 @@ def check_url(url: str) -> None:
         raise UsageError(
             f"The judge's URL holds credentials; put the key into {KEY_VARIABLE} instead."
         )
+
+
+def _not_openai(url: str) -> str:
+    return (
+        f"The judge at {url} does not answer in the OpenAI format; check the URL (it often ends "
+        "in /v1)."
+    )
 
 
 def _status_message(url: str, status: int) -> str:

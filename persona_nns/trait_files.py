@@ -5,6 +5,8 @@ the stream after the final norm. A ``.pt`` is read with ``weights_only``, so it 
 """
 
 import pickle
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from persona_nns.errors import UsageError
+from persona_nns.errors import UsageError, one_line
 
 SUFFIXES = (".npy", ".pt", ".safetensors")
+# What the readers raise for files that are damaged, or that hold something else.
+_UNREADABLE = (
+    *(OSError, ValueError, RuntimeError, EOFError, LookupError, AttributeError, TypeError),
+    *(pickle.UnpicklingError, struct.error, SafetensorError),
+)
 
 
 def read_vector(file: str | Path) -> Tensor:
@@ -33,11 +40,8 @@ def read_vector(file: str | Path) -> Tensor:
         raise UsageError(f"The vector {str(file)!r} ends in none of {', '.join(SUFFIXES)}.")
     try:
         tensor = readers[path.suffix](path)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"The vector {str(file)!r} cannot be read: {reason}.") from error
-    except SafetensorError as error:
-        raise UsageError(f"The vector {str(file)!r} cannot be read: {error}.") from error
+    except _UNREADABLE as error:
+        raise UsageError(f"The vector {str(file)!r} cannot be read: {_reason(error)}.") from error
     if not isinstance(tensor, Tensor) or tensor.dim() != 2 or not tensor.is_floating_point():
         shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise UsageError(
@@ -73,8 +77,17 @@ def _read_npy(path: Path) -> Tensor:
     return torch.from_numpy(np.load(path, allow_pickle=False))
 
 
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, without its reader's advice to load it unsafely."""
+    if isinstance(error, pickle.UnpicklingError) or "pickle" in str(error):
+        return "it holds more than a tensor, or is damaged (no pickle is ever loaded)"
+    return one_line(error).rstrip(".")
+
+
 def _read_pt(path: Path) -> Any:
-    return torch.load(path, weights_only=True, map_location="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on what cannot be read; the error says it
+        return torch.load(path, weights_only=True, map_location="cpu")
 
 
 def _read_safetensors(path: Path) -> Tensor:

@@ -33,6 +33,8 @@ class Endpoint:
         self.statuses: list[int] = []  # given before the answers
         self.tokens: dict[str, dict[str, float]] = {}  # text in the prompt → token → probability
         self.with_logprobs = True
+        self.page = b""  # sent in place of the answer
+        self.content_type = "application/json"
         self.busy = self.most_busy = 0
         self.gate: threading.Barrier | None = None
         self.lock = threading.Lock()
@@ -43,9 +45,9 @@ class Endpoint:
                 size = int(self.headers["Content-Length"])
                 body = json.loads(self.rfile.read(size))
                 status, answer = endpoint.answer(self.path, body, self.headers["Authorization"])
-                data = json.dumps(answer).encode()
+                data = endpoint.page or json.dumps(answer).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", endpoint.content_type)
                 self.send_header("Content-Length", str(len(data)))
                 self.send_header("retry-after-ms", "1")
                 self.end_headers()
@@ -219,6 +221,16 @@ def test_a_judge_that_always_refuses_is_an_error(endpoint: Endpoint, judge: Endp
 def test_an_endpoint_without_logprobs_is_an_error(endpoint: Endpoint, judge: EndpointJudge):
     endpoint.with_logprobs = False
     with pytest.raises(PersonaError, match="no log-probabilities"):
+        judge.ask(["how"])
+
+
+@pytest.mark.parametrize("page", [b"<html>hi", b'"hi"', b"[1]"])
+@pytest.mark.parametrize("content_type", ["application/json", "text/html"])
+def test_a_url_of_something_else_is_an_error(
+    endpoint: Endpoint, judge: EndpointJudge, page: bytes, content_type: str
+):
+    endpoint.page, endpoint.content_type = page, content_type
+    with pytest.raises(PersonaError, match="does not answer in the OpenAI format"):
         judge.ask(["how"])
 
 
