@@ -52,7 +52,7 @@ from persona_nns.units import Plan, content_digest
 from persona_nns.variables import Variable
 from persona_nns.window import Window, open_ragged_window, prefill
 
-protocol_version = 2
+protocol_version = 3
 
 COMPONENTS = ("mlp", "attn")
 _RESAMPLES = 9999
@@ -111,7 +111,8 @@ variables = {
         f"{_PAIR} component layer position_set letter",
         "logit, patched",
         units="logit",
-        description="Logit of each letter with one component of a block patched.",
+        description="Logit of each letter with one component of a block patched; of a persona "
+        "with itself, as unpatched.",
         coords={**_PATCH, **_LETTER},
     ),
     "head_logits_patched": Variable(
@@ -285,7 +286,8 @@ def _measure_pair(
     correct = (results["logits"].argmax(-1) == answer).float()
     results["ld"] = ld
     results["accuracy"] = correct.mean()
-    results["accuracy_interval"] = _bootstrap(correct)
+    # Of a persona, not of a pair: the others' is not stored.
+    results["accuracy_interval"] = _bootstrap(correct) if pair.is_diagonal else torch.zeros(2)
     results["identity_tokens"] = torch.tensor(len(pair.asked_clean[0].identity))
     return results
 
@@ -296,10 +298,14 @@ def _beside(values: Tensor, logits: Tensor) -> Tensor:
 
 
 def _bootstrap(correct: Tensor) -> Tensor:
-    """95 % percentile-bootstrap interval of a mean over questions, [low, high]."""
+    """95 % percentile-bootstrap interval of a mean over questions, [low, high].
+
+    Answers are right or wrong, so that a resample's number of right ones is binomial.
+    """
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(correct), (_RESAMPLES, len(correct)), generator=generator)
-    return correct[drawn].mean(1).quantile(torch.tensor([0.025, 0.975]))
+    count = torch.full((_RESAMPLES,), float(len(correct)))
+    drawn = torch.binomial(count, correct.mean().expand(_RESAMPLES), generator=generator)
+    return (drawn / len(correct)).quantile(torch.tensor([0.025, 0.975]))
 
 
 def _patch_pair(

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.errors import PersonaError, UsageError
+from persona_nns.errors import PersonaError, UsageError, one_line
 from persona_nns.grids import Cell, PromptName
 
 Span = Literal["prefix", "persona", "task", "tail"]
@@ -84,7 +85,7 @@ def render(tokenizer: PreTrainedTokenizerBase, persona: str | None, task: str) -
     text = apply_template(tokenizer, content, header=True)
     turn = apply_template(tokenizer, content, header=False)
     # A short text may stand in the generation header too, which comes after the user's turn.
-    start = text.rfind(content, 0, len(turn) if text.startswith(turn) else len(text))
+    start, stop = find_shown(content, text[: len(turn)] if text.startswith(turn) else text)
     if start < 0:
         raise PersonaError(
             f"The chat template changes the prompt {content!r}, so its spans cannot be found; "
@@ -99,7 +100,7 @@ def render(tokenizer: PreTrainedTokenizerBase, persona: str | None, task: str) -
     starts = _first_characters(text, encoded["offset_mapping"])
     persona_start = start + len("As ") if persona is not None else start
     task_start = persona_start + len(persona or "")
-    bounds = [0, persona_start, task_start, start + len(content)]
+    bounds = [0, persona_start, task_start, stop]
     edges = [*(bisect_left(starts, bound) for bound in bounds), len(starts)]
     names: tuple[Span, ...] = ("prefix", "persona", "task", "tail")
     spans: dict[Span, range] = {name: range(edges[k], edges[k + 1]) for k, name in enumerate(names)}
@@ -109,6 +110,18 @@ def render(tokenizer: PreTrainedTokenizerBase, persona: str | None, task: str) -
         spans=spans,
         user_last=_user_last(text, turn, encoded["offset_mapping"]),
     )
+
+
+def find_shown(content: str, text: str) -> tuple[int, int]:
+    """Where a text stands in a rendered prompt, start and stop; both −1 where it does not.
+
+    Many templates (Llama-3's, Gemma's) leave out the white space around it.
+    """
+    for shown in (content, content.strip()):
+        start = text.rfind(shown)
+        if start >= 0:
+            return start, start + len(shown)
+    return -1, -1
 
 
 def tokens_between(tokenizer: PreTrainedTokenizerBase, text: str, start: int, stop: int) -> range:
@@ -140,12 +153,17 @@ def apply_to_messages(
             f"The model {tokenizer.name_or_path!r} has no chat template; "
             "pass --template plain, or --template FILE with one."
         )
-    text = tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=header,
-        **_PINNED,
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=header,
+            **_PINNED,
+        )
+    except TemplateSyntaxError as error:
+        raise UsageError(
+            f"The chat template is not Jinja ({one_line(error)}); pass another with --template."
+        ) from error
     assert isinstance(text, str)
     if tokenizer.chat_template == PLAIN_TEMPLATE and _adds_bos(tokenizer):
         return f"{tokenizer.bos_token}{text}"

@@ -6,6 +6,7 @@ A question has four choices and the index of the right one. A file has the colum
 
 import ast
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,9 +14,16 @@ from importlib import import_module, resources
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
 
-from persona_nns.errors import PersonaError, UsageError
+from persona_nns.errors import PersonaError, UsageError, one_line
 
 BUNDLED = "bundled"
 LETTERS = ("A", "B", "C", "D")
@@ -36,10 +44,19 @@ class Question:
 class _Row(BaseModel):
     """What a row may hold; columns beyond these are not looked at."""
 
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
     question: Annotated[str, StringConstraints(min_length=1)]
     choices: Annotated[list[str], Field(min_length=4, max_length=4)]
     answer: Annotated[int, Field(ge=0, le=3)]
     subject: str = ""
+
+    @field_validator("answer", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("it has to be the index of a choice")
+        return value
 
 
 def load_questions(source: str | Path) -> tuple[Question, ...]:
@@ -91,7 +108,9 @@ def _read_file(path: Path) -> list[Mapping[str, Any]]:
     readers = {".jsonl": _parse_jsonl, ".csv": _parse_csv}
     try:
         if path.suffix in readers:
-            return readers[path.suffix](path.read_text(encoding="utf-8-sig"), str(path))
+            # Line ends stay as they are: one inside a quoted field is part of a prompt.
+            with path.open(encoding="utf-8-sig", newline="") as stream:
+                return readers[path.suffix](stream.read(), str(path))
         if path.suffix == ".parquet":
             return _read_parquet(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -104,7 +123,7 @@ def _read_file(path: Path) -> list[Mapping[str, Any]]:
 
 def _parse_jsonl(text: str, source: str) -> list[Mapping[str, Any]]:
     rows: list[Mapping[str, Any]] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -119,7 +138,11 @@ def _parse_jsonl(text: str, source: str) -> list[Mapping[str, Any]]:
 
 def _parse_csv(text: str, source: str) -> list[Mapping[str, Any]]:
     rows: list[Mapping[str, Any]] = []
-    for number, row in enumerate(csv.DictReader(text.splitlines(keepends=True)), start=1):
+    try:
+        read = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise UsageError(f"The question file {source!r} is no CSV file: {error}.") from error
+    for number, row in enumerate(read, start=1):
         choices = row.get("choices")
         if choices is None:
             rows.append(row)
@@ -142,21 +165,19 @@ def _parse_list(text: str) -> Any:
 
 
 def _read_parquet(path: Path) -> list[Mapping[str, Any]]:
-    import pandas as pd
-
     try:
-        frame = pd.read_parquet(path)
+        pyarrow = import_module("pyarrow")
+        parquet = import_module("pyarrow.parquet")
     except ImportError as error:
         raise UsageError(
             "Parquet files need the package 'pyarrow' (pip install 'persona-nns[mmlu]')."
         ) from error
-    except ValueError as error:
-        raise UsageError(f"The question file {str(path)!r} is no parquet file: {error}.") from error
-    rows = frame.to_dict(orient="records")
-    return [
-        {str(name): list(value) if name == "choices" else value for name, value in row.items()}
-        for row in rows
-    ]
+    try:
+        return parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UsageError(
+            f"The question file {str(path)!r} is no parquet file: {one_line(error)}"
+        ) from error
 
 
 def _check(rows: Iterable[Mapping[str, Any]], source: str) -> tuple[Question, ...]:

@@ -4,6 +4,7 @@ Two prompts of one question differ in the identity alone. What their runs hold a
 can be exchanged once it is said which token stands where: `align`.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -12,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.prompts import render, tokens_between
+from persona_nns.prompts import find_shown, render, tokens_between
 from persona_nns.questions import LETTERS, Question
 
 PERSONA = "a {identity} student"
@@ -73,7 +74,9 @@ class Pair:
 
 
 def load_identities(source: str | Path | None) -> tuple[str, ...]:
-    """The identities of a file, one a line; ``#`` begins a comment. None is the bundled list.
+    """The identities of a file, one a line. None is the bundled list.
+
+    A ``#`` at the beginning of a line or after a space begins a comment.
 
     Raises:
         UsageError: the file cannot be read, holds fewer than two, or one twice.
@@ -81,8 +84,14 @@ def load_identities(source: str | Path | None) -> tuple[str, ...]:
     if source is None:
         file = resources.files("persona_nns") / "texts" / "identities.txt"
         return _parse_identities(file.read_text(encoding="utf-8"), "identities.txt")
+    path = Path(source).expanduser()
+    if path.exists() and not path.is_file():
+        raise UsageError(
+            f"The identities {str(source)!r} are no file: a pipe can be read only once, and "
+            "resuming reads them again; write them to a file."
+        )
     try:
-        text = Path(source).expanduser().read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"The file of identities {str(source)!r} cannot be read: {error}."
@@ -91,7 +100,8 @@ def load_identities(source: str | Path | None) -> tuple[str, ...]:
 
 
 def _parse_identities(text: str, source: str) -> tuple[str, ...]:
-    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    # A # inside a word (C#) belongs to it.
+    lines = [re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in text.splitlines()]
     identities = tuple(line for line in lines if line)
     if len(identities) < 2:
         raise UsageError(f"{source!r} names fewer than two identities; a pair needs two.")
@@ -129,7 +139,7 @@ def ask(
     )
     task = f"{INSTRUCTION}\n\n{question.question}\n{choices}"
     prompt = render(tokenizer, filled, task)
-    start = prompt.text.rindex(f"As {filled}, {task}") + len(f"As {before}")
+    start = find_shown(f"As {filled}, {task}", prompt.text)[0] + len(f"As {before}")
     tokens = tokens_between(tokenizer, prompt.text, start, start + len(identity))
     if not tokens:
         raise UsageError(
@@ -161,15 +171,18 @@ def align(clean: Asked, corrupt: Asked) -> list[int]:
     """For every token of the corrupt prompt, the token of the clean one in the same place.
 
     Before the identity tokens are aligned from the start, after it from the end, inside it last
-    to last. A token of the corrupt identity that the clean one has no partner for gets −1.
+    to last. A token of the corrupt prompt that the clean one has no partner for gets −1.
     """
-    before, own, other = corrupt.identity.start, corrupt.identity, clean.identity
-    partners = min(len(own), len(other))
-    surplus = [-1] * (len(own) - partners)
-    inside = list(range(other.stop - partners, other.stop))
-    after = len(corrupt.ids) - own.stop
-    last = len(clean.ids)
-    return [*range(before), *surplus, *inside, *range(last - after, last)]
+    own, other = corrupt.identity, clean.identity
+    before = min(own.start, other.start)
+    inside = min(len(own), len(other))
+    n_after, last = len(corrupt.ids) - own.stop, len(clean.ids)
+    after = min(n_after, last - other.stop)
+    return [
+        *[*range(before), *[-1] * (own.start - before)],
+        *[*[-1] * (len(own) - inside), *range(other.stop - inside, other.stop)],
+        *[*[-1] * (n_after - after), *range(last - after, last)],
+    ]
 
 
 def shared_prefix(rows: Sequence[Asked]) -> int:

@@ -188,6 +188,22 @@ def test_a_template_file_that_is_not_there_is_a_usage_error(tmp_path: Path) -> N
         read_template(tmp_path)
 
 
+def test_a_template_that_trims_the_text_keeps_its_spans(tokenizer: Any) -> None:
+    trimming = copy.deepcopy(tokenizer)
+    trimming.chat_template = "<|im_start|>{{ messages[0]['content'] | trim }}<|im_end|>"
+    for persona in ("a pirate", None):
+        prompt = render(trimming, persona, "  sing \n")
+        assert span_text(tokenizer, prompt, "task").strip(", ") == "sing"
+        assert span_text(tokenizer, prompt, "tail") == "<|im_end|>"
+
+
+def test_a_template_that_is_no_jinja_is_a_usage_error(tokenizer: Any) -> None:
+    broken = copy.deepcopy(tokenizer)
+    broken.chat_template = "{% for message in messages %}"
+    with pytest.raises(UsageError, match="chat template is not Jinja"):
+        render(broken, None, "sing")
+
+
 @pytest.mark.parametrize("filter_", ["upper", "replace(',', '')", "truncate(9, true)"])
 def test_a_template_that_changes_the_text_is_refused(tokenizer: Any, filter_: str) -> None:
     changed = with_template(tokenizer, "{{ messages[0]['content'] | " + filter_ + " }}\n")

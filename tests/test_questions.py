@@ -52,6 +52,38 @@ def test_a_parquet_file_gives_the_same_questions(tmp_path: Path) -> None:
     )
 
 
+def test_what_a_parquet_file_leaves_out_may_be_null(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import pandas as pd
+
+    file = tmp_path / "q.parquet"
+    pd.DataFrame([{**ROW, "subject": None}, ROW]).to_parquet(file)
+    assert [question.subject for question in load_questions(file)] == ["", "sums"]
+    for choices, sentence in ((None, "has no 'choices'"), ("abcd", "choices is 'abcd'")):
+        pd.DataFrame([{**ROW, "choices": choices}]).to_parquet(file)
+        with pytest.raises(UsageError, match=f"Row 1 .*{sentence}"):
+            load_questions(file)
+    file.write_bytes(b"nonsense")
+    with pytest.raises(UsageError, match="is no parquet file"):
+        load_questions(file)
+
+
+def test_any_line_break_inside_a_text_belongs_to_it(tmp_path: Path) -> None:
+    text = "One\u2028two\u0085three\x0cfour\r\nfive?"
+    row = json.dumps({**ROW, "question": text.replace("\r\n", "")}, ensure_ascii=False)
+    (tmp_path / "q.jsonl").write_text(f"{row}\r\n", encoding="utf-8", newline="")
+    assert load_questions(tmp_path / "q.jsonl")[0].question == text.replace("\r\n", "")
+    quoted = json.dumps(ROW["choices"], ensure_ascii=False).replace('"', '""')
+    table = f'question,choices,answer\r\n"{text}","{quoted}",1\r\n'
+    (tmp_path / "q.csv").write_text(table, encoding="utf-8", newline="")
+    assert load_questions(tmp_path / "q.csv")[0].question == text
+
+
+def test_choices_may_be_numbers(tmp_path: Path) -> None:
+    (question,) = load_questions(write(tmp_path / "q.jsonl", {**ROW, "choices": [1, 2, 2.5, 3]}))
+    assert question.choices == ("1", "2", "2.5", "3")
+
+
 def test_mmlu_comes_from_the_test_split_of_a_subject(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
@@ -87,6 +119,7 @@ def test_without_the_package_mmlu_says_what_to_install(monkeypatch: pytest.Monke
         ({"choices": ["a", "b", "c"]}, "Row 2 .*: choices is .*at least 4 items"),
         ({"choices": ["a", "b", "c", "d", "e"]}, "Row 2 .*: choices is .*at most 4 items"),
         ({"question": ""}, "Row 2 .*: question is ''"),
+        ({"answer": True}, "Row 2 .*: answer is True: .*index of a choice"),
     ],
 )
 def test_a_row_that_is_no_question_says_why(
@@ -102,6 +135,7 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text("[1]")
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "bad.csv").write_text("question,choices,answer\nq,a b c d,1\n")
+    (tmp_path / "long.csv").write_text(f"question,choices,answer\n{'q' * 200_000},[],1\n")
     (tmp_path / "missing.csv").write_text("question,answer\nq,1\n")
     for name, sentence in (
         ("bad.jsonl", "Line 1 of .* is not JSON"),
@@ -110,6 +144,7 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
         ("none.jsonl", "cannot be read"),
         ("bad.csv", "which is no list"),
         ("missing.csv", "has no 'choices'"),
+        ("long.csv", "is no CSV file: field larger"),
         ("q.txt", "Unknown questions .* use 'bundled'"),
     ):
         with pytest.raises(UsageError, match=sentence):

@@ -1,6 +1,8 @@
 """Questions asked as students: tokens of the identity, letters, and alignment of two prompts."""
 
+import os
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,9 @@ def test_a_template_that_drops_the_persona_is_refused(tokenizer: Any) -> None:
         (asked(2, 3, 2), asked(2, 1, 2), [0, 1, 4, 5, 6]),
         (asked(2, 1, 2), asked(2, 3, 2), [0, 1, -1, -1, 2, 3, 4]),
         (asked(1, 2, 1), asked(1, 3, 1), [0, -1, 1, 2, 3]),
+        # Tokens that take up a part of what stands beside the identity.
+        (asked(1, 1, 1), asked(2, 1, 2), [0, -1, 1, -1, 2]),
+        (asked(2, 1, 3), asked(1, 1, 2), [0, 2, 4, 5]),
     ],
 )
 def test_alignment_is_from_the_start_last_to_last_and_from_the_end(
@@ -86,8 +91,8 @@ def test_the_shared_prefix_ends_before_every_identity() -> None:
 
 def test_identities_come_from_a_file_with_comments(tmp_path: Path) -> None:
     file = tmp_path / "identities.txt"
-    file.write_text("# two\n\n good \nvery bad # comment\n")
-    assert load_identities(file) == ("good", "very bad")
+    file.write_text("# two\n\n good \nvery bad # comment\nC# fan\n")
+    assert load_identities(file) == ("good", "very bad", "C# fan")
     assert {"good", "bad", "red", "blue"} <= set(load_identities(None))
     for text, sentence in (("good\n", "fewer than two"), ("good\nbad\ngood\n", "'good' twice")):
         file.write_text(text)
@@ -95,3 +100,16 @@ def test_identities_come_from_a_file_with_comments(tmp_path: Path) -> None:
             load_identities(file)
     with pytest.raises(UsageError, match="cannot be read"):
         load_identities(tmp_path / "none.txt")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="are no file: a pipe can be read only once"):
+        load_identities(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("choice", ["Rome", " Rome ", "Rome\n"])
+def test_a_template_may_leave_out_the_space_around_the_text(tokenizer: Any, choice: str) -> None:
+    trimming = deepcopy(tokenizer)
+    trimming.chat_template = "<|im_start|>{{ messages[0]['content'] | trim }}<|im_end|>"
+    question = replace(QUESTION, choices=(*QUESTION.choices[:3], choice))
+    row = ask(trimming, PERSONA, "red", question)
+    assert tokenizer.decode(row.ids[row.identity.start : row.identity.stop]) == " red"
+    assert tokenizer.decode(row.ids).endswith("Rome<|im_end|>")
