@@ -39,7 +39,9 @@ def check_model(model: TransformersModel, shown: str) -> None:
             use_cache=False,
             output_hidden_states=True,
         ):
-            read = save([layer.input.clone() for layer in model.layers])
+            seen = [(layer.input.clone(), layer.output) for layer in model.layers]
+            read = save([entering for entering, _ in seen])
+            are_tensors = save([isinstance(leaving, torch.Tensor) for _, leaving in seen])
             normed = save(model.final_norm.output)
             expected = save(model.output.hidden_states)
             clean = save(model.output.logits)
@@ -48,6 +50,11 @@ def check_model(model: TransformersModel, shown: str) -> None:
             f"The model {shown!r} is not supported: not every block of it is run, in order."
         ) from error
 
+    if not all(are_tensors):
+        raise PersonaError(
+            f"The model {shown!r} is not supported: its block {are_tensors.index(False)} returns "
+            "more than the residual stream, so that no run can go on from there."
+        )
     for layer, (ours, theirs) in enumerate(zip([*read, normed], expected, strict=True)):
         if not torch.isfinite(theirs).all():
             raise PersonaError(

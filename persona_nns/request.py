@@ -99,6 +99,7 @@ def check_request(
         experiment, model.tokenizer, grid, sites.get("positions", []), own, record.label
     )
     _check_width(plan, record)
+    _check_length(plan, model, record)
     taken = {name: own[name] for name in own if name not in experiment.plan_only}
     planning = {name: own[name] for name in own if name in experiment.plan_only}
     arguments = {**sites, **taken}
@@ -150,6 +151,22 @@ def _check_width(plan: Plan, record: ModelRecord) -> None:
         raise UsageError(
             f"The vector has {blocks + 1} layers of width {width}, but the model {record.label!r} "
             f"needs {record.n_layers + 1} of width {record.d_model} (n_layers + 1, d_model)."
+        )
+
+
+def _check_length(plan: Plan, model: TransformersModel, record: ModelRecord) -> None:
+    """See that a model whose positions are learned has enough of them for every prompt.
+
+    Raises:
+        UsageError: a prompt is longer.
+    """
+    config = model.config.get_text_config()
+    rows = (ids for of_key in plan.token_ids.values() for ids in of_key.values())
+    longest = max(map(len, rows), default=0)
+    if not getattr(config, "rope_parameters", None) and longest > config.max_position_embeddings:
+        raise UsageError(
+            f"The longest prompt has {longest} tokens, but the model {record.label!r} has "
+            f"{config.max_position_embeddings} positions; use shorter texts, or another model."
         )
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import copy_tokenizer
 from nnsight import TransformersModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    GPTJConfig,
     PreTrainedModel,
 )
 
@@ -312,6 +314,14 @@ def test_blocks_that_are_never_called_are_rejected(module: Any, folder: Path) ->
     model = wrap(module, folder, **names, **{"*.decoys": "layers"})
     with pytest.raises(PersonaError, match=r"'decoy' .*is not supported"):
         check_model(model, "decoy")
+
+
+def test_blocks_that_return_more_than_the_residual_stream_are_rejected(tmp_path: Path) -> None:
+    config = GPTJConfig(vocab_size=1024, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    copy_tokenizer(tmp_path)
+    with pytest.raises(PersonaError, match="is not supported: its block 0 returns more than"):
+        load_model(tmp_path)
 
 
 def test_a_model_whose_output_moves_by_itself_is_rejected(module: Any, folder: Path) -> None:

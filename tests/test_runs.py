@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from conftest import save_random_model
 from nnsight import TransformersModel
 
 import persona_nns as pn
@@ -32,6 +33,7 @@ variables = {
     "every": Variable("cell layer", "layer", every_layer=True),
     "text": Variable("cell", "label", kind="text"),
 }
+
 
 def measure(model, cells, *, layers: list[int], weight: float = 2.0):
     calls.append([cell.label for cell in cells])
@@ -451,3 +453,10 @@ def test_an_array_of_another_kind_is_refused(
     own.write_text(OWN.replace('"layer times weight"', '"layer", kind="int"'))
     with pytest.raises(pn.PersonaError, match="'asked' as float32; its kind is 'int'"):
         run(own, model, small_grid, store=tmp_path / "s.zarr")
+
+
+def test_a_prompt_beyond_the_learned_positions_is_refused(tmp_path: Path, small_grid: Grid) -> None:
+    model = pn.load_model(save_random_model(tmp_path / "short", "gpt2", n_positions=16))
+    with pytest.raises(pn.UsageError, match=r"longest prompt has \d+ tokens, .* 16 positions"):
+        pn.run("localized_positions", model, small_grid, store=tmp_path / "s.zarr")
+    assert not (tmp_path / "s.zarr").exists()
