@@ -196,19 +196,12 @@ def measure(
     run = read_clean_run(said, xy, reference.ids, before_xy)
     clean = log_probabilities(run.logits)
 
-    # Residuals of the four prompts at every site: those of XY are the clean run's, and the other
-    # prompts are each followed by the first reference tokens and read at their own positions.
-    # [layer, cell, position, d_model]
-    site = index_sites([prompt["XY"] for prompt in prompts], positions).to(model.device)
-    column = run.window.column(site)
-    together = torch.stack([take(hidden, column) for hidden in run.residual]).float()
-    others = rows[:-n_cells]
+    # Residuals of the four prompts at every site, each prompt followed by the first reference
+    # tokens and read at its own positions. [layer, cell, position, d_model]
     window = open_window(
-        [row.ids for row in others],
-        reference.ids[:, :n_forced].repeat(len(ROLE_PROMPTS) - 1, 1),
-        prefix.rows(slice(None, -n_cells)) if prefix is not None else None,
+        [row.ids for row in rows], reference.ids[:, :n_forced].repeat(len(ROLE_PROMPTS), 1), prefix
     )
-    column = window.column(index_sites(others, positions).to(model.device))
+    column = window.column(index_sites(rows, positions).to(model.device))
     has_norm = all(hasattr(block, "input_norm") for block in model.layers)
     if not has_norm:
         warnings.warn(
@@ -218,7 +211,7 @@ def measure(
         read = [take(block.input, column) for block in model.layers]
         read = save(torch.stack([*read, take(model.final_norm.output, column)]).float())
         # What the block that reads the layer makes of it, in the model's own precision.
-        bb, xb, by = read.split(n_cells, dim=1)
+        bb, xb, by, together = read.split(n_cells, dim=1)
         residuals = torch.stack([additive(bb, xb, by), together, bb]).to(model.dtype)
         normed = save(
             [
@@ -226,7 +219,7 @@ def measure(
                 for layer, block in enumerate(model.layers)
             ]
         )
-    bb, xb, by = read.split(n_cells, dim=1)
+    bb, xb, by, together = read.split(n_cells, dim=1)
     prediction = additive(bb, xb, by)
     post_norm = torch.full(prediction.shape[:-1], torch.nan, device=model.device)
     if has_norm:
@@ -241,6 +234,7 @@ def measure(
         written["kl_rms_only"] = match_rms(together, prediction)
     nowhere = torch.full((n_cells, len(layers), len(positions)), torch.nan, device=model.device)
     kl = {name: nowhere.clone() for name in ("kl", "kl_rms_matched", "kl_rms_only")}
+    site = index_sites([prompt["XY"] for prompt in prompts], positions).to(model.device)
     scored = [reference.scored(position, n_eval) for position in positions]
     firsts = [generated_index(position) for position in positions]
     reached = [p for p in range(len(positions)) if scored[p].any()]
