@@ -38,6 +38,7 @@ _DTYPES: dict[Kind, Any] = {"float": "float32", "int": "int64", "bool": "bool", 
 _NAMES = {"cell": "persona/task"}
 # A unit that is larger than this in one array is cut by layer and position inside its chunk.
 _LARGE_UNIT = 2**20
+_CHUNKS_AT_A_TIME = 64
 # What reading a chunk raises that was cut off, whichever codec notices it.
 DAMAGED = (RuntimeError, ValueError, OSError)
 
@@ -233,7 +234,10 @@ class RunGroup:
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
-            self._arrays[name] = cast("zarr.Array[Any]", self._group[name])
+            # A batch of units is a chunk for each: zarr encodes and writes them together, rather
+            # than with several tasks for every chunk.
+            with zarr.config.set({"codec_pipeline.batch_size": _CHUNKS_AT_A_TIME}):
+                self._arrays[name] = cast("zarr.Array[Any]", self._group[name])
         return self._arrays[name]
 
 
