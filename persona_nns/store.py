@@ -17,6 +17,7 @@ Nothing here knows about models.
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -39,6 +40,7 @@ _NAMES = {"cell": "persona/task"}
 # A unit that is larger than this in one array is cut by layer and position inside its chunk.
 _LARGE_UNIT = 2**20
 _CHUNKS_AT_A_TIME = 64
+_WRITES_AT_A_TIME = 8
 # What reading a chunk raises that was cut off, whichever codec notices it.
 DAMAGED = (RuntimeError, ValueError, OSError)
 
@@ -104,6 +106,19 @@ class Block:
             "d_model": range(self.d_model),
         }
         return shared[axis] if axis in shared else variable.labels(axis)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of an array, and what it is to hold."""
+
+    array: "zarr.Array[Any]"
+    region: tuple[slice, ...]
+    values: NDArray[Any]
+
+
+def _write(part: _Part) -> None:
+    part.array[0, *part.region] = part.values
 
 
 class RunGroup:
@@ -180,18 +195,25 @@ class RunGroup:
         """
         if not measured:
             return
-        for name in dict.fromkeys(name for _, values in measured for name in values):
-            self._write(name, [(unit, values[name]) for unit, values in measured if name in values])
-        self._write("seconds", [(unit, np.asarray(seconds)) for unit, _ in measured])
+        rows: dict[str, list[tuple[Unit, NDArray[Any]]]] = {}
+        for unit, values in measured:
+            for name, value in {**values, "seconds": np.asarray(seconds)}.items():
+                rows.setdefault(name, []).append((unit, value))
+        parts = [part for name, of_name in rows.items() for part in self._parts(name, of_name)]
+        # At once, because each waits for the disk, or for a server.
+        with ThreadPoolExecutor(_WRITES_AT_A_TIME) as pool:
+            list(pool.map(_write, parts))
         self._place.flush()
-        self._write("completed", [(unit, np.asarray(True)) for unit, _ in measured])  # noqa: FBT003
+        flags = [(unit, np.asarray(True)) for unit, _ in measured]  # noqa: FBT003
+        for part in self._parts("completed", flags):
+            _write(part)
 
     def write_unit(self, unit: Unit, values: Mapping[str, NDArray[Any]], seconds: float) -> None:
         """Write one unit."""
         self.write_units([(unit, values)], seconds)
 
-    def _write(self, name: str, rows: Sequence[tuple[Unit, NDArray[Any]]]) -> None:
-        """Write what units have in one array, neighbours at once."""
+    def _parts(self, name: str, rows: Sequence[tuple[Unit, NDArray[Any]]]) -> Iterator["_Part"]:
+        """Where in one array units are written, and what: neighbours are one part."""
         array = self._array(name)
         axes = _axes(array)
         placed = [axis for axis in axes if axis in rows[0][0].place]
@@ -204,7 +226,7 @@ class RunGroup:
             box = dict(zip(placed, box_of(stretch), strict=True))
             region = tuple(box.get(axis, slice(None)) for axis in axes)
             shape = [sizes.get(axis, 1) for axis in axes]
-            array[0, *region] = stacked.transpose(order).reshape(shape)
+            yield _Part(array, region, stacked.transpose(order).reshape(shape))
 
     def _index(self, array: "zarr.Array[Any]", unit: Unit) -> Index:
         """Where a unit stands in an array, on those dimensions that it has a place on."""
@@ -429,14 +451,12 @@ def put_group(parent: zarr.Group, name: str, attributes: Mapping[str, Any]) -> N
 
 def _require_array(group: zarr.Group, name: str, **settings: Any) -> "zarr.Array[Any]":
     """An array of a group, created unless it is there: another process may be faster."""
-    if name not in group:
-        try:
-            # One folder an array, rather than one for each index of a chunk.
-            keys: Any = {"name": "default", "separator": "."}
-            return group.create_array(name, chunk_key_encoding=keys, **settings)
-        except ContainsArrayError:
-            pass
-    return cast("zarr.Array[Any]", group[name])
+    # One folder an array, rather than one for each index of a chunk.
+    keys: Any = {"name": "default", "separator": "."}
+    try:
+        return group.create_array(name, chunk_key_encoding=keys, **settings)
+    except ContainsArrayError:
+        return cast("zarr.Array[Any]", group[name])
 
 
 def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
