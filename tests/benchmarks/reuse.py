@@ -186,7 +186,6 @@ def timed(call: Callable[[], Any]) -> float:
 
 def random_model() -> TransformersModel:
     """24 layers, 896 wide, 0.36 billion parameters, random, with the golden tokenizer."""
-    folder = Path(tempfile.mkdtemp())
     config = Qwen2Config(
         vocab_size=1024,
         hidden_size=896,
@@ -200,9 +199,10 @@ def random_model() -> TransformersModel:
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(GOLDEN).save_pretrained(folder)
-    return load_model(folder, label="random-24x896")
+    with tempfile.TemporaryDirectory() as folder:  # of 1.4 GB
+        Qwen2ForCausalLM(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(GOLDEN).save_pretrained(folder)
+        return load_model(folder, label="random-24x896")
 
 
 def least_multiply_adds(
