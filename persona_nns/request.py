@@ -163,10 +163,12 @@ def _check_length(plan: Plan, model: TransformersModel, record: ModelRecord) -> 
     config = model.config.get_text_config()
     rows = (ids for of_key in plan.token_ids.values() for ids in of_key.values())
     longest = max(map(len, rows), default=0)
-    if not getattr(config, "rope_parameters", None) and longest > config.max_position_embeddings:
+    positions = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(config, "rope_parameters", None)
+    if positions is not None and not rotary and longest > positions:
         raise UsageError(
             f"The longest prompt has {longest} tokens, but the model {record.label!r} has "
-            f"{config.max_position_embeddings} positions; use shorter texts, or another model."
+            f"{positions} positions; use shorter texts, or another model."
         )
 
 
