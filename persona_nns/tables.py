@@ -20,14 +20,14 @@ from persona_nns.places import place_of
 from persona_nns.remote.environment import Deployment
 from persona_nns.results import RunInfo
 
-# Columns of a table; more are not readable.
-_MOST_COLUMNS = 12
-# Most columns beside layer bands, which most conditions are not measured in.
-_MOST_BY_BAND = 6
+# Values of a row; where there are more, those of numbered labels are summarised over.
+_MOST_VALUES = 12
+# Columns of a table that 80 characters have room for; of more, each is a row.
+_MOST_COLUMNS = 6
 # Beside the results: what the store notes about their making.
 _BOOKKEEPING = ("seconds", "completed")
 # Dimensions whose labels are rows of a table; of two of them, the first.
-_DOWN = ("layer", "layer_band", "control", "layer_set", "site")
+_DOWN = ("layer", "layer_band", "control", "layer_set", "site", "condition")
 
 
 def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> Table:
@@ -69,9 +69,10 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    table.add_column("model")
-    if down == "layer_band" and np.prod([array.sizes[dim] for dim in across]) > _MOST_BY_BAND:
-        return _add_long_rows(table, present, over, [*across, down], summarise)
+    table.add_column("model", overflow="fold")
+    if np.prod([array.sizes[dim] for dim in across]) > _MOST_COLUMNS:
+        labels = across if down is None else [*across, down]
+        return _add_long_rows(table, present, over, labels, summarise)
     if down is not None:
         table.add_column(down.replace("_", " "), justify="right")
     if down == "layer":
@@ -81,7 +82,7 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
     stacked = stacked.stack(_pooled=over) if over else stacked.expand_dims(_pooled=[0])
     for label in stacked["_column"].values.tolist():
         heading = " · ".join(map(str, label)) if isinstance(label, tuple) else str(label)
-        table.add_column(Text(heading or statistic), justify="right")
+        table.add_column(Text(heading or statistic), justify="right", overflow="fold")
     for model in array.model.values.tolist():
         rows = stacked.sel(model=model)
         labels: list[Any] = [None]
@@ -127,11 +128,16 @@ def _summarised(
 ) -> tuple[list[str], list[str]]:
     """The dimensions that a table summarises over, and those that make its columns."""
     placed = {axis for place in results.attrs.get("units", []) for axis in place}
-    over = [str(dim) for dim in array.dims if dim in results["completed"].dims and dim != "model"]
-    across = [str(dim) for dim in array.dims if dim not in (*over, "model", down)]
+    dims = [str(dim) for dim in array.dims if dim not in ("model", down)]
+    over = [dim for dim in dims if dim in results["completed"].dims]
+    across = [dim for dim in dims if dim not in over]
     numbered = [dim for dim in across if array[dim].dtype.kind in "iu"]
+    alone = [dim for dim in numbered if array.sizes[dim] == 1]  # a label that tells nothing
+    over += alone
+    across = [dim for dim in across if dim not in alone]
     for many in (numbered, [dim for dim in across if dim in placed]):
-        if np.prod([array.sizes[dim] for dim in across]) > _MOST_COLUMNS:
+        many = [dim for dim in many if dim in across]
+        if np.prod([array.sizes[dim] for dim in across]) > _MOST_VALUES:
             over += many
             across = [dim for dim in across if dim not in many]
     return over, across

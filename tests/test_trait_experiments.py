@@ -243,7 +243,9 @@ def test_a_student_is_distilled_and_opens(
     ours = ds.token_kl.sel(condition=name).values[0][: len(said)]
     np.testing.assert_allclose(ours, expected, atol=2e-4, rtol=1e-3)
     assert set(draw(found, "trait_distillation")) == {"curves", "kl_by_token"}
-    assert "training_kl" in printed(found)
+    tables = printed(found)
+    assert "training_kl" in tables
+    assert all(label in tables for label in ("baseline", "r2/4", "full/8"))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     pn.run("trait_distillation", model, **options)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
