@@ -246,7 +246,9 @@ def summarise(results: xr.Dataset, name: str) -> pd.DataFrame:
             for key, value in columns.items()
         }
     )
-    frame = table.squeeze("model", drop=True).to_dataframe().reset_index()
+    # The sets of a source stand together, as in the paper's table 4.
+    order = sorted(sites, key=lambda dim: dim == "layer_set")
+    frame = table.squeeze("model", drop=True).to_dataframe(dim_order=order).reset_index()
     there = frame["value"].notna()
     return frame.loc[there, [*sites, *columns]].astype({"n": int})
 

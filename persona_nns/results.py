@@ -229,9 +229,11 @@ def _open_group(place: Place, group: str) -> xr.Dataset:
         # A process that was killed may have left an unfinished file among the arrays.
         warnings.filterwarnings("ignore", "Object at .* is not recognized", ZarrUserWarning)
         dataset = xr.open_zarr(place.location, chunks=None, **settings)
-    return dataset.assign_coords(
-        {name: _plain_text(c.load()) for name, c in dataset.coords.items()}
-    )
+    # zarr lists a group's arrays as it comes upon them, in an order that differs from one opening
+    # to the next, and the order of coordinates shows (in that of dimensions, and of rows).
+    names = sorted(map(str, dataset.coords))
+    coords = {name: _plain_text(dataset[name].load()).variable for name in names}
+    return xr.Dataset(dict(dataset.data_vars.variables), coords, dataset.attrs)
 
 
 def _plain_text(array: xr.DataArray) -> xr.DataArray:

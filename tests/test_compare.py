@@ -1,5 +1,6 @@
 """Comparison of results with published ones: the numbers of the paper, and how far others agree."""
 
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import xarray as xr
 from rich.console import Console
 from typer.testing import CliRunner
 
+import persona_nns as pn
 from persona_nns import terminal
 from persona_nns.cli import app
 from persona_nns.compare import (
@@ -336,3 +338,34 @@ def test_bars_and_points_are_the_numbers_of_tables_3_and_4() -> None:
 def test_medians_are_printed_as_in_the_paper() -> None:
     texts = [median_number(value) for value in (0.00043, 0.0328, 1.3712, 0.0, -0.2)]
     assert texts == ["0.0004", "0.033", "1.371", "0.000", "-0.200"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_do_not_depend_on_the_order_in_which_arrays_are_found(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """zarr lists a group's arrays as it comes upon them."""
+    plainly = xr.open_zarr
+
+    def shuffled(*arguments: Any, **settings: Any) -> xr.Dataset:
+        found = plainly(*arguments, **settings)
+        names = list(map(str, found.coords))
+        random.Random(seed).shuffle(names)
+        coords = {name: found.variables[name] for name in names}
+        return xr.Dataset(dict(found.data_vars.variables), coords, found.attrs)
+
+    def rows() -> list[tuple[str, str, str]]:
+        (matched,) = match_results(PUBLISHED, "host_injection", PUBLISHED)
+        frame = compare_results([matched]).side_by_side
+        return list(zip(frame.variable, frame.source, frame.layer_set, strict=True))
+
+    monkeypatch.setattr(xr, "open_zarr", shuffled)
+    found = rows()
+    assert [source for name, source, _ in found if name == "kl"] == [
+        *(["none"] * 5),
+        *(["cached"] * 5),
+        "oracle",
+    ]
+    assert list(pn.open_results(PUBLISHED, "host_injection").coords) == sorted(
+        ["cell", "layer_set", "model", "n_layers", "persona", "precision", "source", "task"]
+    )
