@@ -16,13 +16,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import xarray as xr
 from hypothesis import settings
 from nnsight import TransformersModel
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from persona_nns.catalog import load_experiment
 from persona_nns.grids import Grid
 from persona_nns.models import load_model
+from persona_nns.tables import measured, result_table
 
 torch.set_num_threads(1)
 
@@ -108,6 +111,15 @@ def save_random_model(
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder)
     return copy_tokenizer(folder)
+
+
+def printed(results: xr.Dataset, width: int = 200) -> str:
+    """The tables of every variable, as the command line prints them."""
+    console = Console(width=width)
+    with console.capture() as capture:
+        for name in measured(results):
+            console.print(result_table(results, name))
+    return capture.get()
 
 
 @pytest.fixture(scope="session", params=list(ARCHITECTURES))

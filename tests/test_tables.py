@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import xarray as xr
-from rich.console import Console
+from conftest import printed
 
-from persona_nns.tables import measured, result_table
+from persona_nns.tables import result_table
 
 
 def results_over(*dims: str, size: int = 4) -> xr.Dataset:
@@ -17,14 +17,6 @@ def results_over(*dims: str, size: int = 4) -> xr.Dataset:
     values = np.arange(np.prod(shape), dtype=float).reshape(shape)
     completed = (("model", "cell"), np.ones((1, 2), dtype=bool))
     return xr.Dataset({"x": (every, values), "completed": completed}, coords=coords)
-
-
-def printed(results: xr.Dataset) -> str:
-    console = Console(width=200)
-    with console.capture() as capture:
-        for name in measured(results):
-            console.print(result_table(results, name))
-    return capture.get()
 
 
 @pytest.mark.parametrize(
@@ -51,9 +43,6 @@ def test_any_dimension_can_be_summarised_over_be_a_column_or_a_row(
 
 
 def test_nothing_is_cut_off_in_a_narrow_terminal() -> None:
-    console = Console(width=40)
-    with console.capture() as capture:
-        console.print(result_table(results_over("column", size=6), "x"))
-    digits = "".join(character for character in capture.get() if character.isdigit())
-    assert "…" not in capture.get()
-    assert len(digits) >= 6 * 12
+    text = printed(results_over("column", size=6), width=40)
+    assert "…" not in text
+    assert sum(character.isdigit() for character in text) >= 6 * 12

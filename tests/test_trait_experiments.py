@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from conftest import printed
 from nnsight import TransformersModel
-from rich.console import Console
 
 import persona_nns as pn
 from persona_nns import answers
@@ -21,20 +21,10 @@ from persona_nns.models import load_model
 from persona_nns.monitoring import correlation
 from persona_nns.plots import draw
 from persona_nns.responses import Response, write_responses
-from persona_nns.tables import measured, result_table
 from persona_nns.trait_files import read_vector, write_vector
 from persona_nns.trait_rows import keep_pairs, load_vector
 
 ASK = {"trait": "terse", "max_new_tokens": 24}
-
-
-def printed(results: xr.Dataset) -> str:
-    """The tables of every variable, as the command line prints them."""
-    console = Console(width=200)
-    with console.capture() as capture:
-        for name in measured(results):
-            console.print(result_table(results, name))
-    return capture.get()
 
 
 @pytest.fixture(scope="module")
