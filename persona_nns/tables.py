@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from rich import box
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -23,7 +24,7 @@ from persona_nns.results import RunInfo
 # Values of a row; where there are more, those of numbered labels are summarised over.
 _MOST_VALUES = 12
 # Columns of a table that 80 characters have room for; of more, each is a row.
-_MOST_COLUMNS = 6
+_MOST_COLUMNS = 3
 # Beside the results: what the store notes about their making.
 _BOOKKEEPING = ("seconds", "completed")
 # Dimensions whose labels are rows of a table; of two of them, the first.
@@ -70,16 +71,16 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
         box=box.SIMPLE_HEAD,
     )
     table.add_column("model", overflow="fold")
+    # Underscores: a dimension of the results may have any other name.
+    pooled = present.stack(_pooled=over) if over else present.expand_dims(_pooled=[0])
     if np.prod([array.sizes[dim] for dim in across]) > _MOST_COLUMNS:
         labels = across if down is None else [*across, down]
-        return _add_long_rows(table, present, over, labels, summarise)
+        return _add_long_rows(table, pooled, labels, summarise)
     if down is not None:
         table.add_column(down.replace("_", " "), justify="right")
     if down == "layer":
         table.add_column("depth", justify="right")
-    # Underscores: a dimension of the results may have any other name.
-    stacked = present.stack(_column=across) if across else present.expand_dims(_column=[""])
-    stacked = stacked.stack(_pooled=over) if over else stacked.expand_dims(_pooled=[0])
+    stacked = pooled.stack(_column=across) if across else pooled.expand_dims(_column=[""])
     for label in stacked["_column"].values.tolist():
         heading = " · ".join(map(str, label)) if isinstance(label, tuple) else str(label)
         table.add_column(Text(heading or statistic), justify="right", overflow="fold")
@@ -103,8 +104,7 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
 
 def _add_long_rows(
     table: Table,
-    present: xr.DataArray,
-    over: list[str],
+    pooled: xr.DataArray,
     labels: list[str],
     summarise: Callable[..., str],
 ) -> Table:
@@ -112,8 +112,8 @@ def _add_long_rows(
     for label in labels:
         table.add_column(label.replace("_", " "), justify="right")
     table.add_column("value", justify="right")
-    for model in present.model.values.tolist():
-        rows = present.sel(model=model).stack(_row=labels, _pooled=over).dropna("_row", how="all")
+    for model in pooled.model.values.tolist():
+        rows = pooled.sel(model=model).stack(_row=labels).dropna("_row", how="all")
         rows = rows.transpose("_row", "_pooled")
         for number_of, row in enumerate(rows):
             head = Text(model if number_of == 0 else "")
@@ -215,12 +215,11 @@ def save_csv(frame: pd.DataFrame, file: Path) -> str:
 
 
 def runs_table(runs: Iterable[RunInfo], store: str) -> Table:
-    """What a store holds, a row a run, under the names of the experiments."""
+    """What a store holds, by experiment: a row a run, and below it when and how it was made."""
     table = Table(title=Text(store), title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("run", "precision", "complete", "size", "created (UTC)"):
+    table.add_column("run", overflow="fold")
+    for heading in ("complete", "size", "age"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("age", no_wrap=True)
-    table.add_column("parameters")
     place = place_of(store)
     last = None
     for info in runs:
@@ -228,13 +227,14 @@ def runs_table(runs: Iterable[RunInfo], store: str) -> Table:
             table.add_row(Text(info.experiment, style="bold"))
         table.add_row(
             Text(f"  {info.run}"),
-            info.attrs["precision"],
             f"{info.n_completed}/{info.n_units}",
             _bytes(place.size(f"{info.experiment}/{info.run}")),
-            info.attrs["created"][:16].replace("T", " "),
             _age(info.attrs["created"]),
-            Text(info.configuration),
         )
+        created = f"{info.attrs['created'][:16].replace('T', ' ')} UTC"
+        known = (created, info.attrs["precision"], info.configuration)
+        made = ", ".join(part for part in known if part)
+        table.add_row(Padding(Text(made, style="dim"), (0, 0, 0, 4)))
         last = info.experiment
     return table
 

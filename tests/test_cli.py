@@ -71,6 +71,7 @@ def test_a_run_is_stored_shown_listed_and_drawn(command: Command, grid_file: str
     assert results.attrs["run"] in out
     assert "2/2" in out
     assert "kB" in out
+    assert "float32, layers=" in out
     code, out, _ = command("verify", "s.zarr", "--sample", "1")
     assert code == 0
     assert "right  localized_positions/qwen2.mine." in out

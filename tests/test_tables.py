@@ -26,10 +26,11 @@ def results_over(*dims: str, size: int = 4) -> xr.Dataset:
         (("question", "sample"), 4, 1, "15.500 [7.750,23.2]"),
         (("layer", "question", "sample"), 4, 4, "71.500"),
         (("row", "column", "sample"), 4, 1, "63.500"),
-        # Columns, the two cells of each: 0 and 4, 1 and 5, …
-        (("column",), 4, 1, "4.000 [3.000,5.000]"),
+        # Columns, the two cells of each: 0 and 3, 1 and 4, 2 and 5.
+        (("column",), 3, 1, "3.500 [2.750,4.250]"),
         (("condition", "column"), 2, 2, "3.000 [2.000,4.000]"),
-        # More than six columns are rows; a label that is alone is not shown.
+        # More than three columns are rows; a label that is alone is not shown.
+        (("column",), 4, 4, "4.000 [3.000,5.000]"),
         (("layer_band", "row"), 7, 49, "50.500"),
         (("layer", "sample"), 1, 1, "0.500 [.250,.750]"),
     ],
@@ -42,7 +43,15 @@ def test_any_dimension_can_be_summarised_over_be_a_column_or_a_row(
     assert shown in printed(results)
 
 
+def test_a_dimension_without_units_is_not_summarised_over() -> None:
+    """Four values, each of every cell, or of none."""
+    results = results_over("column", size=4)
+    whole = results.assign(x=results.x.isel(cell=0, drop=True))
+    assert result_table(whole, "x").row_count == 4
+    assert "3.000 [3.000,3.000]" in printed(whole)
+
+
 def test_nothing_is_cut_off_in_a_narrow_terminal() -> None:
-    text = printed(results_over("column", size=6), width=40)
+    text = printed(results_over("column", size=3), width=30)
     assert "…" not in text
-    assert sum(character.isdigit() for character in text) >= 6 * 12
+    assert sum(character.isdigit() for character in text) >= 3 * 12

@@ -173,7 +173,7 @@ def test_two_models_are_joined_in_the_order_of_the_plan(
     assert ds.length.sel(model="llama", word="zz").values.tolist() == [2, 2, 2]
     assert ds["sum"].sel(model="llama", left="zz", right="a", layer=1, letter=0).item() == 12
     assert result_table(ds, "sum").row_count == 2
-    assert result_table(ds, "length").row_count == 2
+    assert result_table(ds, "length").row_count == 12  # two models, two words, three letters
 
 
 def test_on_the_command_line_there_is_no_grid(own: Path, tmp_path: Path) -> None:
