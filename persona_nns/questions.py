@@ -98,9 +98,8 @@ def _read_mmlu(subject: str) -> list[Mapping[str, Any]]:
     try:
         return list(datasets.load_dataset(_MMLU, subject, split="test"))
     except Exception as error:  # whatever the hub, the network or the builder raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PersonaError(
-            f"The MMLU subject {subject!r} could not be loaded: {reason.rstrip('.')}."
+            f"The MMLU subject {subject!r} could not be loaded: {one_line(error)}"
         ) from error
 
 
