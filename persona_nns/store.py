@@ -15,9 +15,9 @@ Nothing here knows about models.
 """
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,22 +25,20 @@ from typing import Any, Literal, cast
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import ZstdCodec
+from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.errors import ContainsArrayError, ContainsGroupError
 from zarr.storage import LocalStore
 
 from persona_nns.errors import PersonaError
+from persona_nns.layout import label_array, unit_array, write_chunks
 from persona_nns.places import Place, place_of
 from persona_nns.units import Label, Plan, Unit
-from persona_nns.variables import FILL, Kind, Variable
+from persona_nns.variables import Kind, Variable
 
-_DTYPES: dict[Kind, Any] = {"float": "float32", "int": "int64", "bool": "bool", "text": str}
 # What labels stand for, where their dimension's name does not say it.
 _NAMES = {"cell": "persona/task"}
-# A unit that is larger than this in one array is cut by layer and position inside its chunk.
-_LARGE_UNIT = 2**20
 _CHUNKS_AT_A_TIME = 64
-_WRITES_AT_A_TIME = 8
+_REQUESTS_AT_A_TIME = 8
 # What reading a chunk raises that was cut off, whichever codec notices it.
 DAMAGED = (RuntimeError, ValueError, OSError)
 
@@ -108,27 +106,20 @@ class Block:
         return shared[axis] if axis in shared else variable.labels(axis)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A part of an array, and what it is to hold."""
-
-    array: "zarr.Array[Any]"
-    region: tuple[slice, ...]
-    values: NDArray[Any]
-
-
-def _write(part: _Part) -> None:
-    part.array[0, *part.region] = part.values
+# Part of an array: the array, where, and what.
+_Part = tuple["zarr.Array[Any]", tuple[slice, ...], NDArray[Any]]
 
 
 class RunGroup:
     """The group of one run, opened for reading and writing units."""
 
-    def __init__(self, group: zarr.Group, place: Place) -> None:
+    def __init__(
+        self, group: zarr.Group, place: Place, arrays: Mapping[str, "zarr.Array[Any]"] | None = None
+    ) -> None:
         self._group = group
         self._place = place
         self._order: dict[str, dict[Label, int]] = {}
-        self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._arrays = dict(arrays or {})
 
     def __len__(self) -> int:
         return self._array("completed").size
@@ -200,19 +191,22 @@ class RunGroup:
             for name, value in {**values, "seconds": np.asarray(seconds)}.items():
                 rows.setdefault(name, []).append((unit, value))
         parts = [part for name, of_name in rows.items() for part in self._parts(name, of_name)]
-        # At once, because each waits for the disk, or for a server.
-        with ThreadPoolExecutor(_WRITES_AT_A_TIME) as pool:
-            list(pool.map(_write, parts))
+        if self._place.folder is None:
+            with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as pool:  # each waits for a server
+                list(pool.map(lambda part: write_chunks(*part), parts))
+        else:
+            for part in parts:
+                write_chunks(*part)
         self._place.flush()
         flags = [(unit, np.asarray(True)) for unit, _ in measured]  # noqa: FBT003
         for part in self._parts("completed", flags):
-            _write(part)
+            write_chunks(*part)
 
     def write_unit(self, unit: Unit, values: Mapping[str, NDArray[Any]], seconds: float) -> None:
         """Write one unit."""
         self.write_units([(unit, values)], seconds)
 
-    def _parts(self, name: str, rows: Sequence[tuple[Unit, NDArray[Any]]]) -> Iterator["_Part"]:
+    def _parts(self, name: str, rows: Sequence[tuple[Unit, NDArray[Any]]]) -> Iterator[_Part]:
         """Where in one array units are written, and what: neighbours are one part."""
         array = self._array(name)
         axes = _axes(array)
@@ -224,9 +218,9 @@ class RunGroup:
             sizes = dict(zip((placed[-1], *own), stacked.shape, strict=True))
             order = [[*sizes].index(axis) for axis in axes if axis in sizes]
             box = dict(zip(placed, box_of(stretch), strict=True))
-            region = tuple(box.get(axis, slice(None)) for axis in axes)
-            shape = [sizes.get(axis, 1) for axis in axes]
-            yield _Part(array, region, stacked.transpose(order).reshape(shape))
+            region = (slice(1), *(box.get(axis, slice(None)) for axis in axes))
+            shape = [1, *(sizes.get(axis, 1) for axis in axes)]
+            yield array, region, stacked.transpose(order).reshape(shape)
 
     def _index(self, array: "zarr.Array[Any]", unit: Unit) -> Index:
         """Where a unit stands in an array, on those dimensions that it has a place on."""
@@ -256,9 +250,7 @@ class RunGroup:
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
-            # A batch of units is a chunk for each: zarr encodes and writes them together, rather
-            # than with several tasks for every chunk.
-            with zarr.config.set({"codec_pipeline.batch_size": _CHUNKS_AT_A_TIME}):
+            with _chunks_together():
                 self._arrays[name] = cast("zarr.Array[Any]", self._group[name])
         return self._arrays[name]
 
@@ -368,19 +360,20 @@ def attach(store: str | Path, block: Block) -> RunGroup:
         group = place.open_for_writing()
         for name in (block.experiment, *block.run.split("/")):
             group = require_group(group, name)
+        arrays: dict[str, zarr.Array[Any]] = {}
         if not (is_allocated(group) and all(name in group for name in block.variables)):
-            _allocate(group, block, place)
+            arrays = _allocate(group, block, place)
     except OSError as error:
         raise PersonaError(f"The store {str(store)!r} cannot be written: {error}.") from error
     if group.attrs["identity"] != block.attrs["identity"]:
         raise PersonaError(
             f"The group {block.run!r} of {str(store)!r} holds another run; use another --store."
         )
-    return RunGroup(group, place)
+    return RunGroup(group, place, arrays)
 
 
-def _allocate(group: zarr.Group, block: Block, place: Place) -> None:
-    """Write everything but units.
+def _allocate(group: zarr.Group, block: Block, place: Place) -> dict[str, "zarr.Array[Any]"]:
+    """Write everything but units; returns the arrays that units are written to.
 
     What is there already is left as it is, or written again with the same bytes: another process
     may be at it too, and one that was cut off may have left any part of it.
@@ -394,41 +387,24 @@ def _allocate(group: zarr.Group, block: Block, place: Place) -> None:
     group.update_attributes({**block.attrs, **listing})  # one write, not one for each
     require_group(group, "sessions")
     every = {**block.variables, **_bookkeeping(block.plan)}
-    for name, variable in every.items():
-        sizes = {axis: len(block.labels(variable, axis)) for axis in variable.axes}
-        if name == "completed":  # says that all the rest is there
-            place.flush()
-        _require_array(
-            group,
-            name,
-            shape=(1, *sizes.values()),
-            dtype=_DTYPES[variable.kind],
-            fill_value=FILL[variable.kind],
-            dimension_names=("model", *variable.axes),
-            compressors=ZstdCodec(checksum=True),
-            attributes={
+    arrays = {
+        name: unit_array(
+            variable.kind,
+            variable.axes,
+            {axis: len(block.labels(variable, axis)) for axis in variable.axes},
+            placed,
+            {
                 "long_name": variable.long_name,
                 "units": variable.units,
                 "description": variable.description,
             },
-            **_chunks(
-                variable, {axis: 1 if axis in placed else size for axis, size in sizes.items()}
-            ),
         )
-
-
-def _chunks(variable: Variable, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """One unit is one chunk; a large one is cut into chunks a (layer, position) inside a shard.
-
-    Args:
-        variable: the array.
-        sizes: of what a unit has in it.
-    """
-    whole = (1, *sizes.values())
-    if variable.kind == "text" or 8 * math.prod(whole) <= _LARGE_UNIT:
-        return {"chunks": whole}
-    inner = (1 if axis in ("layer", "position") else size for axis, size in sizes.items())
-    return {"shards": whole, "chunks": (1, *inner)}
+        for name, variable in every.items()
+    }
+    last = {"completed": arrays.pop("completed")}  # says that all the rest is there
+    made = _require_arrays(group, arrays)
+    place.flush()
+    return made | _require_arrays(group, last)
 
 
 def require_group(parent: zarr.Group, name: str) -> zarr.Group:
@@ -449,20 +425,32 @@ def put_group(parent: zarr.Group, name: str, attributes: Mapping[str, Any]) -> N
         found.attrs.put(dict(attributes))
 
 
-def _require_array(group: zarr.Group, name: str, **settings: Any) -> "zarr.Array[Any]":
-    """An array of a group, created unless it is there: another process may be faster."""
-    # One folder an array, rather than one for each index of a chunk.
-    keys: Any = {"name": "default", "separator": "."}
-    try:
-        return group.create_array(name, chunk_key_encoding=keys, **settings)
-    except ContainsArrayError:
-        return cast("zarr.Array[Any]", group[name])
+def _require_arrays(
+    group: zarr.Group, wanted: Mapping[str, ArrayV3Metadata]
+) -> dict[str, "zarr.Array[Any]"]:
+    """Arrays of a group, created unless they are there: another process may be at it too."""
+    found: dict[str, zarr.Array[Any]] = {}
+    with _chunks_together():
+        while missing := {name: wanted[name] for name in wanted if name not in found}:
+            try:
+                found |= cast("Any", dict(group.create_hierarchy(cast("Any", missing))))
+            except ContainsArrayError:
+                found |= {name: cast("Any", group[name]) for name in missing if name in group}
+    return found
+
+
+def _chunks_together() -> AbstractContextManager[Any]:
+    """Arrays opened in this context encode and read a batch of units at once.
+
+    A unit is a chunk, and zarr otherwise has several tasks for each.
+    """
+    return zarr.config.set({"codec_pipeline.batch_size": _CHUNKS_AT_A_TIME})
 
 
 def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
     """Write the labels; returns the names of those that are not dimensions."""
     depth = [layer / block.n_layers for layer in block.layers]
-    coordinates: dict[str, tuple[tuple[str, ...], Any, str, str]] = {
+    coordinates: dict[str, tuple[tuple[str, ...], Any, Kind, str]] = {
         "model": (("model",), [block.model], "text", "model"),
         **{
             axis: ((axis,), labels, _kind(labels), _NAMES.get(axis, axis))
@@ -485,18 +473,16 @@ def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
         for axis in variable.coords:
             labels = variable.labels(axis)
             coordinates[axis] = ((axis,), labels, _kind(labels), axis)
-    for name, (dims, values, kind, long_name) in coordinates.items():
-        data = np.asarray(values, dtype=object if kind == "text" else None)
-        array = _require_array(
-            group,
-            name,
-            shape=data.shape,
-            chunks=data.shape,
-            dtype="float64" if kind == "float" else _DTYPES[cast("Kind", kind)],
-            dimension_names=dims,
-            attributes={"long_name": long_name, "units": "1"},
-        )
-        array[...] = data
+    labels = {
+        name: np.asarray(values, dtype=object if kind == "text" else None)
+        for name, (_, values, kind, _) in coordinates.items()
+    }
+    arrays = {
+        name: label_array(kind, dims, labels[name].shape, {"long_name": long_name, "units": "1"})
+        for name, (dims, _, kind, long_name) in coordinates.items()
+    }
+    for name, array in _require_arrays(group, arrays).items():
+        write_chunks(array, tuple(map(slice, array.shape)), labels[name])
     return [name for name, (dims, *_) in coordinates.items() if dims != (name,)]
 
 
