@@ -37,6 +37,7 @@ from persona_nns.checkpoints import (
 )
 from persona_nns.checks import check_model, check_names
 from persona_nns.errors import PersonaError, UsageError, one_line
+from persona_nns.memory import keep_freed_memory
 from persona_nns.remote.hosts import Host, read_backend
 
 #: Precision of a model on somebody's server, until its first job has told.
@@ -160,6 +161,8 @@ def load_model(
     config = read_config(source, shown, trust_remote_code=trust_remote_code)
     precision = _choose_dtype(shown, config, dtype, allow_float16=allow_float16)
     place = _choose_device(device)
+    if place.type == "cpu":
+        keep_freed_memory()
     module: Any = load_weights(name, precision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(name, template, trust_remote_code=trust_remote_code)
     module.eval().requires_grad_(requires_grad=False).to(place)
