@@ -3,9 +3,9 @@
 One unit is one chunk in every array: its bytes, compressed by zstd with a checksum that tells a
 chunk that was cut off. A large unit is a shard, cut by layer and position inside.
 
-zarr encodes a chunk with a coroutine and two threads for it, which takes ten times as long as what
-they do for an array of a few hundred bytes. Chunks on a local disk are therefore encoded here, with
-zarr's codecs, and written by zarr's store, one after another.
+zarr 3 has a coroutine and two threads for a chunk, which take several times as long as what they do
+with an array of a few hundred bytes. Chunks for a local disk are therefore encoded here, into the
+same bytes, and put in place by zarr's store, one after another.
 """
 
 import itertools
@@ -141,12 +141,17 @@ def write_chunks(array: "zarr.Array[Any]", region: tuple[slice, ...], values: ND
         array: as `unit_array` or `label_array` describe it.
         region: where, a stretch of each dimension; it begins and ends where chunks do.
         values: what, of the region's shape.
+
+    Raises:
+        ValueError: the region is not of whole chunks.
     """
     metadata, store = cast("Any", array.metadata), array.store
     if not isinstance(store, LocalStore) or metadata.codecs not in _PLAIN:
         array[region] = values
         return
     for place, block in _chunks(array, region, values):
+        if block.shape != array.chunks:
+            raise ValueError(f"{block.shape} of {array.path} is no chunk of {array.chunks}.")
         key = f"{array.path}/{metadata.encode_chunk_key(place)}"
         if _is_fill(block, array.fill_value):
             store.delete_sync(key)  # nothing stands for what the array is filled with

@@ -95,6 +95,14 @@ def test_a_chunk_is_written_again_as_what_the_array_is_filled_with(tmp_path: Pat
     assert not files(tmp_path)
 
 
+def test_a_part_of_a_chunk_is_refused(tmp_path: Path) -> None:
+    array = made_here(zarr.open_group(tmp_path, mode="w"), "float")
+    region = (slice(1), slice(1), slice(2), slice(None))
+    with pytest.raises(ValueError, match="is no chunk of"):
+        write_chunks(array, region, np.zeros((1, 1, 2, 2), "float32"))
+    assert not files(tmp_path)
+
+
 def test_values_of_another_precision_and_order_are_written_as_the_array_says(
     tmp_path: Path,
 ) -> None:
