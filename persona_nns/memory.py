@@ -26,7 +26,7 @@ def keep_freed_memory() -> bool:
     """Keep up to 1 GiB of freed memory for the next tensors; says whether that could be asked for.
 
     glibc otherwise gives a tensor of over 32 MiB back to the system at once, and every block of
-    the model has the same memory cleared for it again: a fifth of the time of a long grid.
+    the model has the same memory cleared for it again: a sixth of the time of the long grid.
     Other allocators are left as they are.
     """
     if not sys.platform.startswith("linux"):
