@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from least_schedule import least_schedule
 from nnsight import TransformersModel
 from paper_schedule import paper_schedule
 from rich.console import Console
@@ -50,7 +51,8 @@ def small() -> None:
 def large() -> None:
     """A random model of 24 layers on the short grid at five layers."""
     model = random_model()
-    compare(model, list(load_grid("short").cells), parse_layers(DEPTHS, 24), sample=2)
+    cells = list(load_grid("short").cells)
+    compare(model, cells, parse_layers(DEPTHS, 24), sample=1, turns=len(cells), least=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     weights = sum(p.numel() * p.element_size() for p in model._module.parameters()) / 2**30
     console.print(f"peak memory of the process {peak:.2f} GiB, weights {weights:.2f} GiB")
@@ -67,23 +69,34 @@ def compare(
     cells: list[Cell],
     layers: list[int],
     sample: int,
-    pairs: int = 3,
+    turns: int = 3,
     *,
     batched: bool = True,
+    least: bool = False,
 ) -> None:
     """Reuse against the paper's schedule, against batches without reuse, and the floor.
 
     The paper's schedule takes its cells one by one, so each turn times it on another sample of
     them and multiplies; batches without reuse are timed in the first turn. The schedule makes one
     intervention at a site, so the two of other size are left out.
+
+    Args:
+        model: from `load_model`.
+        cells: the whole grid.
+        layers: where the KL is measured.
+        sample: cells that the paper's schedule is timed on in a turn.
+        turns: how often all schedules are timed.
+        batched: time batches without reuse.
+        least: time the passes that the protocol cannot do without, in bare transformers.
     """
     sites: dict[str, Any] = {"layers": layers, "positions": POSITIONS, "rms": False}
     plain = model._module
     measure(model, cells[:2], **sites)
-    times: dict[str, list[float]] = {"reuse": [], "batched": [], "paper": [], "floor": []}
+    names = ("reuse", "batched", "paper", "least", "floor")
+    times: dict[str, list[float]] = {name: [] for name in names}
     work, said = least_multiply_adds(model, cells, layers)
     rows: list[float] = []
-    for turn in range(pairs):
+    for turn in range(turns):
         some = cells[turn * sample : (turn + 1) * sample]
         times["reuse"].append(timed(lambda: measure(model, cells, **sites)))
         rate, slow = (matmul_rate(model.config.hidden_size, n) for n in (512, len(cells)))
@@ -95,12 +108,15 @@ def compare(
             lambda some=some: paper_schedule(plain, model.tokenizer, some, layers, POSITIONS)
         )
         times["paper"].append(seconds * len(cells) / sample)
+        if least:
+            needed = (plain, model.tokenizer, cells, layers, len(POSITIONS))
+            times["least"].append(timed(lambda needed=needed: least_schedule(*needed)))
     ours = measure(model, cells, **sites)["kl"]
     theirs = paper_schedule(plain, model.tokenizer, cells[:1], layers, POSITIONS)
     longest = max(len(render_cell(model.tokenizer, cell)["XY"]) for cell in cells)
     console.print(
         f"{model.config.num_hidden_layers} layers, {len(cells)} cells, {len(layers)} layers asked, "
-        f"{len(POSITIONS)} positions, prompts of up to {longest} tokens; medians of {pairs} turns"
+        f"{len(POSITIONS)} positions, prompts of up to {longest} tokens; medians of {turns} turns"
     )
     median = {name: statistics.median(of) for name, of in times.items() if of}
     for name in median:
@@ -112,6 +128,12 @@ def compare(
         console.print(f"  {name:8} {median[name]:8.2f} s  {pairwise:7.2f} x reuse  ({shown})")
     difference = float((ours[0] - theirs[0]).abs().max())
     console.print(f"  reuse is {median['reuse'] / median['floor']:.2f} x the floor")
+    if least:
+        ratio = statistics.median(map(float.__truediv__, times["paper"], times["least"]))
+        console.print(
+            f"  the least passes in bare transformers are {ratio:.2f} x faster than the paper's "
+            "schedule (median of pairs)"
+        )
     bound = statistics.median(rows)
     console.print(
         f"  floor with what is said at the rate of products of {len(cells)} rows {bound:.2f} s: "
