@@ -256,11 +256,13 @@ def test_a_client_that_ends_in_the_middle_of_a_job(
     )
     request = ["run", own, "--model", client.folder, "--as", "tiny/qwen2", "--grid", grid]
     rest = ["--backend", client.url, "--store", client.store, "--cells", CELLS]
+    # A shell starts what it leaves in the background, these tests perhaps, deaf to SIGINT.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from persona_nns.cli import main; main()"
+    )
     process = subprocess.Popen(
-        [
-            *(sys.executable, "-c", "from persona_nns.cli import main; main()"),
-            *map(str, [*request, *rest]),
-        ],
+        [sys.executable, "-c", program, *map(str, [*request, *rest])],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stderr=subprocess.PIPE,
         text=True,
