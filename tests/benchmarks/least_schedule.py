@@ -4,8 +4,8 @@ No tracing, no reading, no writing, no logits that are not scored, and random to
 has the shape that the least work needs, and every token is run once. The first is a row of as many
 tokens as the prompts have distinct beginnings; then what is said, one step after another; the three
 other prompts on the tokens they are forced on; and ten tokens a cell and position from each layer
-up. What this takes is not the machine's matrix-product rate but what a model makes of it, so no
-schedule of whole passes can be faster.
+up. What this takes is not the machine's matrix-product rate but what a model makes of it: a
+schedule of whole passes can hardly be faster.
 """
 
 from typing import Any
