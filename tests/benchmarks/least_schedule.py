@@ -8,6 +8,7 @@ up. What this takes is not the machine's matrix-product rate but what a model ma
 schedule of whole passes can hardly be faster.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +19,16 @@ from persona_nns.grids import Cell
 from persona_nns.prompts import ROLE_PROMPTS, render_cell
 
 
+def count_beginnings(tokenizer: Any, cells: Sequence[Cell]) -> int:
+    """How many tokens prompts have, where what several begin with counts once."""
+    prompts = [render_cell(tokenizer, cell) for cell in cells]
+    rows = {prompt[name].ids for prompt in prompts for name in ROLE_PROMPTS}
+    return len({row[:stop] for row in rows for stop in range(1, len(row) + 1)})
+
+
 @torch.no_grad()
 def least_schedule(
-    model: Any, tokenizer: Any, cells: list[Cell], layers: list[int], n_positions: int
+    model: Any, tokenizer: Any, cells: Sequence[Cell], layers: list[int], n_positions: int
 ) -> None:
     """Run the passes.
 
@@ -31,10 +39,7 @@ def least_schedule(
         layers: where interventions are made.
         n_positions: the last prompt token, and generated ones from the first on.
     """
-    prompts = [render_cell(tokenizer, cell) for cell in cells]
-    rows = {prompt[name].ids for prompt in prompts for name in ROLE_PROMPTS}
-    beginnings = {row[:stop] for row in rows for stop in range(1, len(row) + 1)}
-    width = sum(len(prompt["XY"]) for prompt in prompts) // len(cells)
+    width = sum(len(render_cell(tokenizer, cell)["XY"]) for cell in cells) // len(cells)
     n_forced, n_eval = n_positions - 1, 10
     config, blocks = model.config, model.model.layers
     n_layers = config.num_hidden_layers  # it is less while a pass begins at a layer
@@ -48,7 +53,7 @@ def least_schedule(
     def tokens(n_rows: int, n_columns: int) -> Tensor:
         return torch.randint(config.vocab_size, (n_rows, n_columns))
 
-    model(tokens(1, len(beginnings)), use_cache=True, logits_to_keep=1)
+    model(tokens(1, count_beginnings(tokenizer, cells)), use_cache=True, logits_to_keep=1)
     said = held(len(cells))
     for _ in range(n_forced + n_eval - 1):
         model(tokens(len(cells), 1), past_key_values=said)

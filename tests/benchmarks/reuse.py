@@ -16,11 +16,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from least_schedule import least_schedule
+from least_schedule import count_beginnings, least_schedule
 from nnsight import TransformersModel
 from paper_schedule import paper_schedule
 from rich.console import Console
@@ -29,7 +30,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from persona_nns.catalog import load_experiment
 from persona_nns.grids import Cell, load_grid
 from persona_nns.models import load_model
-from persona_nns.prompts import ROLE_PROMPTS, render_cell
+from persona_nns.prompts import render_cell
 from persona_nns.sites import parse_layers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qwen2"
@@ -109,8 +110,8 @@ def compare(
         )
         times["paper"].append(seconds * len(cells) / sample)
         if least:
-            needed = (plain, model.tokenizer, cells, layers, len(POSITIONS))
-            times["least"].append(timed(lambda needed=needed: least_schedule(*needed)))
+            passes = partial(least_schedule, plain, model.tokenizer, cells, layers, len(POSITIONS))
+            times["least"].append(timed(passes))
     ours = measure(model, cells, **sites)["kl"]
     theirs = paper_schedule(plain, model.tokenizer, cells[:1], layers, POSITIONS)
     longest = max(len(render_cell(model.tokenizer, cell)["XY"]) for cell in cells)
@@ -240,10 +241,7 @@ def least_multiply_adds(
     d, n = config.hidden_size, config.num_hidden_layers
     kv = config.num_key_value_heads * d // config.num_attention_heads
     block = 2 * d * d + 2 * d * kv + 3 * d * config.intermediate_size
-    prompts = [render_cell(model.tokenizer, cell) for cell in cells]
-    rows = {prompt[name].ids for prompt in prompts for name in ROLE_PROMPTS}
-    beginnings = {row[:stop] for row in rows for stop in range(1, len(row) + 1)}
-    clean = (len(beginnings) + len(cells) * 3 * 2) * n * block
+    clean = (count_beginnings(model.tokenizer, cells) + len(cells) * 3 * 2) * n * block
     said = len(cells) * (N_SAID - 1) * (n * block + d * config.vocab_size)
     moved = len(cells) * len(POSITIONS) * sum(10 * (n - layer) for layer in layers) * block
     scored = len(cells) * (1 + 10 * len(POSITIONS) * len(layers)) * d * config.vocab_size
