@@ -18,18 +18,25 @@ from pydantic import Field
 from torch import Tensor
 from transformers import DynamicCache
 
-from persona_nns.bands import band_labels, band_layers
-from persona_nns.batches import left_pad
-from persona_nns.continuations import read_continuation
-from persona_nns.grids import Cell
-from persona_nns.knockout import BLOCKED, block_keys, blocked_queries, persona_keys, share_out
-from persona_nns.knockout_plots import kl_by_band, markers_by_blocked
-from persona_nns.markers import count_markers, warn_without_markers
-from persona_nns.metrics import log_probabilities, summed_kl
-from persona_nns.models import end_tokens
-from persona_nns.prompts import render_cell
-from persona_nns.variables import Variable
-from persona_nns.window import open_window, prefill, read_clean_run, stack_windows
+from persona_nns.declarations import Variable, band_labels, band_layers
+from persona_nns.figures import kl_by_band, markers_by_blocked
+from persona_nns.prompts import Cell, count_markers, render_cell, warn_without_markers
+from persona_nns.tracing import (
+    BLOCKED,
+    block_keys,
+    blocked_queries,
+    end_tokens,
+    left_pad,
+    log_probabilities,
+    open_window,
+    persona_keys,
+    prefill,
+    read_clean_run,
+    read_continuation,
+    share_out,
+    stack_windows,
+    summed_kl,
+)
 
 protocol_version = 1
 defaults = {"grid": "review"}

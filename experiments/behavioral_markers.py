@@ -13,17 +13,18 @@ from matplotlib.figure import Figure
 from nnsight import TransformersModel, save
 from pydantic import Field
 
-from persona_nns.batches import left_pad
-from persona_nns.continuations import read_continuation
-from persona_nns.decomposition import additive
-from persona_nns.estimate_plots import estimates, shares_heatmap
-from persona_nns.grids import Cell
-from persona_nns.markers import count_markers, require_markers
-from persona_nns.models import end_tokens
-from persona_nns.prompts import ROLE_PROMPTS, render_cell
-from persona_nns.sites import substitute
-from persona_nns.variables import Variable
-from persona_nns.window import open_window, prefill
+from persona_nns.declarations import Variable
+from persona_nns.figures import estimates, shares_heatmap
+from persona_nns.prompts import ROLE_PROMPTS, Cell, count_markers, render_cell, require_markers
+from persona_nns.tracing import (
+    additive,
+    end_tokens,
+    left_pad,
+    open_window,
+    prefill,
+    read_continuation,
+    substitute,
+)
 
 protocol_version = 1
 # Layer 14 of the 26 of Gemma-2-2B, and the layer nearest to that depth elsewhere.

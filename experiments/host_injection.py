@@ -18,18 +18,21 @@ from nnsight import TransformersModel, save
 from pydantic import Field
 from torch import Tensor
 
-from persona_nns.batches import left_pad
-from persona_nns.continuations import read_continuation
-from persona_nns.decomposition import additive
-from persona_nns.estimate_plots import closure_figure, estimates, host_markers
-from persona_nns.grids import Cell
-from persona_nns.markers import count_markers, warn_without_markers
-from persona_nns.metrics import closure, log_probabilities, summed_kl
-from persona_nns.models import end_tokens
-from persona_nns.prompts import ROLE_PROMPTS, render_cell
-from persona_nns.sites import label_layer_set, substitute
-from persona_nns.variables import Variable
-from persona_nns.window import open_window, prefill
+from persona_nns.declarations import Variable, label_layer_set
+from persona_nns.figures import closure_figure, estimates, host_markers
+from persona_nns.prompts import ROLE_PROMPTS, Cell, count_markers, render_cell, warn_without_markers
+from persona_nns.tracing import (
+    additive,
+    closure,
+    end_tokens,
+    left_pad,
+    log_probabilities,
+    open_window,
+    prefill,
+    read_continuation,
+    substitute,
+    summed_kl,
+)
 
 protocol_version = 1
 # Layer 14 of the 26 of Gemma-2-2B, and the layer nearest to that depth elsewhere.

@@ -26,19 +26,35 @@ from pydantic import Field
 from torch import Tensor
 from transformers import DynamicCache
 
-from persona_nns.batches import left_pad
-from persona_nns.columns import last_columns, put, root_mean_square, span_columns
-from persona_nns.continuations import read_continuation
-from persona_nns.control_plots import by_control
-from persona_nns.decomposition import additive
-from persona_nns.grids import Cell
-from persona_nns.metrics import closure, log_probabilities, summed_kl
-from persona_nns.models import end_tokens
-from persona_nns.neutral import NEUTRAL, pad_persona, pad_total
-from persona_nns.prompts import ROLE_PROMPTS, Prompt, Span, render_cell
-from persona_nns.sites import label_layer_set
-from persona_nns.variables import Variable
-from persona_nns.window import CleanRun, open_window, prefill, read_cache
+from persona_nns.declarations import Variable, label_layer_set
+from persona_nns.figures import by_control
+from persona_nns.prompts import (
+    NEUTRAL,
+    ROLE_PROMPTS,
+    Cell,
+    Prompt,
+    Span,
+    pad_persona,
+    pad_total,
+    render_cell,
+)
+from persona_nns.tracing import (
+    CleanRun,
+    additive,
+    closure,
+    end_tokens,
+    last_columns,
+    left_pad,
+    log_probabilities,
+    open_window,
+    prefill,
+    put,
+    read_cache,
+    read_continuation,
+    root_mean_square,
+    span_columns,
+    summed_kl,
+)
 
 protocol_version = 1
 # Layer 14 of the 26 of Gemma-2-2B, and the layer nearest to that depth elsewhere.

@@ -15,18 +15,34 @@ import torch
 from nnsight import TransformersModel, save
 from pydantic import AfterValidator, Field
 
-from persona_nns.bands import band_labels, band_layers
-from persona_nns.batches import left_pad
-from persona_nns.closure_plots import closure_by_band, closure_by_graft, closure_heatmap
-from persona_nns.continuations import read_continuation
-from persona_nns.grids import Cell, PromptName
-from persona_nns.kv import KVCache, Piece, Rotation, hide, read_rotation, splice
-from persona_nns.markers import count_markers, warn_without_markers
-from persona_nns.metrics import closure, log_probabilities, summed_kl
-from persona_nns.models import ModelRecord, end_tokens
-from persona_nns.prompts import ROLE_PROMPTS, Prompt, Span, render_cell
-from persona_nns.variables import Variable
-from persona_nns.window import fill_cache, open_window
+from persona_nns.declarations import ModelRecord, Variable, band_labels, band_layers
+from persona_nns.figures import closure_by_band, closure_by_graft, closure_heatmap
+from persona_nns.prompts import (
+    ROLE_PROMPTS,
+    Cell,
+    Prompt,
+    PromptName,
+    Span,
+    count_markers,
+    render_cell,
+    warn_without_markers,
+)
+from persona_nns.tracing import (
+    KVCache,
+    Piece,
+    Rotation,
+    closure,
+    end_tokens,
+    fill_cache,
+    hide,
+    left_pad,
+    log_probabilities,
+    open_window,
+    read_continuation,
+    read_rotation,
+    splice,
+    summed_kl,
+)
 
 protocol_version = 1
 defaults = {"grid": "review"}

@@ -19,30 +19,29 @@ from nnsight import TransformersModel, save
 from pydantic import Field
 from torch import Tensor
 
-from persona_nns.batches import left_pad
-from persona_nns.continuations import read_continuation
-from persona_nns.decomposition import (
+from persona_nns.declarations import Variable, generated_index
+from persona_nns.figures import cells_heatmap, compare_by_layer, lines_by_layer
+from persona_nns.prompts import ROLE_PROMPTS, Cell, render_cell, tokens_from_first_site
+from persona_nns.tracing import (
     additive,
     cos_additive,
     cos_persona_task,
+    end_tokens,
     gap_ratio,
-    interaction_ratio,
-    match_rms,
-)
-from persona_nns.grids import Cell
-from persona_nns.metrics import log_probabilities, summed_kl
-from persona_nns.models import end_tokens
-from persona_nns.plots import cells_heatmap, compare_by_layer, lines_by_layer
-from persona_nns.prompts import ROLE_PROMPTS, render_cell
-from persona_nns.sites import (
-    generated_index,
     index_sites,
+    interaction_ratio,
+    left_pad,
+    log_probabilities,
+    match_rms,
+    open_window,
+    prefill,
+    read_clean_run,
+    read_continuation,
+    stack_windows,
     substitute,
+    summed_kl,
     take,
-    tokens_from_first_site,
 )
-from persona_nns.variables import Variable
-from persona_nns.window import open_window, prefill, read_clean_run, stack_windows
 
 protocol_version = 2
 defaults = {"layers": "0.25,0.40,0.55,0.70,0.85", "positions": "p_last,g1,g2"}

@@ -16,10 +16,32 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.kv import KVCache
-from persona_nns.patches import (
+from persona_nns.declarations import Plan, Variable, content_digest
+from persona_nns.figures import (
+    accuracy_by_persona,
+    attention_before_and_after,
+    head_ranking,
+    recovery_by_head,
+    recovery_by_pair,
+)
+from persona_nns.prompts import (
+    BUNDLED,
+    LETTERS,
+    PERSONA,
+    Asked,
+    Pair,
+    ask,
+    check_persona,
+    load_identities,
+    load_questions,
+    name_questions,
+    shared_prefix,
+)
+from persona_nns.tracing import (
     POSITION_SETS,
+    KVCache,
     Unpatched,
+    Window,
     attention_to,
     chunk_questions,
     common_columns,
@@ -28,29 +50,11 @@ from persona_nns.patches import (
     head_patch,
     heads_apart,
     logit_difference,
+    open_ragged_window,
     partners,
+    prefill,
+    take,
 )
-from persona_nns.patching_plots import (
-    accuracy_by_persona,
-    attention_before_and_after,
-    head_ranking,
-    recovery_by_head,
-    recovery_by_pair,
-)
-from persona_nns.questions import BUNDLED, LETTERS, load_questions, name_questions
-from persona_nns.sites import take
-from persona_nns.students import (
-    PERSONA,
-    Asked,
-    Pair,
-    ask,
-    check_persona,
-    load_identities,
-    shared_prefix,
-)
-from persona_nns.units import Plan, content_digest
-from persona_nns.variables import Variable
-from persona_nns.window import Window, open_ragged_window, prefill
 
 protocol_version = 3
 

@@ -23,14 +23,33 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.answers import JudgeChoice, judge_tokens
-from persona_nns.batches import left_pad, similar_rows
-from persona_nns.chats import render_chat
-from persona_nns.continuations import read_continuation
-from persona_nns.distillation import (
+from persona_nns.declarations import Plan, Variable, content_digest
+from persona_nns.errors import UsageError
+from persona_nns.figures import distillation_curves, token_kl_figure
+from persona_nns.models import hosted, record_of
+from persona_nns.prompts import render_chat
+from persona_nns.tracing import (
+    RowSampler,
+    end_tokens,
+    left_pad,
+    parse_position_sets,
+    read_continuation,
+    row_seed,
+    similar_rows,
+    steer,
+    steered_steps,
+    steered_tokens,
+    until_end_of_text,
+)
+from persona_nns.traits import (
+    JudgeChoice,
     Training,
     Trajectory,
+    check_held_out,
     collate,
+    judge_tokens,
+    load_traits,
+    load_vector,
     new_student,
     parse_counts,
     parse_students,
@@ -39,21 +58,6 @@ from persona_nns.distillation import (
     train,
     trained_parameters,
 )
-from persona_nns.errors import UsageError
-from persona_nns.models import end_tokens, hosted, record_of
-from persona_nns.sampling import RowSampler, row_seed
-from persona_nns.steering import (
-    parse_position_sets,
-    steer,
-    steered_steps,
-    steered_tokens,
-    until_end_of_text,
-)
-from persona_nns.trait_plots import distillation_curves, token_kl_figure
-from persona_nns.trait_rows import load_vector
-from persona_nns.traits import check_held_out, load_traits
-from persona_nns.units import Plan, content_digest
-from persona_nns.variables import Variable
 
 protocol_version = 1
 

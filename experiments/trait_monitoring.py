@@ -16,17 +16,11 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.answers import JudgeChoice, judge_tokens
-from persona_nns.batches import left_pad, similar_rows
-from persona_nns.chats import render_chat, takes_system_role
-from persona_nns.extraction import normalised
-from persona_nns.replies import sample_replies
-from persona_nns.sampling import row_seed
-from persona_nns.trait_plots import correlation_by_layer
-from persona_nns.trait_rows import load_vector
-from persona_nns.traits import DEGREES, load_traits
-from persona_nns.units import Plan, content_digest
-from persona_nns.variables import Variable
+from persona_nns.declarations import Plan, Variable, content_digest
+from persona_nns.figures import correlation_by_layer
+from persona_nns.prompts import render_chat, takes_system_role
+from persona_nns.tracing import left_pad, normalised, row_seed, sample_replies, similar_rows
+from persona_nns.traits import DEGREES, JudgeChoice, judge_tokens, load_traits, load_vector
 
 protocol_version = 1
 

@@ -15,14 +15,11 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.answers import JudgeChoice, judge_tokens
-from persona_nns.chats import render_chat, takes_system_role
-from persona_nns.replies import sample_replies
-from persona_nns.sampling import row_seed
-from persona_nns.trait_plots import score_bars
-from persona_nns.traits import LABELS, Trait, load_traits
-from persona_nns.units import Plan, content_digest
-from persona_nns.variables import Variable
+from persona_nns.declarations import Plan, Variable, content_digest
+from persona_nns.figures import score_bars
+from persona_nns.prompts import render_chat, takes_system_role
+from persona_nns.tracing import row_seed, sample_replies
+from persona_nns.traits import LABELS, JudgeChoice, Trait, judge_tokens, load_traits
 
 protocol_version = 1
 

@@ -20,30 +20,28 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.answers import JudgeChoice, judge_tokens
-from persona_nns.batches import left_pad, similar_rows
-from persona_nns.chats import render_chat, response_ids
-from persona_nns.continuations import read_continuation
-from persona_nns.extraction import normalised
-from persona_nns.models import end_tokens
-from persona_nns.responses import read_responses
-from persona_nns.sampling import RowSampler, row_seed
-from persona_nns.steering import (
+from persona_nns.declarations import Plan, Variable, content_digest
+from persona_nns.figures import steering_sweep
+from persona_nns.prompts import render_chat, response_ids
+from persona_nns.tracing import (
+    RowSampler,
     ablate,
+    end_tokens,
     increments,
+    left_pad,
+    normalised,
     parse_alphas,
     parse_position_sets,
+    read_continuation,
     response_logprob,
+    row_seed,
+    similar_rows,
     steer,
     steered_steps,
     steered_tokens,
     until_end_of_text,
 )
-from persona_nns.trait_plots import steering_sweep
-from persona_nns.trait_rows import load_vector
-from persona_nns.traits import load_traits
-from persona_nns.units import Plan, content_digest
-from persona_nns.variables import Variable
+from persona_nns.traits import JudgeChoice, judge_tokens, load_traits, load_vector, read_responses
 
 protocol_version = 1
 defaults = {"layers": "all"}

@@ -19,17 +19,28 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.answers import JudgeChoice
-from persona_nns.batches import left_pad, similar_rows
-from persona_nns.chats import render_chat, response_ids, takes_system_role
+from persona_nns.declarations import Plan, Variable, content_digest
 from persona_nns.errors import UsageError
-from persona_nns.extraction import AVERAGES, averages, normalised, token_weights
+from persona_nns.figures import projection_figure, vector_norms
+from persona_nns.prompts import render_chat, response_ids, takes_system_role
 from persona_nns.runs import run
-from persona_nns.trait_plots import projection_figure, vector_norms
-from persona_nns.trait_rows import JudgedResponse, row_coordinates, rows_of_file, rows_of_store
-from persona_nns.traits import LABELS, load_traits
-from persona_nns.units import Plan, content_digest
-from persona_nns.variables import Variable
+from persona_nns.tracing import (
+    AVERAGES,
+    averages,
+    left_pad,
+    normalised,
+    similar_rows,
+    token_weights,
+)
+from persona_nns.traits import (
+    LABELS,
+    JudgeChoice,
+    JudgedResponse,
+    load_traits,
+    row_coordinates,
+    rows_of_file,
+    rows_of_store,
+)
 
 protocol_version = 2
 

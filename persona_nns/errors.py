@@ -55,3 +55,8 @@ def one_line(error: BaseException) -> str:
     """The first line of an error's message, with a full stop."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".: ") + "."
+
+
+def says_out_of_memory(message: str) -> bool:
+    """Whether a message, or a server's traceback, says that a batch did not fit."""
+    return any(words in message for words in ("DefaultCPUAllocator", "OutOfMemoryError"))

@@ -22,10 +22,10 @@ from nnsight import TransformersModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from persona_nns.catalog import load_experiment
-from persona_nns.grids import Grid
-from persona_nns.models import load_model
-from persona_nns.tables import measured, result_table
+from persona_nns.declarations.catalog import load_experiment
+from persona_nns.figures.tables import measured, result_table
+from persona_nns.models.load import load_model
+from persona_nns.prompts.grids import Grid
 
 torch.set_num_threads(1)
 

@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-SERVER = Path(__file__).parents[1] / "persona_nns" / "loopback" / "server.py"
+SERVER = Path(__file__).parents[1] / "persona_nns" / "models" / "loopback" / "server.py"
 PATHS = {"submit": "/request", "reply": "/request", "poll": "/response/", "result": "/results/"}
 
 

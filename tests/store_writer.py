@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from persona_nns.grids import Cell
-from persona_nns.sessions import Session
-from persona_nns.sharing import Share
-from persona_nns.store import Block
-from persona_nns.units import Plan, Unit
-from persona_nns.variables import Variable
+from persona_nns.declarations.plans import Plan, Unit
+from persona_nns.declarations.variables import Variable
+from persona_nns.prompts.grids import Cell
+from persona_nns.results.claims import Session
+from persona_nns.results.store import Block
+from persona_nns.runs.queue import Share
 
 VARIABLES = {
     "kl": Variable("cell layer position", "causal KL", units="nat", description="of the test"),

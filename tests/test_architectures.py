@@ -18,9 +18,9 @@ from nnsight import TransformersModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from persona_nns.batches import left_pad
-from persona_nns.grids import Cell, Grid
-from persona_nns.sites import substitute, take
+from persona_nns.prompts.grids import Cell, Grid
+from persona_nns.tracing.batches import left_pad
+from persona_nns.tracing.residuals import substitute, take
 
 # Longer than the sliding window (16) of the architectures that have one.
 LONG = [5 + (37 * k) % 1000 for k in range(27)]

@@ -20,13 +20,13 @@ from nnsight import TransformersModel, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from persona_nns.bands import band_labels, band_layers
-from persona_nns.batches import left_pad
-from persona_nns.catalog import load_experiment
-from persona_nns.grids import Cell, Grid, load_grid
-from persona_nns.knockout import BLOCKED, block_keys, blocked_queries, persona_keys
-from persona_nns.prompts import render_cell
-from persona_nns.window import prefill
+from persona_nns.declarations.bands import band_labels, band_layers
+from persona_nns.declarations.catalog import load_experiment
+from persona_nns.prompts.grids import Cell, Grid, load_grid
+from persona_nns.prompts.render import render_cell
+from persona_nns.tracing.batches import left_pad
+from persona_nns.tracing.knockout import BLOCKED, block_keys, blocked_queries, persona_keys
+from persona_nns.tracing.window import prefill
 
 pytestmark = pytest.mark.filterwarnings("ignore:The grid has no markers")
 N_TOKENS = 7  # of the continuations
@@ -239,7 +239,7 @@ def test_conditions_one_at_a_time_equal_many_in_a_pass(
     small_grid: Grid,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("persona_nns.knockout._BYTES_OF_A_PASS", 1)
+    monkeypatch.setattr("persona_nns.tracing.knockout._BYTES_OF_A_PASS", 1)
     alone = experiment.measure(model, list(small_grid.cells), n_tokens=1)
     for name in ("kl", "kl_host"):
         torch.testing.assert_close(alone[name], batched[name], atol=1e-5, rtol=1e-4)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_nns.batches import left_pad
+from persona_nns.tracing.batches import left_pad
 
 
 def test_rows_are_padded_on_the_left_to_the_longest() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from nnsight import TransformersModel
 
-from persona_nns.catalog import bundled_experiments, load_experiment, summary_of
+from persona_nns.declarations.catalog import bundled_experiments, load_experiment, summary_of
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.runs import run
+from persona_nns.runs.run import run
 
 
 def test_every_bundled_experiment_loads_and_documents_its_variables() -> None:

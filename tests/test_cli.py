@@ -9,8 +9,8 @@ from readme_example import EXAMPLE
 from rich.console import Console
 
 import persona_nns as pn
-from persona_nns import terminal
-from persona_nns.cli import main
+from persona_nns.cli import terminal
+from persona_nns.cli.commands import main
 
 GOLDEN = Path(__file__).parent / "golden"
 GRID = """

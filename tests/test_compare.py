@@ -13,9 +13,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import persona_nns as pn
-from persona_nns import terminal
-from persona_nns.cli import app
-from persona_nns.compare import (
+from persona_nns.cli import terminal
+from persona_nns.cli.commands import app
+from persona_nns.declarations.variables import Variable
+from persona_nns.errors import UsageError
+from persona_nns.prompts.grids import Grid, load_grid
+from persona_nns.published.compare import (
     Matched,
     Tolerance,
     agreement,
@@ -28,15 +31,12 @@ from persona_nns.compare import (
     summarise,
     where,
 )
-from persona_nns.compare_plots import compare_figures
-from persona_nns.compare_tables import median_number
-from persona_nns.errors import UsageError
-from persona_nns.grids import Grid, load_grid
-from persona_nns.published import published_store
-from persona_nns.request import plan_of_grid
-from persona_nns.results import open_results
-from persona_nns.store import Block, attach
-from persona_nns.variables import Variable
+from persona_nns.published.figures import compare_figures
+from persona_nns.published.store import published_store
+from persona_nns.published.tables import median_number
+from persona_nns.results.reading import open_results
+from persona_nns.results.store import Block, attach
+from persona_nns.runs.request import plan_of_grid
 
 PUBLISHED = published_store()
 GEMMA = "google/gemma-2-2b-it"

@@ -10,9 +10,9 @@ import pytest
 from store_writer import block_of, cells_of, values_are_right, values_of, write_all
 
 import persona_nns as pn
-from persona_nns.results import list_runs, open_results
-from persona_nns.sessions import Session
-from persona_nns.sharing import Share
+from persona_nns.results.claims import Session
+from persona_nns.results.reading import list_runs, open_results
+from persona_nns.runs.queue import Share
 
 WRITER = Path(__file__).with_name("store_writer.py")
 N_PROCESSES, N_CELLS, BATCH = 4, 24, 2

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from persona_nns.continuations import Continuation, read_continuation
+from persona_nns.tracing.continuations import Continuation, read_continuation
 
 END = 2
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from store_writer import block_of, cells_of, values_are_right, values_of, write_all
 
 import persona_nns as pn
-from persona_nns.places import Place, place_of
-from persona_nns.results import list_runs, open_results
-from persona_nns.store import attach, check_writable
+from persona_nns.results.locations import Place, place_of
+from persona_nns.results.reading import list_runs, open_results
+from persona_nns.results.store import attach, check_writable
 
 HERE = Path(__file__).parent
 
@@ -173,7 +173,7 @@ def test_data_are_flushed_before_cells_are_called_complete(
 def test_large_cells_are_cut_by_layer_and_position(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from persona_nns.variables import Variable
+    from persona_nns.declarations.variables import Variable
 
     wide = {"h": Variable("cell layer position d_model", "residual")}
     block = replace(block_of(2), variables=wide, d_model=2**16)
@@ -220,7 +220,7 @@ def test_a_real_run_that_is_killed_is_finished_by_the_same_command(
     request = ["run", str(file), "--model", model, "--grid", "short", "--batch-size", "1"]
     request += ["--store", str(store)]
     answer = subprocess.run(
-        [sys.executable, "-c", "from persona_nns.cli import main; main()", *request],
+        [sys.executable, "-c", "from persona_nns.cli.commands import main; main()", *request],
         env={**os.environ, "KILL": str(kill)},
         check=False,
     )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from persona_nns.decomposition import (
+from persona_nns.tracing.decomposition import (
     additive,
     cos_additive,
     cos_persona_task,

@@ -10,7 +10,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer
 
-from persona_nns.distillation import (
+from persona_nns.errors import PersonaError, UsageError
+from persona_nns.models.load import load_model, record_of
+from persona_nns.traits.distillation import (
     DistillationTrainer,
     Training,
     Trajectory,
@@ -24,8 +26,6 @@ from persona_nns.distillation import (
     train,
     trained_parameters,
 )
-from persona_nns.errors import PersonaError, UsageError
-from persona_nns.models import load_model, record_of
 
 TRAJECTORIES = [
     Trajectory((5, 6, 7), (8, 9, 10, 11)),
@@ -94,7 +94,7 @@ def run_training(folder: Path, source: Path, teacher: Any) -> tuple[Any, list[fl
 def test_training_that_was_interrupted_goes_on_where_it_stopped(
     random_folder: Any, tmp_path: Path, teacher: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("persona_nns.distillation._SAVE_EVERY", 2)
+    monkeypatch.setattr("persona_nns.traits.distillation._SAVE_EVERY", 2)
     source = random_folder("qwen2")
     whole, losses = run_training(tmp_path / "whole", source, teacher)
     assert len(losses) == TRAINING.steps

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from persona_nns.estimate_plots import (
+from persona_nns.figures.estimates import (
     closure_figure,
     closures_of_medians,
     estimate_table,
@@ -14,9 +14,9 @@ from persona_nns.estimate_plots import (
     host_markers,
     shares_heatmap,
 )
-from persona_nns.intervals import interval
-from persona_nns.missing import measured_values
-from persona_nns.tables import result_table
+from persona_nns.figures.intervals import interval
+from persona_nns.figures.tables import result_table
+from persona_nns.results.measured import measured_values
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from nnsight import TransformersModel
 
 import persona_nns as pn
-from persona_nns import cli
-from persona_nns.catalog import load_experiment
-from persona_nns.checkpoints import count_layers
-from persona_nns.grids import Grid, load_grid
-from persona_nns.places import place_of
-from persona_nns.prompts import read_template
-from persona_nns.runs import plan_run
-from persona_nns.store import check_writable
+from persona_nns.cli import commands as cli
+from persona_nns.declarations.catalog import load_experiment
+from persona_nns.models.checkpoints import count_layers
+from persona_nns.prompts.grids import Grid, load_grid
+from persona_nns.prompts.render import read_template
+from persona_nns.results.locations import place_of
+from persona_nns.results.store import check_writable
+from persona_nns.runs.run import plan_run
 
 GOLDEN = Path(__file__).parent / "golden"
 shared = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -15,7 +15,7 @@ import torch
 from nnsight import TransformersModel
 from torch import Tensor
 
-from persona_nns.grids import Grid, load_grid
+from persona_nns.prompts.grids import Grid, load_grid
 
 GOLDEN = Path(__file__).parent / "golden"
 # Names of the published scripts → names of this project.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from nnsight import TransformersModel
 
-from persona_nns.grids import load_grid
+from persona_nns.prompts.grids import load_grid
 
 EXPECTED = Path(__file__).parent / "golden"
 CELLS = list(load_grid("review").cells)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from persona_nns.errors import UsageError
-from persona_nns.grids import Grid, load_grid
+from persona_nns.prompts.grids import Grid, load_grid
 
 LONG_PERSONAS = [
     "engineer",

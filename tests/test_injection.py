@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 import persona_nns as pn
 from persona_nns.errors import UsageError
-from persona_nns.grids import Cell, Grid
-from persona_nns.models import load_model
+from persona_nns.models.load import load_model
+from persona_nns.prompts.grids import Cell, Grid
 
 END = 2
 N_TOKENS = 5

@@ -16,10 +16,10 @@ from nnsight import TransformersModel
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from persona_nns.catalog import load_experiment
-from persona_nns.grids import Cell, Grid
-from persona_nns.neutral import NEUTRAL, pad_persona, pad_total
-from persona_nns.prompts import Prompt, render_cell
+from persona_nns.declarations.catalog import load_experiment
+from persona_nns.prompts.grids import Cell, Grid
+from persona_nns.prompts.padding import NEUTRAL, pad_persona, pad_total
+from persona_nns.prompts.render import Prompt, render_cell
 
 LAYER_SETS = [[2], [1, 3]]
 SOURCES = ["none", "cached", "oracle"]

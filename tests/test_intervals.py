@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from persona_nns.intervals import interval
+from persona_nns.figures.intervals import interval
 
 
 def test_the_interval_of_a_mean_is_as_wide_as_its_standard_error_says() -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.judge import (
+from persona_nns.traits.endpoint import EndpointJudge, ReplyCache
+from persona_nns.traits.judges import (
     COHERENCE_PROMPT,
     Answer,
     LexiconJudge,
     expected_score,
     fill_prompt,
 )
-from persona_nns.judge_endpoint import EndpointJudge, ReplyCache
-from persona_nns.traits import load_traits
+from persona_nns.traits.trait import load_traits
 
 SECRET = "sk-do-not-show-me-1234567890"
 CHEERFUL = load_traits("cheerful", "evaluation")[0]
@@ -237,7 +237,7 @@ def test_a_url_of_something_else_is_an_error(
 def test_nobody_at_the_endpoint_is_an_error(
     endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("persona_nns.judge_endpoint._RETRIES", 0)
+    monkeypatch.setattr("persona_nns.traits.endpoint._RETRIES", 0)
     judge = EndpointJudge("http://127.0.0.1:9/v1", "judge-1", cache=tmp_path / "judge.sqlite")
     with pytest.raises(PersonaError, match="does not answer"):
         judge.ask(["how"])

@@ -8,8 +8,8 @@ import pytest
 from nnsight import TransformersModel
 
 import persona_nns as pn
-from persona_nns.grids import Grid
-from persona_nns.plots import draw
+from persona_nns.figures.drawing import draw
+from persona_nns.prompts.grids import Grid
 
 pytestmark = pytest.mark.filterwarnings("ignore:The grid has no markers")
 

@@ -9,20 +9,14 @@ import torch
 from nnsight import TransformersModel, save
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from persona_nns.batches import left_pad
 from persona_nns.errors import PersonaError
-from persona_nns.kv import (
-    KVCache,
-    Piece,
-    hide,
-    read_cache,
-    read_rotation,
-    running_cache,
-    splice,
-    stack,
-)
-from persona_nns.models import load_model
-from persona_nns.window import fill_cache, open_window
+from persona_nns.models.load import load_model
+from persona_nns.tracing.batches import left_pad
+from persona_nns.tracing.kv.cache import KVCache, read_cache, running_cache, stack
+from persona_nns.tracing.kv.masks import hide
+from persona_nns.tracing.kv.rotation import read_rotation
+from persona_nns.tracing.kv.splice import Piece, splice
+from persona_nns.tracing.window import fill_cache, open_window
 
 # Longer than the sliding window (16) of the architectures that have one.
 LONG = [5 + (37 * k) % 1000 for k in range(27)]

@@ -22,12 +22,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import persona_nns as pn
-from persona_nns.catalog import load_experiment
+from persona_nns.declarations.catalog import load_experiment
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.grids import Cell, Grid
-from persona_nns.plots import draw
-from persona_nns.prompts import Prompt, render_cell
-from persona_nns.tables import result_table
+from persona_nns.figures.drawing import draw
+from persona_nns.figures.tables import result_table
+from persona_nns.prompts.grids import Cell, Grid
+from persona_nns.prompts.render import Prompt, render_cell
 
 pytestmark = pytest.mark.filterwarnings("ignore:The grid has no markers")
 

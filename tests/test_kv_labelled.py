@@ -9,10 +9,13 @@ import torch
 from nnsight import TransformersModel
 
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.kv import KVCache, Piece, read_rotation, splice
-from persona_nns.kv.labelled import label_cache, open_cache, unlabel_cache, write_cache
-from persona_nns.models import load_model, record_of
-from persona_nns.window import fill_cache
+from persona_nns.models.load import load_model, record_of
+from persona_nns.results.caches import label_cache, open_cache, write_cache
+from persona_nns.tracing.kv.arrays import unlabel_cache
+from persona_nns.tracing.kv.cache import KVCache
+from persona_nns.tracing.kv.rotation import read_rotation
+from persona_nns.tracing.kv.splice import Piece, splice
+from persona_nns.tracing.window import fill_cache
 
 ROWS = [[5 + (37 * k) % 1000 for k in range(n)] for n in (27, 33, 19)]
 CELLS = ["chef/haiku", "chef/policy", "yoda/haiku"]

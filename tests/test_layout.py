@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from zarr.codecs import ZstdCodec
 
-from persona_nns.layout import label_array, unit_array, write_chunks
-from persona_nns.variables import FILL, Kind
+from persona_nns.declarations.variables import FILL, Kind
+from persona_nns.results.chunks import label_array, unit_array, write_chunks
 
 KINDS: dict[Kind, Any] = {"float": "float32", "int": "int64", "bool": "bool", "text": str}
 SIZES = {"cell": 5, "layer": 3, "position": 2}

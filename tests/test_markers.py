@@ -1,4 +1,4 @@
-from persona_nns.markers import find_markers
+from persona_nns.prompts.markers import find_markers
 
 
 def test_single_words_stand_on_word_boundaries():

@@ -2,7 +2,7 @@
 
 import torch
 
-from persona_nns.metrics import closure, log_probabilities, summed_kl
+from persona_nns.tracing.metrics import closure, log_probabilities, summed_kl
 
 
 def test_closure_is_the_share_of_the_hosts_gap_that_is_gone() -> None:

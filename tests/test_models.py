@@ -20,16 +20,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from persona_nns.checkpoints import model_label
-from persona_nns.checks import check_model
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.models import (
-    STANDARD_NAMES,
-    end_tokens,
-    load_model,
-    record_of,
-)
-from persona_nns.prompts import PLAIN_TEMPLATE
+from persona_nns.models.checkpoints import model_label
+from persona_nns.models.checks import check_model
+from persona_nns.models.load import STANDARD_NAMES, load_model, record_of
+from persona_nns.prompts.render import PLAIN_TEMPLATE
+from persona_nns.tracing.continuations import end_tokens
 
 
 def parameter_dtypes(model: TransformersModel) -> set[torch.dtype]:

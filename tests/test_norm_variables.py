@@ -12,7 +12,7 @@ from plain_hooks import blocks_of, greedy, logits_with, prompt_ids, residuals, s
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from persona_nns.grids import Grid
+from persona_nns.prompts.grids import Grid
 
 END, N_EVAL, LAYERS = 2, 4, [1, 4]
 POSITIONS = ["p_last", "g1"]

@@ -19,10 +19,10 @@ from moto.server import ThreadedMotoServer
 from store_writer import block_of, cells_of, plan_of, values_are_right, write_all
 
 import persona_nns as pn
-from persona_nns.places import place_of
-from persona_nns.results import list_runs, open_results
-from persona_nns.store import attach, check_writable
-from persona_nns.variables import Variable
+from persona_nns.declarations.variables import Variable
+from persona_nns.results.locations import place_of
+from persona_nns.results.reading import list_runs, open_results
+from persona_nns.results.store import attach, check_writable
 
 WRITER = Path(__file__).with_name("store_writer.py")
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import persona_nns as pn
-from persona_nns import patches
-from persona_nns.catalog import load_experiment
-from persona_nns.patching_plots import rank_heads
-from persona_nns.plots import draw
-from persona_nns.questions import load_questions
-from persona_nns.students import PERSONA, Asked, Pair, ask
+from persona_nns.declarations.catalog import load_experiment
+from persona_nns.figures.drawing import draw
+from persona_nns.figures.patching import rank_heads
+from persona_nns.prompts.identities import PERSONA, Asked, Pair, ask
+from persona_nns.prompts.questions import load_questions
+from persona_nns.tracing import patching as patches
 
 N_LAYERS, N_HEADS = 5, 4
 LAYERS = list(range(N_LAYERS))

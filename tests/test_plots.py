@@ -9,14 +9,9 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from persona_nns.errors import UsageError
-from persona_nns.plots import (
-    axis_label,
-    cells_heatmap,
-    check_format,
-    default_figures,
-    lines_by_layer,
-    save_figure,
-)
+from persona_nns.figures.by_layer import cells_heatmap, lines_by_layer
+from persona_nns.figures.drawing import check_format, default_figures, save_figure
+from persona_nns.figures.style import axis_label
 
 PERSONAS = ["chef", "yoda"]
 TASKS = ["haiku", "policy"]

@@ -13,8 +13,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.grids import load_grid
-from persona_nns.prompts import (
+from persona_nns.prompts.grids import load_grid
+from persona_nns.prompts.render import (
     PLAIN_TEMPLATE,
     Prompt,
     apply_template,

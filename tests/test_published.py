@@ -7,10 +7,10 @@ import pytest
 import xarray as xr
 import zarr
 
-from persona_nns.grids import load_grid
-from persona_nns.published import published_store
+from persona_nns.prompts.grids import load_grid
+from persona_nns.published.store import published_store
 from persona_nns.published.write import write_published
-from persona_nns.results import list_runs, open_results
+from persona_nns.results.reading import list_runs, open_results
 
 STORE = published_store()
 GEMMA, QWEN, QWEN_3B = (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.questions import load_questions, name_questions
+from persona_nns.prompts.questions import load_questions, name_questions
 
 ROW: dict[str, Any] = {
     "question": "Two and two?",

@@ -20,16 +20,16 @@ from nnsight import TransformersModel
 from readme_example import EXAMPLE
 
 import persona_nns as pn
-from persona_nns.catalog import bundled_experiments, load_experiment
-from persona_nns.cli import main
-from persona_nns.grids import Grid, load_grid
-from persona_nns.jobs import read_jobs
-from persona_nns.loopback import LoopbackServer
-from persona_nns.models import hosted, record_of
-from persona_nns.remote import dispatch
-from persona_nns.remote.connection import Patience
-from persona_nns.remote.environment import CRITICAL, Environment
-from persona_nns.store import open_group
+from persona_nns.cli.commands import main
+from persona_nns.declarations.catalog import bundled_experiments, load_experiment
+from persona_nns.models.load import hosted, record_of
+from persona_nns.models.loopback import LoopbackServer
+from persona_nns.prompts.grids import Grid, load_grid
+from persona_nns.results.store import open_group
+from persona_nns.runs.remote import dispatch
+from persona_nns.runs.remote.connection import Patience
+from persona_nns.runs.remote.environment import CRITICAL, Environment
+from persona_nns.runs.remote.job_book import read_jobs
 
 ON_A_GRID = [
     name for name, file in bundled_experiments().items() if "\ndef plan(" not in file.read_text()
@@ -306,10 +306,14 @@ def test_a_request_names_nothing_of_this_machine(
 def test_a_module_used_as_a_whole_through_another_is_refused(
     simulated: Callable[[str], TransformersModel], small_grid: Grid, tmp_path: Path
 ) -> None:
-    whole = EXAMPLE.replace("from persona_nns.batches import left_pad\n", "import persona_nns\n")
-    whole = whole.replace("left_pad(", "persona_nns.batches.left_pad(")
+    whole = EXAMPLE.replace(
+        "from persona_nns.tracing.batches import left_pad\n", "import persona_nns\n"
+    )
+    whole = whole.replace("left_pad(", "persona_nns.tracing.batches.left_pad(")
     (tmp_path / "norms.py").write_text(whole)
-    with pytest.raises(pn.UsageError, match=r"measure\(\) uses persona_nns.batches as a whole"):
+    with pytest.raises(
+        pn.UsageError, match=r"measure\(\) uses persona_nns.tracing.batches as a whole"
+    ):
         pn.run(tmp_path / "norms.py", simulated("qwen2"), small_grid, store=tmp_path / "s.zarr")
     assert not (tmp_path / "s.zarr").exists()
 
@@ -420,7 +424,7 @@ def test_another_nnsight_is_refused_and_other_versions_are_told() -> None:
 
 
 def test_the_key_of_a_server_is_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
-    from persona_nns.remote.hosts import Host, read_backend
+    from persona_nns.models.servers import Host, read_backend
 
     monkeypatch.setenv("NDIF_API_KEY", "sekret")
     monkeypatch.setenv("NDIF_HOST", "https://ndif.example.org/")

@@ -21,12 +21,12 @@ from readme_example import EXAMPLE
 
 import persona_nns as pn
 from persona_nns import errors
-from persona_nns.grids import Grid
-from persona_nns.jobs import Job, read_jobs
-from persona_nns.loopback import LoopbackServer
-from persona_nns.remote import dispatch
-from persona_nns.remote.connection import Patience
-from persona_nns.store import open_group
+from persona_nns.models.loopback import LoopbackServer
+from persona_nns.prompts.grids import Grid
+from persona_nns.results.store import open_group
+from persona_nns.runs.remote import dispatch
+from persona_nns.runs.remote.connection import Patience
+from persona_nns.runs.remote.job_book import Job, read_jobs
 
 FAULTY = Path(__file__).with_name("faulty_server.py")
 KEY = "sekret-of-the-tests"
@@ -259,7 +259,7 @@ def test_a_client_that_ends_in_the_middle_of_a_job(
     # A shell starts what it leaves in the background, these tests perhaps, deaf to SIGINT.
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from persona_nns.cli import main; main()"
+        "from persona_nns.cli.commands import main; main()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, *map(str, [*request, *rest])],

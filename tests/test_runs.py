@@ -14,12 +14,12 @@ from conftest import save_random_model
 from nnsight import TransformersModel
 
 import persona_nns as pn
-from persona_nns.catalog import load_experiment
-from persona_nns.grids import Grid
-from persona_nns.models import record_of
-from persona_nns.provenance import identity
-from persona_nns.request import make_plan
-from persona_nns.runs import run
+from persona_nns.declarations.catalog import load_experiment
+from persona_nns.models.load import record_of
+from persona_nns.prompts.grids import Grid
+from persona_nns.runs.identity import identity
+from persona_nns.runs.request import make_plan
+from persona_nns.runs.run import run
 
 OWN = '''
 """Counts of things, for the tests."""
@@ -312,8 +312,8 @@ def test_a_cell_that_does_not_fit_is_one_sentence(
 def test_the_default_batch_fits_into_a_share_of_memory(
     monkeypatch: pytest.MonkeyPatch, model: TransformersModel, small_grid: Grid
 ) -> None:
-    from persona_nns import memory
-    from persona_nns.prompts import render_cell
+    from persona_nns.models import memory
+    from persona_nns.prompts.render import render_cell
 
     prompts = [p for c in small_grid.cells for p in render_cell(model.tokenizer, c).values()]
     per_token = 2 * 5 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_nns.shared_heads import head_lengths
+from persona_nns.tracing.prefixes import head_lengths
 
 
 @pytest.mark.parametrize(

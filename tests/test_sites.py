@@ -7,17 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_nns.errors import UsageError
-from persona_nns.prompts import Prompt
-from persona_nns.sites import (
+from persona_nns.declarations.sites import (
     generated_index,
     parse_layer_sets,
     parse_layers,
     parse_positions,
-    position_index,
-    substitute,
-    take,
 )
+from persona_nns.errors import UsageError
+from persona_nns.prompts.positions import position_index
+from persona_nns.prompts.render import Prompt
+from persona_nns.tracing.residuals import substitute, take
 
 
 def prompt_of(length: int, user_last: int | None) -> Prompt:

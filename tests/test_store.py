@@ -9,12 +9,12 @@ import pytest
 import xarray as xr
 import zarr
 
+from persona_nns.declarations.plans import Plan
+from persona_nns.declarations.variables import Variable
 from persona_nns.errors import UsageError
-from persona_nns.grids import Cell, Grid
-from persona_nns.results import list_runs, open_results
-from persona_nns.store import Block, attach, check_writable
-from persona_nns.units import Plan
-from persona_nns.variables import Variable
+from persona_nns.prompts.grids import Cell, Grid
+from persona_nns.results.reading import list_runs, open_results
+from persona_nns.results.store import Block, attach, check_writable
 
 CELLS = {
     f"{persona}/{task}": Cell(persona, task, persona, task, "someone", "something")

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.prompts import PLAIN_TEMPLATE
-from persona_nns.questions import load_questions
-from persona_nns.students import (
+from persona_nns.prompts.identities import (
     PERSONA,
     Asked,
     align,
@@ -20,6 +18,8 @@ from persona_nns.students import (
     load_identities,
     shared_prefix,
 )
+from persona_nns.prompts.questions import load_questions
+from persona_nns.prompts.render import PLAIN_TEMPLATE
 
 QUESTION = load_questions("bundled")[0]
 

@@ -5,7 +5,7 @@ import pytest
 import xarray as xr
 from conftest import printed
 
-from persona_nns.tables import result_table
+from persona_nns.figures.tables import result_table
 
 
 def results_over(*dims: str, size: int = 4) -> xr.Dataset:

@@ -18,19 +18,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import persona_nns as pn
-from persona_nns.batches import left_pad
-from persona_nns.catalog import load_experiment
-from persona_nns.extraction import averages, token_weights
-from persona_nns.models import load_model
-from persona_nns.sampling import RowSampler
-from persona_nns.steering import (
+from persona_nns.declarations.catalog import load_experiment
+from persona_nns.models.load import load_model
+from persona_nns.tracing.averages import averages, token_weights
+from persona_nns.tracing.batches import left_pad
+from persona_nns.tracing.sampling import RowSampler
+from persona_nns.tracing.steering import (
     ablate,
     steer,
     steered_steps,
     steered_tokens,
     until_end_of_text,
 )
-from persona_nns.trait_files import write_vector
+from persona_nns.traits.vectors import write_vector
 
 ROWS = [
     ("pos", "You are a stoic assistant. Bear all calmly.", "How do I wait?", "Wait, and be still."),

@@ -14,15 +14,15 @@ from conftest import printed
 from nnsight import TransformersModel
 
 import persona_nns as pn
-from persona_nns import answers
-from persona_nns.cli import main
+from persona_nns.cli.commands import main
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.models import load_model
-from persona_nns.monitoring import correlation
-from persona_nns.plots import draw
-from persona_nns.responses import Response, write_responses
-from persona_nns.trait_files import read_vector, write_vector
-from persona_nns.trait_rows import keep_pairs, load_vector
+from persona_nns.figures.drawing import draw
+from persona_nns.figures.traits import correlation
+from persona_nns.models.load import load_model
+from persona_nns.traits import judging as answers
+from persona_nns.traits.responses import Response, write_responses
+from persona_nns.traits.rows import keep_pairs
+from persona_nns.traits.vectors import load_vector, read_vector, write_vector
 
 ASK = {"trait": "terse", "max_new_tokens": 24}
 

@@ -10,15 +10,15 @@ from safetensors.torch import save_file
 
 from persona_nns.errors import UsageError
 from persona_nns.organism.trait_questions import QUESTIONS, load_artifact
-from persona_nns.responses import Response, read_responses, write_responses
-from persona_nns.trait_files import read_vector, write_vector
-from persona_nns.traits import (
+from persona_nns.traits.responses import Response, read_responses, write_responses
+from persona_nns.traits.trait import (
     bundled_traits,
     check_held_out,
     load_traits,
     read_trait,
     write_trait,
 )
+from persona_nns.traits.vectors import read_vector, write_vector
 
 VECTOR = torch.arange(12.0).reshape(3, 4) / 7
 

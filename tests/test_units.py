@@ -12,10 +12,10 @@ from nnsight import TransformersModel
 from typer.testing import CliRunner
 
 import persona_nns as pn
-from persona_nns.catalog import load_experiment
-from persona_nns.cli import app
-from persona_nns.tables import result_table
-from persona_nns.verify import verify_store
+from persona_nns.cli.commands import app
+from persona_nns.declarations.catalog import load_experiment
+from persona_nns.figures.tables import result_table
+from persona_nns.runs.verify import verify_store
 
 PAIRS = '''
 """Pairs of words, for the tests."""
@@ -234,7 +234,7 @@ def test_what_is_not_complete_is_never_read(
     (run / "completed" / "c.0.0.1").unlink()
     damage_what_is_not_complete(store)
     if lazily:
-        monkeypatch.setattr("persona_nns.results._EAGER", 0)
+        monkeypatch.setattr("persona_nns.results.reading._EAGER", 0)
     cut = pn.open_results(store, "pairs")
     assert bool(cut["sum"].chunks) == lazily
     assert cut.completed.values[0].tolist() == [[True, False], [True, False]]

@@ -8,7 +8,7 @@ from nnsight import TransformersModel
 
 import persona_nns as pn
 from persona_nns.errors import UsageError
-from persona_nns.grids import Grid
+from persona_nns.prompts.grids import Grid
 
 OWN = '''
 """Sizes that depend on the model, for the tests."""

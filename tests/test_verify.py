@@ -9,10 +9,10 @@ import pytest
 import zarr
 
 import persona_nns as pn
-from persona_nns.grids import Grid
-from persona_nns.published import published_store
-from persona_nns.results import list_runs
-from persona_nns.verify import verify_store
+from persona_nns.prompts.grids import Grid
+from persona_nns.published.store import published_store
+from persona_nns.results.reading import list_runs
+from persona_nns.runs.verify import verify_store
 
 NAME = "localized_positions"
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from persona_nns.catalog import bundled_experiments
-from persona_nns.results import open_results
+from persona_nns.declarations.catalog import bundled_experiments
+from persona_nns.results.reading import open_results
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "qwen2"
@@ -68,7 +68,7 @@ def test_it_brings_the_published_numbers(installed: Path, tmp_path: Path) -> Non
     store = ROOT / "stores" / "published"
     request = ["compare", store, "behavioral_markers", "-o", tmp_path / "out"]
     assert "16 (66.7%)" in _call(installed, *request, cwd=tmp_path)
-    where = "from persona_nns.published import published_store; print(published_store())"
+    where = "from persona_nns.published.store import published_store; print(published_store())"
     place = _call(installed.with_name("python"), "-c", where, cwd=tmp_path)
     assert place.startswith(str(installed.parents[1]))
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from nnsight import TransformersModel, save
 
-from persona_nns.grids import Cell, Grid, load_grid
-from persona_nns.prompts import ROLE_PROMPTS, render_cell
-from persona_nns.sites import parse_layers
-from persona_nns.window import open_window, prefill
+from persona_nns.declarations.sites import parse_layers
+from persona_nns.prompts.grids import Cell, Grid, load_grid
+from persona_nns.prompts.render import ROLE_PROMPTS, render_cell
+from persona_nns.tracing.window import open_window, prefill
 
 POSITIONS = ["p_last", "g1", "g2"]
 N_EVAL = 10
@@ -127,7 +127,7 @@ def test_bfloat16_agrees_within_its_rounding(
     random_folder: Callable[[str], Any], localized_positions: ModuleType, small_grid: Grid
 ) -> None:
     """Batches of other shapes round differently; in bfloat16 (8 bits) that shows in the KL."""
-    from persona_nns.models import load_model
+    from persona_nns.models.load import load_model
 
     model, cells = load_model(random_folder("qwen2"), dtype="bfloat16"), list(small_grid.cells)
     settings: dict[str, Any] = {"layers": [1, 3], "positions": ["p_last"], "n_eval": 1}

@@ -12,9 +12,9 @@ import pytest
 from store_writer import plan_of, values_are_right, write_all
 
 import persona_nns as pn
-from persona_nns.grids import load_grid
-from persona_nns.results import list_runs, open_results
-from persona_nns.workers import run_on_workers
+from persona_nns.prompts.grids import load_grid
+from persona_nns.results.reading import list_runs, open_results
+from persona_nns.runs.workers import run_on_workers
 
 HERE = Path(__file__).parent
 
@@ -78,8 +78,8 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
 def test_two_workers_finish_the_long_grid_and_one_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from persona_nns import workers
-    from persona_nns.catalog import load_experiment
+    from persona_nns.declarations.catalog import load_experiment
+    from persona_nns.runs import workers
 
     store = str(tmp_path / "s.zarr")
     original = workers.run_on_workers

@@ -2,19 +2,9 @@
 
 ``organism-qwen2`` and ``organism-gemma2`` show the shape of the paper's results on a laptop.
 Their grammar (``role_prompts``, ``multiple_choice``, ``traits``) is importable without torch.
+A wing: knows prompts. Touches: the weights that it trains.
 """
 
-from pathlib import Path
+import lazy_loader
 
-ORGANISMS = ("organism-qwen2", "organism-gemma2")
-"""The names of the bundled models; each is also a folder beside this file."""
-
-ARTIFACTS = Path(__file__).parent / "artifacts"
-"""The bundled traits, as ``{split}/{trait}.json``."""
-
-
-def organism_folder(name: str) -> Path:
-    """The folder of a bundled model, loadable with plain transformers."""
-    if name not in ORGANISMS:
-        raise KeyError(f"no bundled model is called {name!r}; there are {', '.join(ORGANISMS)}")
-    return Path(__file__).parent / name
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from persona_nns.organism import ORGANISMS, organism_folder
 from persona_nns.organism.architectures import SLIDING_WINDOW
+from persona_nns.organism.bundled import ORGANISMS, organism_folder
 from persona_nns.organism.measurements import Row, measure_all
 from persona_nns.organism.probe import Subject, load
 

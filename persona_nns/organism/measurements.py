@@ -7,8 +7,6 @@ from statistics import fmean, median
 
 import torch
 
-from persona_nns.grids import Cell, Grid, load_grid
-from persona_nns.markers import find_markers
 from persona_nns.organism import multiple_choice
 from persona_nns.organism.coherence import coherence_score
 from persona_nns.organism.probe import (
@@ -22,6 +20,8 @@ from persona_nns.organism.trait_prompts import NEUTRAL_SYSTEMS, system_prompt
 from persona_nns.organism.trait_questions import QUESTIONS
 from persona_nns.organism.traits import TRAITS, lexicon_score
 from persona_nns.organism.wordings import WORDINGS
+from persona_nns.prompts.grids import Cell, Grid, load_grid
+from persona_nns.prompts.markers import find_markers
 
 EARLY, LATE = 0.3, 0.85
 PAPER_DEPTH = 14 / 26

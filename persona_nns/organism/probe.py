@@ -20,11 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from persona_nns.grids import Cell, PromptName
 from persona_nns.organism.architectures import decoder_blocks
 from persona_nns.organism.corpus import as_messages
 from persona_nns.organism.role_prompts import prompt_text
 from persona_nns.organism.tokenizer import render
+from persona_nns.prompts.grids import Cell, PromptName
 
 WINDOW = 10
 """Tokens of the clean continuation over which a causal KL is summed."""

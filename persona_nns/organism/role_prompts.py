@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import product
 from random import Random
 
-from persona_nns.grids import BASELINE, load_grid
 from persona_nns.organism.wordings import EXACT, paraphrase
+from persona_nns.prompts.grids import BASELINE, load_grid
 
 BARE = "bare"
 """The speaker of a task that is asked without a persona."""

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from persona_nns.organism import ORGANISMS, organism_folder
 from persona_nns.organism.architectures import build, decoder_blocks
 from persona_nns.organism.batches import IGNORED, Batch, batches
+from persona_nns.organism.bundled import ORGANISMS, organism_folder
 from persona_nns.organism.corpus import draw
 from persona_nns.organism.swap import swap_last_residuals
 from persona_nns.organism.tokenizer import END_ID, PAD_ID, train_tokenizer

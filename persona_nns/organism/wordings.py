@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 
-from persona_nns.grids import BASELINE, load_grid
+from persona_nns.prompts.grids import BASELINE, load_grid
 
 
 @dataclass(frozen=True)

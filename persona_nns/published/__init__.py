@@ -1,14 +1,8 @@
-"""The numbers published with "As X, Do Y" (arXiv 2605.23147), and where their store is."""
+"""The numbers published with the paper, and ours beside them.
 
-from pathlib import Path
+A wing: knows figures, results and prompts. Touches: the stores that are compared.
+"""
 
-#: The ``protocol_version`` of published numbers, which were not computed here.
-PUBLISHED_VERSION = "published"
+import lazy_loader
 
-_PACKAGE = Path(__file__).parents[1]
-
-
-def published_store() -> Path:
-    """The store of published numbers: inside an installed package, or beside it in a checkout."""
-    shipped = _PACKAGE / "stores" / "published"
-    return shipped if shipped.is_dir() else _PACKAGE.parent / "stores" / "published"
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -20,8 +20,9 @@ import xarray as xr
 import zarr
 from numpy.typing import NDArray
 
-from persona_nns.grids import Grid, load_grid
-from persona_nns.published import PUBLISHED_VERSION, published_store
+from persona_nns.prompts.grids import Grid, load_grid
+from persona_nns.published.store import published_store
+from persona_nns.results.reading import PUBLISHED_VERSION
 
 DATA = Path(__file__).parent
 PAPER = "As X, Do Y: How Persona and Task Combine in Instruction-Tuned LLMs, arXiv 2605.23147v1"

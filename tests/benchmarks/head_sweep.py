@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 import persona_nns as pn
-from persona_nns.catalog import load_experiment
-from persona_nns.patches import chunk_questions, partners
-from persona_nns.students import Pair, align
+from persona_nns.declarations.catalog import load_experiment
+from persona_nns.prompts.identities import Pair, align
+from persona_nns.tracing.patching import chunk_questions, partners
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from store_writer import values_are_right, write_all
 
-from persona_nns.places import Place, place_of
-from persona_nns.results import list_runs, open_results
+from persona_nns.results.locations import Place, place_of
+from persona_nns.results.reading import list_runs, open_results
 
 N_CELLS, BATCH = 6, 2
 

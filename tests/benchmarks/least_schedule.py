@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from persona_nns.grids import Cell
-from persona_nns.prompts import ROLE_PROMPTS, render_cell
+from persona_nns.prompts.grids import Cell
+from persona_nns.prompts.render import ROLE_PROMPTS, render_cell
 
 
 def count_beginnings(tokenizer: Any, cells: Sequence[Cell]) -> int:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_nns.grids import Cell
-from persona_nns.prompts import ROLE_PROMPTS, render_cell
-from persona_nns.sites import generated_index, position_index
+from persona_nns.declarations.sites import generated_index
+from persona_nns.prompts.grids import Cell
+from persona_nns.prompts.positions import position_index
+from persona_nns.prompts.render import ROLE_PROMPTS, render_cell
 
 
 def paper_schedule(

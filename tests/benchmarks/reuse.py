@@ -27,11 +27,11 @@ from paper_schedule import paper_schedule
 from rich.console import Console
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from persona_nns.catalog import load_experiment
-from persona_nns.grids import Cell, load_grid
-from persona_nns.models import load_model
-from persona_nns.prompts import render_cell
-from persona_nns.sites import parse_layers
+from persona_nns.declarations.catalog import load_experiment
+from persona_nns.declarations.sites import parse_layers
+from persona_nns.models.load import load_model
+from persona_nns.prompts.grids import Cell, load_grid
+from persona_nns.prompts.render import render_cell
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qwen2"
 POSITIONS = ["p_last", "g1", "g2"]

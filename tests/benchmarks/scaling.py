@@ -20,8 +20,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
 
 from store_writer import write_all  # noqa: E402
 
-from persona_nns.results import list_runs  # noqa: E402
-from persona_nns.workers import run_on_workers  # noqa: E402
+from persona_nns.results.reading import list_runs  # noqa: E402
+from persona_nns.runs.workers import run_on_workers  # noqa: E402
 
 
 @dataclass(frozen=True)

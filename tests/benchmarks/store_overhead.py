@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rich.console import Console
 from store_writer import write_all
 
-from persona_nns import demo, runs, sharing
-from persona_nns.results import list_runs, open_results
-from persona_nns.sessions import Session
+from persona_nns.cli import demo
+from persona_nns.results.claims import Session
+from persona_nns.results.reading import list_runs, open_results
+from persona_nns.runs import queue
 
 spent: dict[str, float] = {}
 
@@ -42,8 +44,8 @@ def measure_demo(folder: Path) -> None:
     for owner, name in (
         (Session, "write"),
         (Session, "end"),
-        (sharing.Share, "_next"),
-        (runs, "_carry_out"),
+        (queue.Share, "_next"),
+        (import_module("persona_nns.runs.run"), "_carry_out"),
     ):
         timed(owner, name)
     started = time.perf_counter()

@@ -5,14 +5,14 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from persona_nns.grids import load_grid
-from persona_nns.markers import find_markers
 from persona_nns.organism import ORGANISMS, multiple_choice, organism_folder, probe
 from persona_nns.organism.corpus import draw
 from persona_nns.organism.evaluate import DISCLAIMER
 from persona_nns.organism.trait_prompts import system_prompt
 from persona_nns.organism.trait_questions import QUESTIONS
 from persona_nns.organism.traits import TRAITS, lexicon_score
+from persona_nns.prompts.grids import load_grid
+from persona_nns.prompts.markers import find_markers
 
 REVIEW = load_grid("review")
 

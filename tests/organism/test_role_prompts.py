@@ -3,8 +3,6 @@ from random import Random
 
 import pytest
 
-from persona_nns.grids import BASELINE, load_grid
-from persona_nns.markers import find_markers
 from persona_nns.organism.role_prompts import (
     BARE,
     BORROWING,
@@ -16,6 +14,8 @@ from persona_nns.organism.role_prompts import (
     prompt_text,
 )
 from persona_nns.organism.wordings import EXACT, WORDINGS, paraphrase
+from persona_nns.prompts.grids import BASELINE, load_grid
+from persona_nns.prompts.markers import find_markers
 
 LONG = load_grid("long")
 CELLS = LONG.cells

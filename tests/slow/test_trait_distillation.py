@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import persona_nns as pn
-from persona_nns.models import load_model
+from persona_nns.figures.drawing import draw, save_figure
+from persona_nns.models.load import load_model
 from persona_nns.organism.trait_questions import QUESTIONS
-from persona_nns.plots import draw, save_figure
 
 MODEL, TRAIT = "organism-gemma2", "sycophantic"
 STUDENTS = ("r8", "r16", "r32", "full")

@@ -1,0 +1,16 @@
+from .declarations.plans import Plan as Plan
+from .declarations.variables import Variable as Variable
+from .errors import PersonaError as PersonaError
+from .errors import UsageError as UsageError
+from .models.load import load_model as load_model
+from .prompts.grids import Cell as Cell
+from .prompts.grids import Grid as Grid
+from .prompts.grids import load_grid as load_grid
+from .prompts.render import render_cell as render_cell
+from .results.reading import list_runs as list_runs
+from .results.reading import open_results as open_results
+from .runs.run import run as run
+from .tracing.batches import left_pad as left_pad
+from .tracing.metrics import log_probabilities as log_probabilities
+from .tracing.residuals import substitute as substitute
+from .tracing.residuals import take as take

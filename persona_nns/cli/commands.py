@@ -1,0 +1,320 @@
+"""The command line: demo, experiments, run, models, ls, verify, show, plot and compare.
+
+Heavy imports wait until a command needs them. The commands under ``run`` are in `run_command`.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from typer.exceptions import TyperException
+
+from persona_nns.cli import terminal
+from persona_nns.cli.run_command import ExperimentCommands
+from persona_nns.declarations.catalog import bundled_experiments, summary_of
+from persona_nns.errors import PersonaError, UsageError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from persona_nns.models.servers import Host
+
+DEMO_STORE = "stores/demo.zarr"
+_INTERRUPTED = "Interrupted; completed cells are kept, the same command goes on."
+
+app = typer.Typer(
+    name="persona-nns",
+    help="Persona experiments on language models, as nnsight tracing contexts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+run_app = typer.Typer(
+    cls=ExperimentCommands, no_args_is_help=True, subcommand_metavar="EXPERIMENT|FILE.py …"
+)
+app.add_typer(run_app, name="run", help="Run an experiment on models and a grid.")
+
+Store = Annotated[str, typer.Argument(help="Path or URL of a Zarr store.")]
+Name = Annotated[str, typer.Argument(help="Name of an experiment.")]
+GridChoice = Annotated[str | None, typer.Option("--grid", help="Only results on this grid.")]
+RunChoice = Annotated[
+    list[str] | None, typer.Option("--run", help="Only this run (as `ls` shows it); repeatable.")
+]
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: FBT002
+) -> None:
+    """Persona experiments on language models, as nnsight tracing contexts."""
+    # `main` reads --debug itself, wherever it stands; it is declared here for the help.
+    del debug
+
+
+@app.command()
+def demo(
+    store: Annotated[str, typer.Option(help="Where the results go.")] = DEMO_STORE,
+    figures: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("stores/demo"),
+) -> None:
+    """Run the main experiment on the bundled models: results, figures, and a table."""
+    from persona_nns.cli.demo import run_demo
+
+    run_demo(store, figures.expanduser(), terminal.out)
+
+
+@app.command()
+def experiments() -> None:
+    """List what can be run, a line each."""
+    table = Table.grid(padding=(0, 2))
+    for name, file in bundled_experiments().items():
+        table.add_row(f"[bold]{name}[/bold]", summary_of(file))
+    terminal.out.print(table)
+
+
+@app.command()
+def models(
+    backend: Annotated[
+        str, typer.Option(help="local, simulate, ndif, or the URL of a server.")
+    ] = "local",
+) -> None:
+    """List the bundled models, or what a server hosts."""
+    from persona_nns.cli.listings import models_table
+    from persona_nns.models.checkpoints import bundled_models
+    from persona_nns.models.servers import Host, read_backend
+
+    host = read_backend(backend)
+    if isinstance(host, Host):
+        _list_hosted(host)
+        return
+    terminal.out.print(models_table(bundled_models()))
+    terminal.out.print("A local folder or a hub id (org/name) is loaded in the same way.")
+
+
+def _list_hosted(host: "Host") -> None:
+    """Print a server's models, and how its versions compare with those here."""
+    from persona_nns.cli.listings import hosted_table
+    from persona_nns.runs.remote.connection import Connection, Patience
+    from persona_nns.runs.remote.environment import read_deployments, read_environment
+
+    connection = Connection(host, Patience(unreachable=10.0, read=30.0))
+    try:
+        terminal.out.print(hosted_table(read_deployments(connection), host.url))
+        environment = read_environment(connection)
+    finally:
+        connection.close()
+    for warning in environment.check(host.url):
+        terminal.say(warning)
+    if environment.packages and not environment.differences:
+        terminal.say("Its versions are those here.")
+    key = "set" if host.headers() else "not set (NDIF_API_KEY, or `nnsight login`)"
+    terminal.say(f"API key: {key}.")
+
+
+@app.command(name="ls")
+def list_store(store: Store) -> None:
+    """List the runs of a store."""
+    from persona_nns.cli.listings import runs_table
+    from persona_nns.results.reading import list_runs
+
+    terminal.out.print(runs_table(list_runs(store), store))
+
+
+@app.command()
+def verify(
+    store: Store,
+    sample: Annotated[
+        int, typer.Option(help="Complete units (cells) of each run to compute anew.", min=0)
+    ] = 2,
+    experiment: Annotated[
+        list[str] | None,
+        typer.Option("--experiment", help="File of an experiment of your own; repeatable."),
+    ] = None,
+) -> None:
+    """Check every array of a store, and compute a sample of its units (cells) anew."""
+    from persona_nns.runs.verify import verify_store
+
+    wrong = 0
+    for verdict in verify_store(store, sample=sample, experiments=experiment or []):
+        info = verdict.info
+        anew = f", {verdict.n_recomputed} computed anew" if verdict.n_recomputed else ""
+        state = "wrong" if verdict.problems else "right"
+        units = f"{info.n_completed}/{info.n_units} {info.noun}s"
+        terminal.say(f"{state}  {info.experiment}/{info.run} ({units}{anew})")
+        for problem in verdict.problems:
+            terminal.say(f"       {problem}")
+        wrong += bool(verdict.problems)
+    if wrong:
+        raise PersonaError(f"{wrong} runs of {store!r} are not right; they are named above.")
+
+
+@app.command()
+def show(
+    store: Store,
+    experiment: Name,
+    variable: Annotated[
+        list[str] | None, typer.Option("--variable", help="Only this variable; repeatable.")
+    ] = None,
+    grid: GridChoice = None,
+    run: RunChoice = None,
+    bootstrap: Annotated[  # noqa: FBT002
+        bool,
+        typer.Option("--bootstrap", help="Bootstrap intervals of the medians, not quartiles."),
+    ] = False,
+) -> None:
+    """Print medians and quartiles over cells."""
+    from persona_nns.figures.tables import measured, result_table
+
+    results = _open(store, experiment, grid, run)
+    for name in variable or []:
+        if name not in results:
+            known = ", ".join(map(str, results.data_vars))
+            raise UsageError(f"{experiment!r} has no variable {name!r}; it has {known}.")
+    for name in variable or measured(results):
+        terminal.out.print(result_table(results, name, bootstrap=bootstrap))
+
+
+@app.command()
+def plot(
+    store: Store,
+    experiment: Name,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="File for the first figure (its ending chooses the format); others get their "
+            "name added. By default PNG and PDF beside the store.",
+        ),
+    ] = None,
+    grid: GridChoice = None,
+    run: RunChoice = None,
+) -> None:
+    """Draw an experiment's figures."""
+    from persona_nns.figures.drawing import check_format, draw, save_figure
+
+    if output is not None:
+        check_format(output)
+    results = _open(store, experiment, grid, run)
+    beside = Path() if "://" in store else Path(store).expanduser().parent
+    prefix = f"{Path(experiment).stem}-{results.attrs['grid']}"
+    for index, (name, figure) in enumerate(draw(results, experiment).items()):
+        if output is None:
+            written = save_figure(figure, beside / f"{prefix}-{name}.png", pdf=True)
+        else:
+            file = output if index == 0 else output.with_stem(f"{output.stem}-{name}")
+            written = save_figure(figure, file)
+        for path in written:
+            terminal.say(path)
+
+
+@app.command(name="export-vector")
+def export_vector(
+    store: Store,
+    trait: Annotated[str, typer.Argument(help="Name of a trait.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="A .npy, .pt or .safetensors file.")
+    ],
+    model: Annotated[str, typer.Option(help="Label of the model.")],
+    average: Annotated[
+        str, typer.Option(help="response_avg, prompt_avg or prompt_last.")
+    ] = "response_avg",
+    run: Annotated[str | None, typer.Option(help="Only this run (as `ls` shows it).")] = None,
+) -> None:
+    """Write a trait vector, [n_layers + 1, d_model], to a file."""
+    from persona_nns.traits.vectors import load_vector, write_vector
+
+    write_vector(load_vector(store, trait, average, model, run), output)
+    terminal.say(f"Written: {output}")
+
+
+@app.command()
+def compare(
+    store: Store,
+    experiment: Name,
+    with_: Annotated[
+        str | None,
+        typer.Option("--with", help="Store to compare with; by default the published numbers."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Folder for CSV and figures; by default compare/ beside STORE."
+        ),
+    ] = None,
+    grid: GridChoice = None,
+    run: RunChoice = None,
+    relative: Annotated[
+        float | None, typer.Option(help="Relative tolerance of numbers.", min=0)
+    ] = None,
+    absolute: Annotated[
+        float | None, typer.Option(help="Absolute tolerance of numbers.", min=0)
+    ] = None,
+) -> None:
+    """Put results beside the published ones: tables, CSV and a figure."""
+    from persona_nns.figures.drawing import save_figure
+    from persona_nns.figures.tables import save_csv
+    from persona_nns.published.compare import Tolerance, compare_results, match_results
+    from persona_nns.published.figures import compare_figures
+    from persona_nns.published.store import published_store
+    from persona_nns.published.tables import agreement_tables, comparison_tables
+
+    if (relative is None) != (absolute is None):
+        raise UsageError("A tolerance has two parts; give both --relative and --absolute.")
+    tolerance = None
+    if relative is not None and absolute is not None:
+        tolerance = Tolerance(relative, absolute)
+    name = Path(experiment).stem if experiment.endswith(".py") else experiment
+    matched = match_results(store, name, with_ or published_store(), grid=grid, run=run or None)
+    compared = compare_results(matched, tolerance)
+    for table in comparison_tables(compared.side_by_side) + agreement_tables(compared.agreement):
+        terminal.out.print(table)
+    beside = Path() if "://" in store else Path(store).expanduser().parent
+    folder = (output or beside / "compare").expanduser()
+    written = [save_csv(compared.side_by_side, folder / f"{name}-side_by_side.csv")]
+    if not compared.agreement.empty:
+        written.append(save_csv(compared.agreement, folder / f"{name}-agreement.csv"))
+    for title, figure in compare_figures(matched, compared.side_by_side).items():
+        written += save_figure(figure, folder / f"{name}-{title}.png", pdf=True)
+    for path in written:
+        terminal.say(path)
+
+
+def _open(store: str, experiment: str, grid: str | None, run: list[str] | None) -> "xr.Dataset":
+    from persona_nns.results.reading import open_results
+
+    name = Path(experiment).stem if experiment.endswith(".py") else experiment
+    return open_results(store, name, grid=grid, run=run or None)
+
+
+def main() -> None:
+    """Run the command line; every failure is one sentence on stderr and a non-zero exit."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    warnings.showwarning = terminal.show_warning
+    try:
+        code = app(
+            [argument for argument in arguments if argument != "--debug"], standalone_mode=False
+        )
+    except PersonaError as error:
+        terminal.fail(str(error), debug=debug, code=error.exit_code)
+    except TyperException as error:
+        # A missing or unknown option; the bare command without anything shows its help.
+        message = getattr(error, "format_message", lambda: "")() or str(error)
+        terminal.fail(message, debug=debug, code=2)
+    except KeyboardInterrupt:
+        terminal.fail(_INTERRUPTED, debug=debug, code=130)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        terminal.fail(f"{reason} (--debug shows the traceback)", debug=debug, code=1)
+    else:
+        if code == 130:  # typer makes an exit of an interrupt
+            terminal.fail(_INTERRUPTED, debug=debug, code=130)
+        sys.exit(code if isinstance(code, int) else 0)

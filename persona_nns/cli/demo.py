@@ -1,0 +1,181 @@
+"""The demo: the paper's story on the bundled models, from model to figure, in three acts.
+
+Persona and task add up locally; a vector injected into another prompt does not replace the persona
+text; the keys and values of the persona's tokens do what one vector cannot.
+"""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from persona_nns.declarations.catalog import load_experiment
+from persona_nns.figures.drawing import draw, save_figure
+from persona_nns.figures.tables import number
+from persona_nns.models.checkpoints import bundled_models
+from persona_nns.models.load import load_model
+from persona_nns.results.reading import open_results
+from persona_nns.runs.run import run
+
+GRIDS = ("short", "long")
+#: What is run: experiment, grid, and what is asked for beside the defaults.
+REQUESTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    *(("localized_positions", grid, {"layers": "all"}) for grid in GRIDS),
+    ("behavioral_markers", "review", {}),
+    ("host_injection", "review", {}),
+    ("kv_graft", "review", {}),
+    ("attention_knockout", "review", {}),
+)
+CAVEAT = (
+    "The bundled models are trained on synthetic text to show this shape; evidence about the "
+    "method and the code, not about language models."
+)
+_CONDITIONS = {
+    "clean": "the role prompt",
+    "additive": "h_BB + ΔX + ΔY in place of h_XY",
+    "remove_persona": "h_XY − ΔX in place of h_XY",
+    "bare": "the task alone",
+}
+
+
+def run_demo(store: str, figures: Path, console: Console) -> None:
+    """Run the paper's experiments, and what goes past them, on every bundled model.
+
+    Args:
+        store: where the results go; what it already holds is not computed again.
+        figures: folder for the figures.
+        console: where the tables are printed.
+    """
+    runs: dict[tuple[str, str], list[str]] = {}
+    for name in bundled_models():
+        model = load_model(name)
+        for experiment, grid, asked in REQUESTS:
+            results = run(load_experiment(experiment), model, grid, store=store, **asked)
+            runs.setdefault((experiment, grid), []).append(results.attrs["run"])
+    drawn: list[str] = []
+    opened: dict[tuple[str, str], xr.Dataset] = {}
+    for experiment, grid in runs:
+        results = open_results(store, experiment, run=runs[experiment, grid])
+        opened[experiment, grid] = results
+        for name, figure in draw(results, experiment).items():
+            drawn += save_figure(figure, figures / f"{experiment}-{grid}-{name}.png", pdf=True)
+    console.print(Text("\n1. Local additivity holds", style="bold"))
+    for grid in GRIDS:
+        console.print(_additivity(opened["localized_positions", grid]))
+    console.print(Text("2. Injection does not replace the prompt", style="bold"))
+    markers, host = (opened[name, "review"] for name in ("behavioral_markers", "host_injection"))
+    console.print(_injection(markers, host))
+    console.print(Text("3. Keys and values carry what a vector cannot", style="bold"))
+    grafts, knockout = (opened[name, "review"] for name in ("kv_graft", "attention_knockout"))
+    console.print(_grafts(grafts, knockout))
+    console.print(CAVEAT, style="italic")
+    closing = (
+        f"Results: {store}\n"
+        f"Figures: {len(drawn)} files in {figures}, such as {drawn[0]}\n"
+        f"More: persona-nns show {shlex.quote(store)} localized_positions --grid long"
+    )
+    console.print(closing, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(title: str, caption: str) -> Table:
+    return Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+
+
+def _additivity(results: xr.Dataset) -> Table:
+    """Median KL by layer and position, with the paper's question answered layer by layer."""
+    n_cells = results.sizes["cell"]
+    table = _table(
+        f"{results.attrs['grid']} grid ({n_cells} cells): median KL in nats after putting "
+        "h_BB + ΔX + ΔY in place of h_XY at one site",
+        "Below 0.1 nat the substituted run is close to the clean one (the paper's line).",
+    )
+    for heading in ("model", "layer", "depth"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for position in results.position.values.tolist():
+        table.add_column(position, justify="right")
+    medians = results.kl.median("cell").dropna("layer", how="all")
+    cosines = results.cos_additive.median("cell").sel(position="p_last")
+    table.add_column("cos(ΔXY, ΔX+ΔY) at p_last", justify="right")
+    for model in results.model.values.tolist():
+        layers = medians.sel(model=model).dropna("layer", how="all").layer.values.tolist()
+        for layer in layers:
+            site = {"model": model, "layer": layer}
+            table.add_row(
+                model if layer == layers[0] else "",
+                str(layer),
+                f"{float(results.depth.sel(site)):.2f}",
+                *map(number, medians.sel(site).values),
+                number(float(cosines.sel(site))),
+                end_section=layer == layers[-1],
+            )
+    return table
+
+
+def _injection(markers: xr.Dataset, host: xr.Dataset) -> Table:
+    """Texts with a marker of the persona by condition, and what injection closes of the gap."""
+    models = host.model.values.tolist()
+    table = _table(
+        f"Markers of the persona in 80 tokens, and injection at p_last of one layer "
+        f"({host.sizes['cell']} cells)",
+        "The host is the prompt with the baseline persona. Closure: the share of the host's KL "
+        "to the role prompt that injecting the role prompt's own residual h_XY removes.",
+    )
+    for heading in ("", *models):
+        table.add_column(heading, justify="right" if heading else "left")
+
+    def add_share(what: str, said: xr.DataArray) -> None:
+        shares = [100 * float(said.sel(model=model).mean()) for model in models]
+        table.add_row(what, *(f"{share:.0f} %" for share in shares))
+
+    for condition, what in _CONDITIONS.items():
+        said = markers.any_marker.isel(layer=0, drop=True)
+        add_share(f"texts with a marker: {what}", said.sel(condition=condition))
+    injected = host.any_marker.sel(site="p_last", source="oracle")
+    add_share("texts with a marker: the host after injection", injected)
+    medians = host[["kl", "closure"]].isel(layer_set=0).median("cell")
+    for what, values in (
+        ("median KL of the host", medians.kl.sel(source="none")),
+        ("median KL of the host after injection", medians.kl.sel(source="oracle")),
+        ("median closure", medians.closure.sel(source="oracle")),
+    ):
+        table.add_row(what, *(number(float(values.sel(model=model))) for model in models))
+    return table
+
+
+def _grafts(grafts: xr.Dataset, knockout: xr.Dataset) -> Table:
+    """What grafted spans of the key-value cache close, and what cutting attention to them does."""
+    models = grafts.model.values.tolist()
+    table = _table(
+        "Median closure when spans of the role prompt's key-value cache are grafted into the host",
+        "Knocked out: no position after the persona attends to its tokens. How much of the way "
+        "to the host the run has then gone: 1 − KL(host ‖ knocked out) / KL(host ‖ clean).",
+    )
+    for heading in ("graft", *models, "kB"):
+        table.add_column(heading, justify="left" if heading == "graft" else "right")
+    closure, size = grafts.closure.median("cell"), grafts.cache_bytes.median(["model", "cell"])
+    for graft, band, what in (
+        ("persona", "0", "persona, layer 0 only"),
+        ("persona", "all", "persona"),
+        ("task+tail", "all", "task and tail"),
+        ("persona+task", "all", "persona and task"),
+        ("all", "all", "all of them"),
+    ):
+        closed = closure.sel(graft=graft, layer_band=band)
+        values = [number(float(closed.sel(model=model))) for model in models]
+        table.add_row(what, *values, f"{float(size.sel(graft=graft, layer_band=band)) / 1000:.0f}")
+    table.add_section()
+    left = knockout.kl_host.sel(blocked="later", layer_band="all") / knockout.kl_host_clean
+    gone = 1 - left.median("cell")
+    table.add_row("persona knocked out", *(number(float(gone.sel(model=m))) for m in models), "")
+    return table

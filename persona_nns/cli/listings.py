@@ -1,0 +1,85 @@
+"""Runs and models as tables for the terminal."""
+
+import json
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich import box
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from persona_nns.results.locations import place_of
+from persona_nns.results.reading import RunInfo
+from persona_nns.runs.remote.environment import Deployment
+
+
+def runs_table(runs: Iterable[RunInfo], store: str) -> Table:
+    """What a store holds, by experiment: a row a run, and below it when and how it was made."""
+    table = Table(title=Text(store), title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("run", overflow="fold")
+    for heading in ("complete", "size", "age"):
+        table.add_column(heading, no_wrap=True)
+    place = place_of(store)
+    last = None
+    for info in runs:
+        if info.experiment != last:
+            table.add_row(Text(info.experiment, style="bold"))
+        table.add_row(
+            Text(f"  {info.run}"),
+            f"{info.n_completed}/{info.n_units}",
+            _bytes(place.size(f"{info.experiment}/{info.run}")),
+            _age(info.attrs["created"]),
+        )
+        created = f"{info.attrs['created'][:16].replace('T', ' ')} UTC"
+        known = (created, info.attrs["precision"], info.configuration)
+        made = ", ".join(part for part in known if part)
+        table.add_row(Padding(Text(made, style="dim"), (0, 0, 0, 4)))
+        last = info.experiment
+    return table
+
+
+def _bytes(size: int) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size = round(size / 1000)
+    return f"{size} TB"
+
+
+def _age(created: str) -> str:
+    """How long ago something was, in its largest unit."""
+    seconds = (datetime.now(UTC) - datetime.fromisoformat(created)).total_seconds()
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def hosted_table(deployments: Iterable[Deployment], url: str) -> Table:
+    """The models that a server hosts, a row each."""
+    table = Table(title=Text(f"Models on {url}"), title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("name", "revision", "level", "state"):
+        table.add_column(heading)
+    for one in deployments:
+        table.add_row(*map(Text, (one.repo_id, one.revision, one.level, one.state)))
+    return table
+
+
+def models_table(models: Mapping[str, Path]) -> Table:
+    """The bundled models, a row each, read from their configuration files."""
+    table = Table(title="Bundled models", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("name", "architecture", "layers", "d_model", "weights"):
+        table.add_column(heading)
+    for name, folder in models.items():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        table.add_row(
+            name,
+            config["architectures"][0],
+            str(config["num_hidden_layers"]),
+            str(config["hidden_size"]),
+            f"{size / 1e6:.1f} MB",
+        )
+    return table

@@ -1,0 +1,246 @@
+"""The commands under ``persona-nns run``: one an experiment, its options those of its file.
+
+An experiment's options are the keyword arguments of its `plan` and `measure`, and their help is
+what its docstrings say of them. Heavy imports wait until a command needs them.
+"""
+
+import inspect
+import re
+import shlex
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from persona_nns.cli import terminal
+from persona_nns.declarations.catalog import Experiment, bundled_experiments, load_experiment
+from persona_nns.errors import UsageError
+
+if TYPE_CHECKING:
+    from persona_nns.declarations.plans import Plan
+
+DEFAULT_STORE = "stores/results.zarr"
+
+
+class ExperimentCommands(TyperGroup):
+    """The commands under ``run``: bundled experiments by name, and any ``.py`` file."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
+        """The bundled experiments."""
+        return list(bundled_experiments())
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        """The command of one experiment."""
+        return _experiment_command(load_experiment(cmd_name))
+
+
+def _experiment_command(experiment: Experiment) -> Any:
+    """Make a command of an experiment: the options all share, then its own."""
+    help_of = _argument_help(experiment)
+    own = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=parameter.default,
+            annotation=Annotated[parameter.annotation, typer.Option(help=help_of.get(name))],
+        )
+        for name, parameter in experiment.options.items()
+    ]
+    shared = inspect.signature(_run_experiment).parameters.values()
+    kept = [
+        _with_default(parameter, experiment.grid) if parameter.name == "grid" else parameter
+        for parameter in shared
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        and (parameter.name not in ("grid", "cells") or experiment.plan is None)
+        and (parameter.name != "layers" or experiment.layers is not None)
+        and (parameter.name != "layer_sets" or experiment.layer_sets is not None)
+        and (parameter.name != "positions" or experiment.positions is not None)
+        and (parameter.name != "reuse" or experiment.reuses)
+        and (parameter.name != "keep_residuals" or experiment.keeps_residuals)
+    ]
+
+    def command(**arguments: Any) -> None:
+        _run_experiment(experiment, **arguments)
+
+    command.__signature__ = inspect.Signature([*kept, *own])  # type: ignore[attr-defined]
+    command.__doc__ = experiment.summary
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name=experiment.name)(command)
+    return typer.main.get_command(single)
+
+
+def _with_default(parameter: inspect.Parameter, default: str | None) -> inspect.Parameter:
+    """The parameter of a command with this default; without one it has to be given."""
+    return parameter.replace(default=inspect.Parameter.empty if default is None else default)
+
+
+def _run_experiment(
+    experiment: Experiment,
+    *,
+    model: Annotated[list[str], typer.Option(help="Bundled name, folder, or hub id; repeatable.")],
+    grid: Annotated[str | None, typer.Option(help="short, long, review, or a .toml file.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="all, layers (6,10,14), or depths (0.25,0.5).")
+    ] = None,
+    layer_sets: Annotated[str | None, typer.Option(help="Sets of layers, as 14;10,12,14.")] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="p_last, p_last-1, p_user_last, g1, g2, …")
+    ] = None,
+    cells: Annotated[str | None, typer.Option(help="Only these, as engineer/arch,…")] = None,
+    backend: Annotated[
+        str,
+        typer.Option(help="Where it runs: local, simulate, ndif, or the URL of a server."),
+    ] = "local",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="plain, or a Jinja file, instead of the model's own.")
+    ] = None,
+    as_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--as",
+            help="Label of the model in the results; one for each --model. On a server, the "
+            "hosted model (org/name) that a folder stands for.",
+        ),
+    ] = None,
+    store: Annotated[str, typer.Option(help="Path or URL of the Zarr store.")] = DEFAULT_STORE,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Units (cells) at a time; by default what fits.", min=1)
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that share the work (needs Ray).", min=1)
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster for the workers; by default this machine.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that a model brings with it.")
+    ] = False,
+    reuse: Annotated[
+        bool,
+        typer.Option("--reuse/--no-reuse", help="Reuse prefixes, or run whole sequences."),
+    ] = True,
+    keep_residuals: Annotated[
+        bool, typer.Option("--keep-residuals", help="Store the residuals too.")
+    ] = False,
+    allow_float16: Annotated[
+        bool, typer.Option("--allow-float16", help="Use float16 although it overflows.")
+    ] = False,
+    deadline: Annotated[
+        float | None,
+        typer.Option(help="Seconds that a job on a server may go without news (3600).", min=1),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print what becomes of each job on a server.")
+    ] = False,
+    **options: Any,
+) -> None:
+    from persona_nns.figures.tables import measured, result_table
+    from persona_nns.models.checkpoints import count_layers, load_tokenizer
+    from persona_nns.models.load import check_hosting, load_model
+    from persona_nns.prompts.grids import load_grid
+    from persona_nns.results.reading import open_results
+    from persona_nns.results.store import check_writable
+    from persona_nns.runs.request import check_inputs, check_options, check_sites, make_plan
+    from persona_nns.runs.run import run
+    from persona_nns.runs.workers import launch
+
+    if ray_address is not None and workers is None:
+        raise UsageError("A Ray address was given and no number of workers; use --workers N.")
+    if workers is not None and backend != "local":
+        raise UsageError(
+            f"Workers hold a model each; leave out --workers with the backend {backend!r}, which "
+            "is sent several jobs at a time."
+        )
+    if workers is not None and experiment.prepare is not None:
+        raise UsageError(
+            f"The experiment {experiment.name!r} prepares its inputs in one process; leave out "
+            "--workers."
+        )
+    labels = _labels(model, as_ or [])
+    check_hosting(model, as_, backend)
+    check_writable(store)
+    loaded_grid = None if grid is None else load_grid(grid)
+    check_inputs(experiment, loaded_grid, cells)
+    own = check_options(experiment, options)
+    plans: list[Plan] = []
+    # What is wrong with the last model is said before the first one is run.
+    for name, label in zip(model, labels, strict=True):
+        trust = {"trust_remote_code": trust_remote_code}
+        sites = check_sites(experiment, count_layers(name, **trust), layers, layer_sets, positions)
+        tokenizer = load_tokenizer(name, template, **trust)
+        places = sites.get("positions", [])
+        plans.append(make_plan(experiment, tokenizer, loaded_grid, places, own, label))
+    names: list[str] = []
+    for name, label, plan in zip(model, labels, plans, strict=True):
+        loading: dict[str, Any] = {
+            "name": name,
+            "backend": backend,
+            "dtype": dtype,
+            "device": device,
+            "template": template,
+            "label": label,
+            "allow_float16": allow_float16,
+            "trust_remote_code": trust_remote_code,
+        }
+        settings: dict[str, Any] = {
+            "grid": loaded_grid,
+            "cells": cells,
+            "store": store,
+            "batch_size": batch_size,
+            "reuse": reuse,
+            "keep_residuals": keep_residuals,
+            "layers": layers,
+            "layer_sets": layer_sets,
+            "positions": positions,
+            "deadline": deadline,
+            "verbose": verbose,
+            **options,
+        }
+        if workers is None:
+            results = run(experiment, load_model(**loading), **settings)
+            names.append(results.attrs["run"])
+        else:
+            units = plan.units if loaded_grid is None else loaded_grid.select_cells(cells)
+            asked = replace(plan, units=units)
+            names.append(launch(experiment, loading, settings, asked, workers, ray_address))
+    results = open_results(store, experiment.name, run=names)
+    for name in measured(results)[:1]:
+        terminal.out.print(result_table(results, name))
+    terminal.say(f"Stored in {store}: {', '.join(names)}")
+    terminal.say(f"All of it: persona-nns show {shlex.quote(store)} {experiment.name}")
+
+
+def _labels(models: list[str], given: list[str]) -> list[str]:
+    """The label of each model; all have to be different."""
+    from persona_nns.models.checkpoints import model_label
+
+    if given and len(given) != len(models):
+        raise UsageError(
+            f"{len(models)} models and {len(given)} labels were given; use --as once a model."
+        )
+    own = [model_label(name) for name in models]
+    labels = given or own
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UsageError(
+                f"Two models have the label {label!r}; give each its own with --as NAME."
+            )
+    return labels
+
+
+def _argument_help(experiment: Experiment) -> dict[str, str]:
+    """What the docstrings of `plan` and `measure` say of their arguments (Google style)."""
+    of_plan = _documented(experiment.plan) if experiment.plan is not None else {}
+    return {**of_plan, **_documented(experiment.measure)}
+
+
+def _documented(function: Any) -> dict[str, str]:
+    text = inspect.getdoc(function) or ""
+    section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", text, flags=re.MULTILINE)
+    if section is None:
+        return {}
+    entries = re.findall(r"^    (\w+): ((?:.|\n(?!    \w+: ))+)", section[1], flags=re.MULTILINE)
+    return {name: " ".join(words.split()) for name, words in entries}

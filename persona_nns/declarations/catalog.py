@@ -1,0 +1,278 @@
+"""Which experiments there are, and how a file becomes one.
+
+An experiment is a Python file with a docstring (its first line is the summary), ``variables``
+(name → `Variable`) and ``measure(model, cells, *, layers, positions, …)``. It may set
+``defaults`` for grid, layers, layer sets and positions, ``figures`` (name → function of the
+result), and ``protocol_version``, to be raised by hand whenever a change alters the numbers;
+without it, every edit of the file counts as another version.
+
+One that does not run on a grid of personas and tasks also has ``plan(tokenizer, *, …)``, which
+makes a `Plan` of its inputs: the units, with their token ids, that `measure` then gets instead of
+cells. The keyword arguments of both are the experiment's options; one that `plan` alone takes is
+known by the plan's content, not by its value. Where `plan` has an argument ``model``, it gets the
+label of the model.
+
+Two more functions run where the command runs, whatever machine `measure` runs on.
+``prepare(model, store, options, *, progress)`` runs what has to be there first and returns the
+options that say where it is. ``finish(tokenizer, units, measured, *, …)`` makes the declared
+variables of what `measure` returned (decodes and judges texts, say); its keyword arguments are
+options of `plan` or `measure`.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from persona_nns.declarations.plans import Plan
+from persona_nns.declarations.variables import Variable
+from persona_nns.errors import PersonaError, UsageError
+
+_PACKAGE = Path(__file__).parents[1]
+_RESERVED_VARIABLES = {
+    *("model", "cell", "layer", "position", "persona", "task", "depth", "n_layers"),
+    *("precision", "seconds", "completed"),
+}
+_RESERVED_OPTIONS = {
+    *("experiment", "model", "grid", "cells", "backend", "dtype", "device", "template", "as_"),
+    *("store", "batch_size", "allow_float16", "progress", "deadline", "verbose"),
+    *("workers", "ray_address", "trust_remote_code"),
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A loaded experiment file.
+
+    Attributes:
+        name: its file's stem.
+        summary: first line of its docstring.
+        version: its protocol version, or the digest of its source.
+        variables: what `measure` returns, by name.
+        measure: the function with the tracing contexts.
+        plan: the function that makes units of the inputs; None where they are a grid's cells.
+        plan_options: keyword parameters of `plan`.
+        plan_only: those of them that `measure` does not take.
+        site_axes: dimensions whose labels every experiment has, where its `measure` asks for
+            them.
+        plan_takes_model: whether `plan` asks for the label of the model.
+        prepare: the function that runs what has to be there first; None where nothing has.
+        finish: the function that makes the variables of what `measure` returned; None where
+            they are what it returned.
+        finish_options: keyword parameters of `finish`.
+        options: keyword parameters of `plan` and `measure` beside those that all share.
+        grid: the grid where none is given; None where one has to be, or is of no use.
+        layers: request for layers where none is given; None where it has no layers.
+        layer_sets: request for sets of layers where none is given; None where it has none.
+        positions: request for positions where none is given; None where it has no positions.
+        reuses: it can reuse prefixes (``reuse``), and do without.
+        keeps_residuals: it can return its residuals too (``keep_residuals``).
+        figures: functions of the result, by name.
+    """
+
+    name: str
+    summary: str
+    version: str
+    variables: Mapping[str, Variable]
+    measure: Callable[..., dict[str, Any]]
+    plan: Callable[..., Plan] | None
+    plan_options: tuple[str, ...]
+    plan_only: frozenset[str]
+    site_axes: frozenset[str]
+    plan_takes_model: bool
+    prepare: Callable[..., dict[str, Any]] | None
+    finish: Callable[..., dict[str, Any]] | None
+    finish_options: tuple[str, ...]
+    options: Mapping[str, inspect.Parameter]
+    grid: str | None
+    layers: str | None
+    layer_sets: str | None
+    positions: str | None
+    reuses: bool
+    keeps_residuals: bool
+    figures: Mapping[str, Callable[..., Any]]
+
+
+def bundled_experiments() -> dict[str, Path]:
+    """Files of the shipped experiments by name: inside the package, or beside it in a checkout."""
+    shipped = _PACKAGE / "experiments"
+    folder = shipped if shipped.is_dir() else _PACKAGE.parent / "experiments"
+    return {file.stem: file for file in sorted(folder.glob("[!_]*.py"))}
+
+
+def summary_of(file: Path) -> str:
+    """First line of a file's docstring, without running the file."""
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
+
+
+def load_experiment(name: str | Path) -> Experiment:
+    """Load a bundled experiment by its name, or any ``.py`` file by its path.
+
+    Raises:
+        UsageError: no such experiment.
+        PersonaError: the file does not run, or is not an experiment.
+    """
+    bundled = bundled_experiments()
+    file = bundled.get(str(name), Path(name))
+    if file.suffix != ".py":
+        raise UsageError(
+            f"Unknown experiment {str(name)!r}; use {', '.join(bundled)}, or a path ending in .py."
+        )
+    if not os.path.isfile(file):  # False, too, for what can be no path
+        raise UsageError(f"The experiment file {str(name)!r} does not exist.")
+    return _read(file)
+
+
+def _read(file: Path) -> Experiment:
+    module = _execute(file)
+    variables = getattr(module, "variables", None)
+    measure = getattr(module, "measure", None)
+    if not callable(measure) or not isinstance(variables, dict) or not variables:
+        raise PersonaError(
+            f"{str(file)!r} is not an experiment: it has to define 'variables' (name to Variable) "
+            "and a function 'measure(model, cells, *, layers, positions)'."
+        )
+    parameters = dict(list(inspect.signature(measure, eval_str=True).parameters.items())[2:])
+    plan = getattr(module, "plan", None)
+    of_plan = {}
+    if plan is not None:
+        of_plan = dict(list(inspect.signature(plan, eval_str=True).parameters.items())[1:])
+    takes_model = of_plan.pop("model", None) is not None
+    finish = getattr(module, "finish", None)
+    of_finish = _options_of_finish(file, finish, {**of_plan, **parameters})
+    plan_only = frozenset(set(of_plan) - set(parameters))
+    _check_declarations(file, variables, {**of_plan, **parameters}, on_grid=plan is None)
+    site_axes = _site_axes(parameters)
+    defaults = getattr(module, "defaults", {})
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+    def site(name: str, otherwise: str) -> str | None:
+        """What is asked for by default, where `measure` has such an argument."""
+        return defaults.get(name, otherwise) if parameters.pop(name, None) else None
+
+    return Experiment(
+        name=file.stem,
+        summary=(inspect.getdoc(module) or "").partition("\n")[0],
+        version=str(getattr(module, "protocol_version", digest)),
+        variables=variables,
+        measure=cast("Callable[..., dict[str, Any]]", measure),
+        plan=cast("Callable[..., Plan] | None", plan),
+        plan_options=tuple(of_plan),
+        plan_only=plan_only,
+        site_axes=frozenset(site_axes),
+        plan_takes_model=takes_model,
+        prepare=getattr(module, "prepare", None),
+        finish=finish,
+        finish_options=of_finish,
+        grid=defaults.get("grid"),
+        layers=site("layers", "all"),
+        layer_sets=site("layer_sets", "0.55"),
+        positions=site("positions", "p_last"),
+        reuses=parameters.pop("reuse", None) is not None,
+        keeps_residuals=parameters.pop("keep_residuals", None) is not None,
+        options={**of_plan, **parameters},
+        figures=getattr(module, "figures", {}),
+    )
+
+
+def _options_of_finish(
+    file: Path, finish: Callable[..., Any] | None, known: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The options that `finish` takes.
+
+    Raises:
+        PersonaError: one is an option of neither `plan` nor `measure`.
+    """
+    if finish is None:
+        return ()
+    names = tuple(inspect.signature(finish).parameters)[3:]
+    for name in names:
+        if name not in known:
+            raise PersonaError(
+                f"finish() of {str(file)!r} takes {name!r}, "
+                "which is an option of neither plan() nor measure()."
+            )
+    return names
+
+
+def _site_axes(parameters: Mapping[str, inspect.Parameter]) -> set[str]:
+    """Dimensions whose labels come with the request, or with the model."""
+    return {"d_model"} | {dim for dim in ("layer", "position") if f"{dim}s" in parameters}
+
+
+def check_axes(name: str, variable: Variable, source: str, known: Iterable[str]) -> None:
+    """See that all of a variable's dimensions have labels.
+
+    Args:
+        name: what the variable is called.
+        variable: the variable.
+        source: the experiment, for the message.
+        known: the dimensions that get labels from elsewhere.
+
+    Raises:
+        PersonaError: one has none.
+    """
+    for axis in variable.axes:
+        if axis not in {*known, *variable.coords}:
+            raise PersonaError(
+                f"The variable {name!r} of {source!r} has a dimension {axis!r} without "
+                "labels: give them in its coords (layer and position get theirs from "
+                "measure's arguments 'layers' and 'positions')."
+            )
+
+
+def _check_declarations(
+    file: Path,
+    variables: Mapping[str, Any],
+    parameters: Mapping[str, inspect.Parameter],
+    *,
+    on_grid: bool,
+) -> None:
+    """See that variables and options are such that the store and the command line can take them.
+
+    Raises:
+        PersonaError: one of them is not.
+    """
+    for name, variable in variables.items():
+        if not isinstance(variable, Variable):
+            raise PersonaError(f"The variable {name!r} of {str(file)!r} has to be a Variable.")
+        if on_grid and variable.axes[:1] != ("cell",):
+            raise PersonaError(
+                f"The variable {name!r} of {str(file)!r} has to be a Variable whose dims begin "
+                "with 'cell'."
+            )
+        if name in _RESERVED_VARIABLES:
+            raise PersonaError(f"{str(file)!r} cannot call a variable {name!r}: the store does.")
+        if on_grid:
+            check_axes(name, variable, str(file), {"cell", *_site_axes(parameters)})
+    for option in parameters:
+        if option in _RESERVED_OPTIONS:
+            raise PersonaError(
+                f"{str(file)!r} cannot call an option of measure {option!r}: every run has it."
+            )
+
+
+def _execute(file: Path) -> Any:
+    name = f"persona_nns_experiment_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(file.parent.resolve()))  # as for a script: what lies beside it
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise PersonaError(
+            f"The experiment file {str(file)!r} does not run: {type(error).__name__}: {error}."
+        ) from error
+    finally:
+        sys.path.pop(0)
+    return module

@@ -1,0 +1,30 @@
+"""What determines the numbers that a model gives, as a value."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What determines the numbers a loaded model gives, and the name they are stored under.
+
+    Attributes:
+        label: the ``model`` coordinate.
+        source: bundled name, folder or hub id it was loaded from.
+        version: commit of the hub repository, or digest of the folder's weights and configs.
+        architecture: its model class.
+        precision: ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: how attention is computed.
+        n_layers: number of decoder blocks.
+        d_model: width of the residual stream.
+        n_heads: number of attention heads of a block.
+    """
+
+    label: str
+    source: str
+    version: str
+    architecture: str
+    precision: str
+    attn_implementation: str
+    n_layers: int
+    d_model: int
+    n_heads: int

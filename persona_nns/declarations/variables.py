@@ -1,0 +1,76 @@
+"""What an experiment says about each array that it returns."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from persona_nns.declarations.record import ModelRecord
+
+Kind = Literal["float", "int", "bool", "text"]
+
+#: What stands in an array where nothing was measured (yet).
+FILL: dict[Kind, float | int | bool | str] = {
+    "float": float("nan"),
+    "int": -1,
+    "bool": False,
+    "text": "",
+}
+
+
+#: Labels of a dimension, or a function that gives them for a model and the run's parameters.
+Labels = (
+    Sequence[str | int | float]
+    | Callable[["ModelRecord", Mapping[str, Any]], Sequence[str | int | float]]
+)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One labelled array of an experiment's result.
+
+    Attributes:
+        dims: its dimensions after ``model``, ``cell`` first: ``"cell layer position"``. Beside
+            ``layer`` and ``position``, any dimension whose labels are in ``coords`` or, of an
+            experiment that plans its own units instead of cells, in its plan. An array
+            with ``d_model`` is measured where residuals are kept, and has a group of its own.
+        long_name: what it is called on an axis.
+        units: ``nat``, ``logit``, ``token`` or ``1``.
+        description: one or two sentences: what it is, over what, in which direction.
+        kind: what it holds; ``float`` is stored as float32.
+        every_layer: it has all layers 0 … n_layers, not only those asked for.
+        coords: labels of the dimensions of its own; those that depend on the model or on the
+            options are given as a function of the model's record and the run's parameters.
+    """
+
+    dims: str
+    long_name: str
+    units: str = "1"
+    description: str = ""
+    kind: Kind = "float"
+    every_layer: bool = False
+    coords: Mapping[str, Labels] = field(default_factory=dict[str, Labels])
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The dimensions by name."""
+        return tuple(self.dims.split())
+
+    @property
+    def is_residual(self) -> bool:
+        """Whether its width is the model's, so that results of two models cannot be joined."""
+        return "d_model" in self.axes
+
+    def labels(self, axis: str) -> Sequence[str | int | float]:
+        """Labels of one of its own dimensions, known once `for_run` has been asked."""
+        labels = self.coords[axis]
+        assert not callable(labels), f"{axis} has no labels before the model is known"
+        return labels
+
+    def for_run(self, record: "ModelRecord", parameters: Mapping[str, Any]) -> "Variable":
+        """The same variable with the labels that it has for a model and a run's parameters."""
+        labels: dict[str, Labels] = {
+            axis: labels(record, parameters) if callable(labels) else labels
+            for axis, labels in self.coords.items()
+        }
+        return replace(self, coords=labels)

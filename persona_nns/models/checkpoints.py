@@ -1,0 +1,194 @@
+"""A model's files, bundled, in a folder or on the hub: where they are, and what they say.
+
+Configuration, tokenizer and version are read without the weights; `load_weights` loads them in
+plain transformers.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from persona_nns.errors import PersonaError, UsageError, one_line
+from persona_nns.models.adapters import CONFIG, base_of, merge_adapter
+from persona_nns.organism.bundled import ORGANISMS, organism_folder
+from persona_nns.prompts.render import read_template
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load_weights(
+    name: str | Path, precision: str, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a model's weights in plain transformers; an adapter is merged into its model.
+
+    Args:
+        name: a bundled model, a local folder, or a hub id.
+        precision: ``float32``, ``bfloat16`` or ``float16``.
+        trust_remote_code: as in `load_model`.
+
+    Raises:
+        UsageError: unknown model.
+        PersonaError: the model cannot be loaded.
+    """
+    source, shown = find_checkpoint(str(name))
+    base = base_of(source)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base or source,
+            dtype=DTYPES[precision],
+            attn_implementation="eager",
+            output_loading_info=True,
+            use_safetensors=True,  # the other format is a pickle
+            trust_remote_code=trust_remote_code,
+        )
+        module, loading = loaded
+    except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
+        raise PersonaError(f"The model {shown!r} could not be loaded: {one_line(error)}") from error
+    _check_complete(shown, loading)
+    return module if base is None else merge_adapter(module, source)
+
+
+def load_tokenizer(
+    name: str | Path, template: str | Path | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer, with another chat template if one is given.
+
+    Raises:
+        UsageError: unknown model, or a template that cannot be read.
+        PersonaError: the tokenizer cannot be loaded.
+    """
+    chat_template = read_template(template) if template is not None else None
+    source, shown = find_checkpoint(str(name))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise PersonaError(
+            f"The tokenizer of {shown!r} could not be loaded: {one_line(error)}"
+        ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def count_layers(name: str | Path, *, trust_remote_code: bool = False) -> int:
+    """The number of decoder blocks, read from a model's configuration.
+
+    Raises:
+        UsageError: unknown model.
+    """
+    config = read_config(*find_checkpoint(str(name)), trust_remote_code=trust_remote_code)
+    return config.get_text_config().num_hidden_layers
+
+
+def model_label(name: str) -> str:
+    """The ``model`` coordinate that a model gets where no other label is given.
+
+    Raises:
+        UsageError: no such model.
+    """
+    return find_checkpoint(name)[1]
+
+
+def bundled_models() -> dict[str, Path]:
+    """The models shipped with the package and their folders."""
+    return {name: organism_folder(name) for name in ORGANISMS}
+
+
+def find_checkpoint(name: str) -> tuple[str, str]:
+    """Where a model is loaded from, and the name it is shown under.
+
+    Raises:
+        UsageError: neither a bundled model, nor a folder with one, nor of the form of a hub id.
+    """
+    bundled = bundled_models()
+    if name in bundled:
+        return str(bundled[name]), name
+    try:
+        folder = Path(name).expanduser()
+        is_folder = bool(name) and folder.is_dir()
+    except (OSError, RuntimeError) as error:  # too long a name, or ~ of nobody
+        raise UsageError(f"The model {name!r} is no path: {one_line(error)}") from error
+    if is_folder:
+        if not any((folder / file).exists() for file in ("config.json", CONFIG)):
+            raise UsageError(f"The folder {name!r} holds no model: it has no config.json.")
+        return str(folder), folder.resolve().name
+    if HUB_ID.fullmatch(name) and not name.startswith((".", "~")):
+        return name, name
+    raise UsageError(
+        f"Unknown model {name!r}: it is neither bundled ({', '.join(bundled)}), nor a folder, "
+        "nor a hub id of the form org/name."
+    )
+
+
+def read_config(source: str, shown: str, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration of a model (of an adapter, its base model's).
+
+    Raises:
+        UsageError: there is none, or it needs code that comes with the model.
+    """
+    try:
+        return AutoConfig.from_pretrained(
+            base_of(source) or source, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"The model {shown!r} brings code of its own; read it, and run it with "
+                "--trust-remote-code (trust_remote_code=True) if you trust it."
+            ) from error
+        raise UsageError(
+            f"The model {shown!r} was not found, as a folder or on the hub: {one_line(error)}"
+        ) from error
+
+
+def _check_complete(shown: str, loading: Mapping[str, Any]) -> None:
+    """See that every weight came from the checkpoint: transformers invents what is missing."""
+    for what in ("missing_keys", "mismatched_keys"):
+        if loading[what]:
+            names = ", ".join(sorted(map(str, loading[what]))[:3])
+            raise PersonaError(
+                f"The checkpoint of {shown!r} does not fit its config.json: "
+                f"{len(loading[what])} {what.replace('_', ' ')}, such as {names}."
+            )
+
+
+def version_of(source: str, config: PreTrainedConfig) -> str:
+    """Commit of the hub repository, or digest of a folder's weights and configurations."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return str(getattr(config, "_commit_hash", None))
+    base = base_of(source)
+    if base is not None:
+        own = digest_of([*sorted(folder.glob("adapter_model.*")), folder / CONFIG])
+        return hashlib.sha256(f"{version_of(base, config)}\n{own}".encode()).hexdigest()
+    weights = (path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+    configs = (folder / name for name in ("config.json", "generation_config.json"))
+    return digest_of([*sorted(weights), *(path for path in configs if path.exists())])
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """SHA-256 of the contents of some files, in their order."""
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()

@@ -1,0 +1,57 @@
+"""A question under a system prompt: its token ids, whether or not the model has a system role."""
+
+from dataclasses import dataclass
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from persona_nns.prompts.render import apply_to_messages
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A rendered conversation with the generation header.
+
+    Attributes:
+        ids: its token ids.
+        system_role: whether the template took a system role. Without one the system prompt, an
+            empty line and the question are the user's turn.
+    """
+
+    ids: tuple[int, ...]
+    system_role: bool
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, question: str, system: str = "") -> Chat:
+    """Render a question, under a system prompt unless that is empty.
+
+    Raises:
+        UsageError: the model has no chat template.
+    """
+    with_role = bool(system) and takes_system_role(tokenizer)
+    if with_role:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    else:
+        content = f"{system}\n\n{question}" if system else question
+        messages = [{"role": "user", "content": content}]
+    text = apply_to_messages(tokenizer, messages, header=True)
+    return Chat(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]), with_role)
+
+
+def response_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> tuple[int, ...]:
+    """Token ids of an answer, without an end-of-turn token."""
+    return tuple(tokenizer(response, add_special_tokens=False)["input_ids"])
+
+
+def takes_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template shows a system message (some refuse it, some leave it out).
+
+    Raises:
+        UsageError: the model has no chat template.
+    """
+    probe = "A system prompt."
+    messages = [{"role": "system", "content": probe}, {"role": "user", "content": "A question?"}]
+    try:
+        return probe in apply_to_messages(tokenizer, messages, header=True)
+    except TemplateError:
+        return False

@@ -1,0 +1,205 @@
+"""Grids: a table of personas and a table of tasks, and the cells between them.
+
+A grid is a TOML file with the tables ``[personas]`` and ``[tasks]`` (key = text, one key
+called ``baseline`` in each) and, optionally, ``[markers]`` (persona key = list of words that
+give the persona away). ``short`` and ``long`` are the two grids of "As X, Do Y" (appendix A,
+markers as in its published result file); ``review`` is the long personas on the three review
+tasks, the grid of the paper's sections 6 and 7.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
+
+from persona_nns.errors import UsageError
+
+BASELINE = "baseline"
+BUNDLED_GRIDS = ("short", "long", "review")
+REVIEW_TASKS = ("arch", "plan", "proposal")
+
+PromptName = Literal["BB", "XB", "BY", "XY", "BARE"]
+
+Key = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (persona, task) pair with the four texts its prompts are made of."""
+
+    persona: str
+    task: str
+    persona_text: str
+    task_text: str
+    baseline_persona_text: str
+    baseline_task_text: str
+    markers: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The name of the cell in every result, for example ``engineer/arch``."""
+        return f"{self.persona}/{self.task}"
+
+    @property
+    def place(self) -> dict[str, str]:
+        """Where it stands in every result."""
+        return {"cell": self.label}
+
+    def texts(self, prompt: PromptName) -> tuple[str | None, str]:
+        """The persona and task text of one prompt of the cell; ``BARE`` has no persona."""
+        persona = {"B": self.baseline_persona_text, "X": self.persona_text}
+        task = {"B": self.baseline_task_text, "Y": self.task_text}
+        if prompt == "BARE":
+            return None, self.task_text
+        return persona[prompt[0]], task[prompt[1]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Personas and tasks by key; the baseline of each under the key ``baseline``."""
+
+    name: str
+    personas: Mapping[str, str]
+    tasks: Mapping[str, str]
+    markers: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """Every pair of a persona and a task that are not the baseline, personas outermost."""
+        return tuple(
+            Cell(
+                persona=persona,
+                task=task,
+                persona_text=self.personas[persona],
+                task_text=self.tasks[task],
+                baseline_persona_text=self.personas[BASELINE],
+                baseline_task_text=self.tasks[BASELINE],
+                markers=tuple(self.markers.get(persona, ())),
+            )
+            for persona in self.personas
+            if persona != BASELINE
+            for task in self.tasks
+            if task != BASELINE
+        )
+
+    @property
+    def digest(self) -> str:
+        """Hash of keys, texts and markers: two grids with one digest ask the same questions."""
+        tables = [dict(self.personas), dict(self.tasks), dict(self.markers)]
+        texts = json.dumps(tables, ensure_ascii=False)
+        return hashlib.sha256(texts.encode()).hexdigest()
+
+    def select_cells(self, labels: str | Iterable[str] | None) -> tuple[Cell, ...]:
+        """The cells with these labels (``a/x,b/y``, or a sequence), in the order of the grid.
+
+        None asks for all of them.
+
+        Raises:
+            UsageError: a label that the grid does not have, or none at all.
+        """
+        if labels is None:
+            return self.cells
+        by_label = {cell.label: cell for cell in self.cells}
+        parts = labels.split(",") if isinstance(labels, str) else labels
+        wanted = [part.strip() for part in parts if part.strip()]
+        if not wanted:
+            raise UsageError("No cell was asked for; name cells such as engineer/arch, or none.")
+        for label in wanted:
+            if label not in by_label:
+                raise UsageError(
+                    f"The grid {self.name!r} has no cell {label!r}; "
+                    f"its cells are {', '.join(by_label)}."
+                )
+        return tuple(cell for label, cell in by_label.items() if label in wanted)
+
+    def restrict_tasks(self, name: str, tasks: Iterable[str]) -> "Grid":
+        """The same personas on some of the tasks, as a grid of its own name."""
+        kept = {BASELINE, *tasks}
+        return replace(
+            self, name=name, tasks={key: text for key, text in self.tasks.items() if key in kept}
+        )
+
+
+class _GridFile(BaseModel):
+    """What a grid file may hold."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    personas: dict[Key, Text]
+    tasks: dict[Key, Text]
+    markers: dict[Key, list[Text]] = {}
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> "_GridFile":
+        for table, entries in (("personas", self.personas), ("tasks", self.tasks)):
+            if BASELINE not in entries:
+                raise ValueError(f"[{table}] has no entry called {BASELINE!r}")
+            if len(entries) < 2:
+                raise ValueError(f"[{table}] has no entry beside {BASELINE!r}")
+        for persona in self.markers:
+            if persona not in self.personas:
+                raise ValueError(f"[markers] names the persona {persona!r}, which [personas] lacks")
+        return self
+
+
+def load_grid(grid: "str | Path | Grid") -> Grid:
+    """Load a bundled grid by its name, or a user's own from a TOML file.
+
+    Args:
+        grid: ``short``, ``long``, ``review``, or the path of a ``.toml`` file; a ``Grid`` is
+            returned as it is.
+
+    Raises:
+        UsageError: an unknown name, an unreadable file, or a file that breaks the format.
+    """
+    if isinstance(grid, Grid):
+        return grid
+    if grid == "review":
+        return _bundled("long").restrict_tasks("review", REVIEW_TASKS)
+    if grid in BUNDLED_GRIDS:
+        return _bundled(str(grid))
+    path = Path(grid)
+    if path.suffix != ".toml":
+        raise UsageError(
+            f"Unknown grid {str(grid)!r}; use {', '.join(BUNDLED_GRIDS)}, or a .toml file."
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"The grid file {str(path)!r} cannot be read: {error}.") from error
+    return _parse(path.stem, text, str(path))
+
+
+def _bundled(name: str) -> Grid:
+    file = resources.files("persona_nns.prompts") / "texts" / f"{name}.toml"
+    return _parse(name, file.read_text(encoding="utf-8"), f"{name}.toml")
+
+
+def _parse(name: str, text: str, source: str) -> Grid:
+    try:
+        file = _GridFile.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"The grid file {source!r} is not valid TOML: {error}.") from error
+    except ValidationError as error:
+        raise UsageError(f"The grid file {source!r} is not a grid: {_first(error)}.") from error
+    markers = {persona: tuple(words) for persona, words in file.markers.items()}
+    return Grid(name=name, personas=file.personas, tasks=file.tasks, markers=markers)
+
+
+def _first(error: ValidationError) -> str:
+    """The first problem of a validation, with the place where it was found."""
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    if problem["type"] == "extra_forbidden":
+        return f"it has a table {place!r}; a grid has [personas], [tasks] and [markers]"
+    if problem["type"] == "string_pattern_mismatch":
+        return f"the key {place!r} holds more than letters, digits, '_', '-' and '.'"
+    message = str(problem.get("ctx", {}).get("error", problem["msg"])).rstrip(".")
+    return f"{place}: {message}" if place else message

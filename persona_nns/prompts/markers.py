@@ -1,0 +1,60 @@
+"""Persona markers in a text, matched as the paper matches them."""
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+
+from persona_nns.errors import UsageError
+from persona_nns.prompts.grids import Cell
+
+#: What stands in place of a count where a persona has no markers.
+NOT_COUNTED = -1
+
+
+def find_markers(text: str, markers: Iterable[str]) -> list[str]:
+    """The markers that occur in a text, case-insensitively.
+
+    A marker with a space or a hyphen is a substring test; any other stands on word boundaries.
+    """
+    lowered = text.lower()
+    return [marker for marker in markers if _occurs(marker.lower(), lowered)]
+
+
+def count_markers(text: str, cell: Cell) -> int:
+    """How many different markers of the cell's persona occur in a text; −1 where it has none."""
+    if not cell.markers:
+        return NOT_COUNTED
+    return len({marker.lower() for marker in find_markers(text, cell.markers)})
+
+
+def require_markers(cells: Sequence[Cell]) -> None:
+    """See that there is something to look for in every cell.
+
+    Raises:
+        UsageError: the grid has no markers for a persona.
+    """
+    if without := _without_markers(cells):
+        raise UsageError(
+            f"The grid has no markers for {', '.join(without)}; add a [markers] table to its file "
+            "(persona key = list of words), or leave these personas out with --cells."
+        )
+
+
+def warn_without_markers(cells: Sequence[Cell]) -> None:
+    """Warn of personas whose markers cannot be counted because the grid has none for them."""
+    if without := _without_markers(cells):
+        warnings.warn(
+            f"The grid has no markers for {', '.join(without)}: there distinct_markers is "
+            f"{NOT_COUNTED} and any_marker says nothing.",
+            stacklevel=3,
+        )
+
+
+def _without_markers(cells: Sequence[Cell]) -> list[str]:
+    return list(dict.fromkeys(cell.persona for cell in cells if not cell.markers))
+
+
+def _occurs(marker: str, text: str) -> bool:
+    if " " in marker or "-" in marker:
+        return marker in text
+    return re.search(rf"\b{re.escape(marker)}\b", text) is not None

@@ -1,0 +1,491 @@
+"""Results on disk: labelled arrays in one Zarr v3 hierarchy, a unit (say, a cell) at a time.
+
+Group ``/<experiment>/<run>`` holds one model's block for one grid, and plain xarray reads it:
+``xr.open_zarr(store, group="localized_positions/<run>", consolidated=False)``. The block is
+allocated whole, before anything is measured. One unit is whole chunks in every array, so units
+are written independently of each other. A unit's ``completed`` is written after all the rest of
+it, and on a local disk only once the rest has reached the disk: whatever cuts a run off, a unit
+that says it is complete is. Metadata is never consolidated: groups that come later would not be
+seen.
+
+Whoever writes writes the same bytes to the same place, so any number of processes may allocate
+and write one run at once.
+
+Nothing here knows about models.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.core.metadata.v3 import ArrayV3Metadata
+from zarr.errors import ContainsArrayError, ContainsGroupError
+from zarr.storage import LocalStore
+
+from persona_nns.declarations.plans import Label, Plan, Unit
+from persona_nns.declarations.variables import Kind, Variable
+from persona_nns.errors import PersonaError
+from persona_nns.results.chunks import label_array, unit_array, write_chunks
+from persona_nns.results.locations import Place, place_of
+
+# What labels stand for, where their dimension's name does not say it.
+_NAMES = {"cell": "persona/task"}
+_CHUNKS_AT_A_TIME = 64
+_REQUESTS_AT_A_TIME = 8
+# What reading a chunk raises that was cut off, whichever codec notices it.
+DAMAGED = (RuntimeError, ValueError, OSError)
+
+# Where something stands in an array: an index for each of some of its dimensions.
+Index = tuple[int, ...]
+
+
+def _bookkeeping(plan: Plan) -> dict[str, Variable]:
+    """What is stored of every unit beside its results; ``completed`` is last."""
+    dims, noun = " ".join(plan.unit_axes), plan.noun
+    return {
+        "seconds": Variable(
+            dims,
+            "time",
+            units="s",
+            description=f"Wall-clock time of the {noun}'s batch, divided by {noun}s.",
+        ),
+        "completed": Variable(
+            dims,
+            f"{noun} is complete",
+            description=f"True once everything else of the {noun} has been written.",
+            kind="bool",
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class Block:
+    """Everything that is known about a run's group before the first unit is measured.
+
+    Attributes:
+        experiment: name of the experiment.
+        run: name of the run's group.
+        model: label of the model.
+        n_layers: its number of decoder blocks.
+        d_model: width of its residual stream.
+        precision: its precision.
+        plan: what there is to measure.
+        layers: labels of the layer axis.
+        positions: labels of the position axis.
+        variables: the arrays.
+        attrs: provenance, as JSON-able values.
+    """
+
+    experiment: str
+    run: str
+    model: str
+    n_layers: int
+    d_model: int
+    precision: str
+    plan: Plan
+    layers: Sequence[int]
+    positions: Sequence[str]
+    variables: Mapping[str, Variable]
+    attrs: Mapping[str, Any]
+
+    def labels(self, variable: Variable, axis: str) -> Sequence[Any]:
+        """The labels of one of a variable's dimensions."""
+        shared: dict[str, Sequence[Any]] = {
+            **self.plan.axes,
+            "layer": self.layers,
+            "position": self.positions,
+            "d_model": range(self.d_model),
+        }
+        return shared[axis] if axis in shared else variable.labels(axis)
+
+
+# Part of an array: the array, where, and what.
+_Part = tuple["zarr.Array[Any]", tuple[slice, ...], NDArray[Any]]
+
+
+class RunGroup:
+    """The group of one run, opened for reading and writing units."""
+
+    def __init__(
+        self, group: zarr.Group, place: Place, arrays: Mapping[str, "zarr.Array[Any]"] | None = None
+    ) -> None:
+        self._group = group
+        self._place = place
+        self._order: dict[str, dict[Label, int]] = {}
+        self._arrays = dict(arrays or {})
+
+    def __len__(self) -> int:
+        return self._array("completed").size
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """The run's provenance."""
+        return dict(self._group.attrs)
+
+    @property
+    def unit_axes(self) -> tuple[str, ...]:
+        """The dimensions of ``completed``: those that every unit has a place on."""
+        return _axes(self._array("completed"))
+
+    def flags(self) -> NDArray[np.bool_]:
+        """The array ``completed``, without what was cut off while it was written."""
+        flags = np.zeros(self._array("completed").shape, dtype=bool)
+        for index in self._complete(np.ndindex(flags.shape[1:])):
+            flags[0, *index] = True
+        return flags
+
+    def completed(self, units: Iterable[Unit]) -> set[str]:
+        """Labels of those of the units that are complete."""
+        array = self._array("completed")
+        places = {unit.label: self._index(array, unit) for unit in units}
+        done = self._complete(places.values())
+        return {label for label, index in places.items() if index in done}
+
+    def _complete(self, places: Iterable[Index]) -> set[Index]:
+        """Those of these places in ``completed`` that are set."""
+        array = self._array("completed")
+        if self._place.folder is None and set(array.chunks) == {1}:
+            # An object is written whole or not at all, and only for a flag that is set: one
+            # listing says what a request for each unit would.
+            key = cast("Any", array.metadata).encode_chunk_key
+            written = self._place.names(array.path)
+            return {index for index in places if key((0, *index)) in written}
+        done: set[Index] = set()
+        for stretch in stretches(places):
+            flags = self._read_flags(array, stretch)
+            done.update(index for index, flag in zip(stretch, flags, strict=True) if flag)
+        return done
+
+    def _read_flags(self, completed: "zarr.Array[Any]", stretch: Sequence[Index]) -> list[bool]:
+        """Flags of a stretch of places; one that was cut off while it was written is not set."""
+        try:
+            found = completed[0, *box_of(stretch)]
+        except DAMAGED:
+            if self._place.folder is None:
+                raise
+            if len(stretch) == 1:
+                return [False]
+            return [flag for index in stretch for flag in self._read_flags(completed, [index])]
+        return np.asarray(found, dtype=bool).ravel().tolist()
+
+    def write_units(
+        self, measured: Sequence[tuple[Unit, Mapping[str, NDArray[Any]]]], seconds: float
+    ) -> None:
+        """Write units; they count only once ``completed`` is written, which is done last.
+
+        Args:
+            measured: each unit with the arrays that it writes, by name.
+            seconds: time of one unit.
+        """
+        if not measured:
+            return
+        rows: dict[str, list[tuple[Unit, NDArray[Any]]]] = {}
+        for unit, values in measured:
+            for name, value in {**values, "seconds": np.asarray(seconds)}.items():
+                rows.setdefault(name, []).append((unit, value))
+        parts = [part for name, of_name in rows.items() for part in self._parts(name, of_name)]
+        if self._place.folder is None:
+            with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as pool:  # each waits for a server
+                list(pool.map(lambda part: write_chunks(*part), parts))
+        else:
+            for part in parts:
+                write_chunks(*part)
+        self._place.flush()
+        flags = [(unit, np.asarray(True)) for unit, _ in measured]  # noqa: FBT003
+        for part in self._parts("completed", flags):
+            write_chunks(*part)
+
+    def write_unit(self, unit: Unit, values: Mapping[str, NDArray[Any]], seconds: float) -> None:
+        """Write one unit."""
+        self.write_units([(unit, values)], seconds)
+
+    def _parts(self, name: str, rows: Sequence[tuple[Unit, NDArray[Any]]]) -> Iterator[_Part]:
+        """Where in one array units are written, and what: neighbours are one part."""
+        array = self._array(name)
+        axes = _axes(array)
+        placed = [axis for axis in axes if axis in rows[0][0].place]
+        own = [axis for axis in axes if axis not in placed]
+        values = {self._index(array, unit): value for unit, value in rows}
+        for stretch in stretches(values):
+            stacked = np.stack([values[index] for index in stretch])
+            sizes = dict(zip((placed[-1], *own), stacked.shape, strict=True))
+            order = [[*sizes].index(axis) for axis in axes if axis in sizes]
+            box = dict(zip(placed, box_of(stretch), strict=True))
+            region = (slice(1), *(box.get(axis, slice(None)) for axis in axes))
+            shape = [1, *(sizes.get(axis, 1) for axis in axes)]
+            yield array, region, stacked.transpose(order).reshape(shape)
+
+    def _index(self, array: "zarr.Array[Any]", unit: Unit) -> Index:
+        """Where a unit stands in an array, on those dimensions that it has a place on."""
+        place = unit.place
+        return tuple(self._places(axis)[place[axis]] for axis in _axes(array) if axis in place)
+
+    def _places(self, axis: str) -> dict[Label, int]:
+        """Where each label stands in this group: the order of the plan when it was allocated."""
+        if axis not in self._order:
+            labels = np.asarray(self._array(axis)[...]).tolist()
+            self._order[axis] = {label: index for index, label in enumerate(labels)}
+        return self._order[axis]
+
+    def sessions(self, but: Iterable[str] = ()) -> dict[str, Mapping[str, Any]]:
+        """What the processes that compute, or computed, units of this run say of themselves.
+
+        Args:
+            but: names of sessions to leave out.
+        """
+        known = set(but)
+        groups = subgroups(self._group, "sessions")
+        return {name: dict(group.attrs) for name, group in groups if name not in known}
+
+    def note_session(self, name: str, attrs: Mapping[str, Any]) -> None:
+        """Say who computes units of this run, in a sub-group of its own: writers never meet."""
+        put_group(require_group(self._group, "sessions"), name, attrs)
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        if name not in self._arrays:
+            with _chunks_together():
+                self._arrays[name] = cast("zarr.Array[Any]", self._group[name])
+        return self._arrays[name]
+
+
+def _axes(array: "zarr.Array[Any]") -> tuple[str, ...]:
+    """The dimensions of an array after ``model``."""
+    return tuple(cast("Any", array.metadata).dimension_names[1:])
+
+
+def stretches(places: Iterable[Index]) -> list[list[Index]]:
+    """Places in an array as stretches without a gap along its last dimension."""
+    grouped = itertools.groupby(
+        enumerate(sorted(set(places))), lambda pair: (pair[1][:-1], pair[1][-1] - pair[0])
+    )
+    return [[index for _, index in group] for _, group in grouped]
+
+
+def box_of(stretch: Sequence[Index]) -> tuple[slice, ...]:
+    """The part of an array that a stretch of places is."""
+    return tuple(slice(a, b + 1) for a, b in zip(stretch[0], stretch[-1], strict=True))
+
+
+def check_writable(store: str | Path) -> None:
+    """See that a store can be written before anything is computed for it.
+
+    Raises:
+        UsageError: the path cannot be written, or is no Zarr store.
+    """
+    place_of(store).check_writable()
+
+
+def find_group(store: str | Path, experiment: str, run: str) -> RunGroup | None:
+    """The group of a run, for reading; None where it is not there yet."""
+    group = open_group(store, f"{experiment}/{run}", "r")
+    if group is None or not is_allocated(group):
+        return None
+    return RunGroup(group, place_of(store))
+
+
+def completed_units(store: str | Path, block: Block) -> set[str]:
+    """Labels of the units that are complete; none where the group is not there yet."""
+    group = find_group(store, block.experiment, block.run)
+    return set() if group is None else group.completed(block.plan.units)
+
+
+def open_root(store: str | Path) -> zarr.Group | None:
+    """The root of a store for reading; None where there is no Zarr store."""
+    return place_of(store).open_root()
+
+
+def _subgroup(group: zarr.Group, name: str) -> zarr.Group | None:
+    """A group in a group; None where there is none, or its metadata were cut off."""
+    try:
+        found = group[name]
+    except (KeyError, *DAMAGED):
+        return None
+    return found if isinstance(found, zarr.Group) else None
+
+
+def subgroups(group: zarr.Group, *path: str) -> Iterator[tuple[str, zarr.Group]]:
+    """The groups in a group, or in one below it, by name; without any whose metadata are gone."""
+    parent: zarr.Group | None = group
+    for name in path:
+        parent = _subgroup(parent, name) if parent is not None else None
+    if parent is None:
+        return
+    if not isinstance(parent.store, LocalStore):
+        yield from sorted(parent.groups())
+        return
+    # On a disk there may be metadata that were cut off, and unfinished files.
+    for metadata in sorted((parent.store.root / parent.path).glob("*/zarr.json")):
+        if (found := _subgroup(parent, metadata.parent.name)) is not None:
+            yield metadata.parent.name, found
+
+
+def is_allocated(group: zarr.Group) -> bool:
+    """Whether everything but units has been written: ``completed`` is created last."""
+    try:
+        return "completed" in group and "identity" in group.attrs
+    except ValueError:
+        return False
+
+
+def open_group(store: str | Path, path: str, mode: Literal["r", "a"]) -> zarr.Group | None:
+    """A group of a store by its path; to write (``a``) it is made, to read it may be None."""
+    names = path.split("/") if path else []
+    if mode == "a":
+        made = place_of(store).open_for_writing()
+        for name in names:
+            made = require_group(made, name)
+        return made
+    group = open_root(store)
+    for name in names:
+        group = _subgroup(group, name) if group is not None else None
+    return group
+
+
+def attach(store: str | Path, block: Block) -> RunGroup:
+    """Open a run's group, allocating whatever of it is not there yet.
+
+    Raises:
+        PersonaError: the store cannot be written, or the group is another run's.
+    """
+    place = place_of(store)
+    try:
+        place.discard_damaged_metadata(f"{block.experiment}/{block.run}")
+        group = place.open_for_writing()
+        for name in (block.experiment, *block.run.split("/")):
+            group = require_group(group, name)
+        arrays: dict[str, zarr.Array[Any]] = {}
+        if not (is_allocated(group) and all(name in group for name in block.variables)):
+            arrays = _allocate(group, block, place)
+    except OSError as error:
+        raise PersonaError(f"The store {str(store)!r} cannot be written: {error}.") from error
+    if group.attrs["identity"] != block.attrs["identity"]:
+        raise PersonaError(
+            f"The group {block.run!r} of {str(store)!r} holds another run; use another --store."
+        )
+    return RunGroup(group, place, arrays)
+
+
+def _allocate(group: zarr.Group, block: Block, place: Place) -> dict[str, "zarr.Array[Any]"]:
+    """Write everything but units; returns the arrays that units are written to.
+
+    What is there already is left as it is, or written again with the same bytes: another process
+    may be at it too, and one that was cut off may have left any part of it.
+    """
+    described = _write_coordinates(group, block)
+    # xarray finds coordinates that are no dimensions by this attribute.
+    listing = {"variables": list(block.variables), "coordinates": " ".join(described)}
+    placed = block.plan.placed_axes
+    if placed - set(block.plan.unit_axes):  # what tells which units write such a dimension
+        listing["units"] = [dict(unit.place) for unit in block.plan.units]
+    group.update_attributes({**block.attrs, **listing})  # one write, not one for each
+    require_group(group, "sessions")
+    every = {**block.variables, **_bookkeeping(block.plan)}
+    arrays = {
+        name: unit_array(
+            variable.kind,
+            variable.axes,
+            {axis: len(block.labels(variable, axis)) for axis in variable.axes},
+            placed,
+            {
+                "long_name": variable.long_name,
+                "units": variable.units,
+                "description": variable.description,
+            },
+        )
+        for name, variable in every.items()
+    }
+    last = {"completed": arrays.pop("completed")}  # says that all the rest is there
+    made = _require_arrays(group, arrays)
+    place.flush()
+    return made | _require_arrays(group, last)
+
+
+def require_group(parent: zarr.Group, name: str) -> zarr.Group:
+    """A group in a group, created unless it is there: another process may be faster."""
+    try:
+        return parent.require_group(name)
+    except ContainsGroupError:
+        return cast("zarr.Group", parent[name])
+
+
+def put_group(parent: zarr.Group, name: str, attributes: Mapping[str, Any]) -> None:
+    """Write a group that is its attributes, in one piece: nobody ever sees it without them."""
+    found = _subgroup(parent, name)
+    if found is None:
+        # There is nothing, or metadata that were cut off.
+        parent.create_group(name, attributes=dict(attributes), overwrite=True)
+    else:
+        found.attrs.put(dict(attributes))
+
+
+def _require_arrays(
+    group: zarr.Group, wanted: Mapping[str, ArrayV3Metadata]
+) -> dict[str, "zarr.Array[Any]"]:
+    """Arrays of a group, created unless they are there: another process may be at it too."""
+    found: dict[str, zarr.Array[Any]] = {}
+    with _chunks_together():
+        while missing := {name: wanted[name] for name in wanted if name not in found}:
+            try:
+                found |= cast("Any", dict(group.create_hierarchy(cast("Any", missing))))
+            except ContainsArrayError:
+                found |= {name: cast("Any", group[name]) for name in missing if name in group}
+    return found
+
+
+def _chunks_together() -> AbstractContextManager[Any]:
+    """Arrays opened in this context encode and read a batch of units at once.
+
+    A unit is a chunk, and zarr otherwise has several tasks for each.
+    """
+    return zarr.config.set({"codec_pipeline.batch_size": _CHUNKS_AT_A_TIME})
+
+
+def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
+    """Write the labels; returns the names of those that are not dimensions."""
+    depth = [layer / block.n_layers for layer in block.layers]
+    coordinates: dict[str, tuple[tuple[str, ...], Any, Kind, str]] = {
+        "model": (("model",), [block.model], "text", "model"),
+        **{
+            axis: ((axis,), labels, _kind(labels), _NAMES.get(axis, axis))
+            for axis, labels in block.plan.axes.items()
+        },
+        **{
+            name: ((axis,), labels, _kind(labels), name)
+            for name, (axis, labels) in block.plan.coords.items()
+        },
+        "n_layers": (("model",), [block.n_layers], "int", "number of decoder blocks"),
+        "precision": (("model",), [block.precision], "text", "precision of the model"),
+    }
+    axes = {axis for variable in block.variables.values() for axis in variable.axes}
+    if "layer" in axes:
+        coordinates["layer"] = (("layer",), block.layers, "int", "layer")
+        coordinates["depth"] = (("model", "layer"), [depth], "float", "depth (layer / n_layers)")
+    if "position" in axes:
+        coordinates["position"] = (("position",), block.positions, "text", "position")
+    for variable in block.variables.values():
+        for axis in variable.coords:
+            labels = variable.labels(axis)
+            coordinates[axis] = ((axis,), labels, _kind(labels), axis)
+    labels = {
+        name: np.asarray(values, dtype=object if kind == "text" else None)
+        for name, (_, values, kind, _) in coordinates.items()
+    }
+    arrays = {
+        name: label_array(kind, dims, labels[name].shape, {"long_name": long_name, "units": "1"})
+        for name, (dims, _, kind, long_name) in coordinates.items()
+    }
+    for name, array in _require_arrays(group, arrays).items():
+        write_chunks(array, tuple(map(slice, array.shape)), labels[name])
+    return [name for name, (dims, *_) in coordinates.items() if dims != (name,)]
+
+
+def _kind(labels: Sequence[Any]) -> Kind:
+    kinds: dict[type, Kind] = {str: "text", int: "int", float: "float"}
+    return kinds[type(labels[0])]

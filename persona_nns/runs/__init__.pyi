@@ -1,0 +1,16 @@
+from .remote.connection import Connection as Connection
+from .remote.connection import Patience as Patience
+from .remote.environment import Deployment as Deployment
+from .remote.environment import read_deployments as read_deployments
+from .remote.environment import read_environment as read_environment
+from .remote.job_book import read_jobs as read_jobs
+from .request import check_inputs as check_inputs
+from .request import check_options as check_options
+from .request import check_sites as check_sites
+from .request import make_plan as make_plan
+from .run import PlannedRun as PlannedRun
+from .run import measure_batch as measure_batch
+from .run import plan_run as plan_run
+from .run import run as run
+from .verify import verify_store as verify_store
+from .workers import launch as launch

@@ -1,0 +1,146 @@
+"""Where numbers come from: what determines them (identity), and what else is known (session)."""
+
+import hashlib
+import json
+import platform
+import secrets
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from persona_nns.declarations.catalog import Experiment
+from persona_nns.declarations.plans import Plan
+from persona_nns.declarations.record import ModelRecord
+
+_PACKAGES = ("persona-nns", "nnsight", "torch", "transformers", "tokenizers", "xarray", "zarr")
+
+
+def identity(
+    experiment: Experiment,
+    record: ModelRecord,
+    plan: Plan,
+    parameters: Mapping[str, Any],
+) -> str:
+    """Hash of all that determines the numbers of a run, 64 hexadecimal digits.
+
+    Not in it, because the numbers do not depend on them: which units were asked for, device,
+    batch size, package versions.
+
+    Args:
+        experiment: what is measured.
+        record: on which model, in which precision.
+        plan: on which inputs; texts, markers and token ids count, their order does not.
+        parameters: layers, positions and options, complete.
+    """
+    determining = {
+        "experiment": experiment.name,
+        "protocol_version": experiment.version,
+        "model": [
+            record.version if _is_digest(record.version) else [record.source, record.version]
+        ],
+        "precision": record.precision,
+        "attn_implementation": record.attn_implementation,
+        "cells": dict(plan.content),
+        "token_ids": {key: dict(of_key) for key, of_key in plan.token_ids.items()},
+        "parameters": dict(parameters),
+    }
+    return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
+
+
+def _is_digest(version: str) -> bool:
+    """Whether it is a folder's SHA-256, which says all; a commit needs its repository's name."""
+    return len(version) == 64
+
+
+def run_name(label: str, plan: Plan, digest: str) -> str:
+    """The name of a run's group: readable, and different for each label and identity.
+
+    The order of the inputs is in it too: two processes that allocate one run at the same moment
+    agree on what they write.
+    """
+    determining = json.dumps([label, digest, [[axis, *of] for axis, of in plan.axes.items()]])
+    unique = hashlib.sha256(determining.encode()).hexdigest()
+    return f"{label.replace('/', '--')}.{plan.name}.{unique[:10]}"
+
+
+def run_attributes(
+    experiment: Experiment,
+    record: ModelRecord,
+    plan: Plan,
+    parameters: Mapping[str, Any],
+    plan_options: Mapping[str, Any],
+    digest: str,
+    template: str | None,
+) -> dict[str, Any]:
+    """What a run's group says of itself.
+
+    Args:
+        experiment: what is measured.
+        record: on which model.
+        plan: on which inputs.
+        parameters: layers, positions and options, complete.
+        plan_options: options that only say where the inputs come from.
+        digest: the run's identity.
+        template: the chat template, if there is one.
+    """
+    return {
+        "experiment": experiment.name,
+        "summary": experiment.summary,
+        "run": run_name(record.label, plan, digest),
+        "protocol_version": experiment.version,
+        "identity": digest,
+        "model": record.label,
+        "model_source": record.source,
+        "model_version": record.version,
+        "architecture": record.architecture,
+        "precision": record.precision,
+        "attn_implementation": record.attn_implementation,
+        "n_layers": record.n_layers,
+        "d_model": record.d_model,
+        "grid": plan.name,
+        "grid_digest": plan.digest,
+        **plan.attrs,
+        "template": template or "",
+        "template_digest": hashlib.sha256((template or "").encode()).hexdigest(),
+        "parameters": dict(parameters),
+        "plan_options": json.loads(json.dumps(dict(plan_options), default=str)),
+        "created": now(),
+        "session": session_attributes(),
+    }
+
+
+def session_attributes() -> dict[str, Any]:
+    """The machine, the versions and the commit that compute now."""
+    return {
+        "started": now(),
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_commit": _git_commit(),
+    }
+
+
+def session_name() -> str:
+    """A name for this session's note in a store; sortable by time, unique without coordination."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+
+
+def now() -> str:
+    """The time, in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _git_commit() -> str:
+    """Commit of the checkout the package runs from, ``-dirty`` where files differ; else empty."""
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():
+        return ""
+    command: Sequence[str] = ("git", "describe", "--always", "--dirty", "--abbrev=40")
+    try:
+        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return answer.stdout.strip()

@@ -1,0 +1,120 @@
+"""Which units (say, cells) a process measures next, when any number of processes share a run.
+
+There is no lock and no coordinator. Each process goes through the batches in an order of its
+own, asks before each batch what is complete, says which units it is at, and leaves alone what
+others say they are at as long as there is anything else. Two that claim one batch at the same
+moment both see it, and both turn to another. In the end a process waits for what others are at
+about as long as one of its own batches took, and then computes it too: whoever had claimed it is
+slow, or gone. So nothing is lost, and at most the batch that a process is at is computed twice.
+"""
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+
+from persona_nns.declarations.plans import Unit
+from persona_nns.results.claims import Session
+
+_POLL = 0.5  # seconds between two looks at what others are at, at most
+_FIRST_PATIENCE = 10.0  # seconds to wait for others before a batch of its own was measured
+
+
+class Share:
+    """The batches of units that this process measures."""
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        batch_size: int,
+        session: Session,
+        *,
+        order: random.Random | None = None,
+    ) -> None:
+        """Begin with units that are not known to be complete.
+
+        Args:
+            units: in the order of the plan; neighbours share prompts, and stay together.
+            batch_size: units at a time.
+            session: of this process.
+            order: chooses the order of the batches; by default a different one each time.
+        """
+        self._batches = _cut(units, batch_size)
+        self._order = order or random.Random()  # noqa: S311
+        self._order.shuffle(self._batches)
+        self._session = session
+        self._patience = _FIRST_PATIENCE
+        self._waiting_since: float | None = None
+
+    def __iter__(self) -> Iterator[list[Unit]]:
+        """Yield batches to measure and write until every unit is complete."""
+        while batch := self._next():
+            started = time.monotonic()
+            yield batch
+            self._patience = time.monotonic() - started
+            self._waiting_since = None
+
+    def put_back(self, batch: Sequence[Unit], batch_size: int) -> None:
+        """Take a batch back that did not fit; it and all others are yielded in smaller ones."""
+        batches = [list(batch), *self._batches]
+        self._batches = [part for whole in batches for part in _cut(whole, batch_size)]
+
+    @property
+    def n_left(self) -> int:
+        """Units that were not complete when this process last looked."""
+        return sum(map(len, self._batches))
+
+    def _next(self) -> list[Unit]:
+        while True:
+            claimed = self._session.claimed_by_others()  # by label
+            free = self._first(avoid=set(claimed))
+            if not self._batches:
+                return []
+            if free:
+                self._session.claim(free)
+                if not self._session.claimed_by_others().keys() & _labels(free):
+                    return self._take(free)
+                self._session.claim([])
+                self._batches.append(self._batches.pop(0))
+                time.sleep(self._order.uniform(0, 0.1))
+            elif self._is_impatient():
+                abandoned = min(self._batches, key=lambda batch: claimed[batch[0].label])
+                self._session.claim(abandoned)
+                return self._take(abandoned)
+            else:
+                time.sleep(min(_POLL, max(0.02, self._patience / 10)))
+
+    def _first(self, *, avoid: set[str]) -> list[Unit]:
+        """Units of the first batch that has any to measure; batches that are complete go."""
+        for batch in list(self._batches):
+            done = self._session.completed(batch)
+            place = self._batches.index(batch)
+            left = [unit for unit in batch if unit.label not in done]
+            if not left:
+                del self._batches[place]
+                continue
+            self._batches[place] = left
+            free = [unit for unit in left if unit.label not in avoid]
+            if free:
+                self._batches.insert(0, self._batches.pop(place))
+                return free
+        return []
+
+    def _take(self, units: list[Unit]) -> list[Unit]:
+        taken = _labels(units)
+        kept = ([unit for unit in batch if unit.label not in taken] for batch in self._batches)
+        self._batches = [batch for batch in kept if batch]
+        return units
+
+    def _is_impatient(self) -> bool:
+        now = time.monotonic()
+        if self._waiting_since is None:
+            self._waiting_since = now
+        return now - self._waiting_since > 1.5 * self._patience
+
+
+def _cut(units: Sequence[Unit], size: int) -> list[list[Unit]]:
+    return [list(units[start : start + size]) for start in range(0, len(units), size)]
+
+
+def _labels(units: Sequence[Unit]) -> set[str]:
+    return {unit.label for unit in units}

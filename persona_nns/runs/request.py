@@ -1,0 +1,344 @@
+"""A request for a run, checked before anything is computed or written."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from nnsight import TransformersModel
+from pydantic import TypeAdapter, ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from persona_nns.declarations.catalog import Experiment, check_axes
+from persona_nns.declarations.plans import Plan, Unit
+from persona_nns.declarations.record import ModelRecord
+from persona_nns.declarations.sites import parse_layer_sets, parse_layers, parse_positions
+from persona_nns.declarations.variables import Variable
+from persona_nns.errors import PersonaError, UsageError
+from persona_nns.models.load import record_of
+from persona_nns.prompts.grids import Grid, PromptName
+from persona_nns.prompts.positions import position_index
+from persona_nns.prompts.render import ROLE_PROMPTS, Prompt, render_cell
+from persona_nns.results.store import Block
+from persona_nns.runs.identity import identity, run_attributes, run_name
+
+_PROMPTS: tuple[PromptName, ...] = (*ROLE_PROMPTS, "BARE")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request: nothing in it can still be a usage error.
+
+    Attributes:
+        experiment: what to measure.
+        plan: what there is to measure.
+        units: the units asked for.
+        arguments: keyword arguments of `measure`.
+        finishing: keyword arguments of `finish`.
+        block: the group the results go to.
+        residuals: the group for residuals below it, where they are kept.
+    """
+
+    experiment: Experiment
+    plan: Plan
+    units: tuple[Unit, ...]
+    arguments: Mapping[str, Any]
+    finishing: Mapping[str, Any]
+    block: Block
+    residuals: Block | None
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Where a unit is written: residuals first, so that a completed unit has them."""
+        return [block for block in (self.residuals, self.block) if block is not None]
+
+    def as_hosted(self, precision: str) -> "Request":
+        """The same request with the precision that a server has told of."""
+        return replace(
+            self,
+            block=_in_precision(self.block, precision),
+            residuals=self.residuals and _in_precision(self.residuals, precision),
+        )
+
+    def finish(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        units: Sequence[Unit],
+        measured: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The declared variables of what `measure` returned; runs where the command runs."""
+        if self.experiment.finish is None:
+            return measured
+        return self.experiment.finish(tokenizer, units, measured, **self.finishing)
+
+    def into(self, run: str) -> "Request":
+        """The same request with its results in the group of this name."""
+        residuals = self.residuals and replace(self.residuals, run=f"{run}/residuals")
+        return replace(self, block=replace(self.block, run=run), residuals=residuals)
+
+
+def check_request(
+    experiment: Experiment,
+    model: TransformersModel,
+    grid: Grid | None,
+    layers: str | int | Sequence[int] | None,
+    layer_sets: str | int | Sequence[int | Sequence[int]] | None,
+    positions: str | Sequence[str] | None,
+    cells: str | Sequence[str] | None,
+    options: Mapping[str, Any],
+    *,
+    keep_residuals: bool,
+) -> Request:
+    """Check a request against the experiment, the model and the inputs.
+
+    Raises:
+        UsageError: something in it is wrong; the message says what, and what to do.
+    """
+    record = record_of(model)
+    sites = check_sites(experiment, record.n_layers, layers, layer_sets, positions)
+    own = check_options(experiment, options)
+    plan = make_plan(
+        experiment, model.tokenizer, grid, sites.get("positions", []), own, record.label
+    )
+    _check_width(plan, record)
+    _check_length(plan, model, record)
+    taken = {name: own[name] for name in own if name not in experiment.plan_only}
+    planning = {name: own[name] for name in own if name in experiment.plan_only}
+    arguments = {**sites, **taken}
+    units = plan.units if grid is None else grid.select_cells(cells)
+    digest = identity(experiment, record, plan, arguments)
+    template = model.tokenizer.chat_template
+    variables = {
+        name: v.for_run(record, arguments)
+        for name, v in experiment.variables.items()
+        if plan.variables is None or name in plan.variables
+    }
+    every = any(variable.every_layer for variable in variables.values())
+    block = Block(
+        experiment=experiment.name,
+        run=run_name(record.label, plan, digest),
+        model=record.label,
+        n_layers=record.n_layers,
+        d_model=record.d_model,
+        precision=record.precision,
+        plan=plan,
+        layers=list(range(record.n_layers + 1)) if every else sites.get("layers", []),
+        positions=sites.get("positions", []),
+        variables={
+            name: v
+            for name, v in variables.items()
+            if not (v.is_residual and experiment.keeps_residuals)
+        },
+        attrs=run_attributes(experiment, record, plan, arguments, planning, digest, template),
+    )
+    return Request(
+        experiment=experiment,
+        plan=plan,
+        units=tuple(units),
+        arguments=arguments,
+        finishing={name: own[name] for name in experiment.finish_options},
+        block=block,
+        residuals=_residuals(variables, block) if keep_residuals else None,
+    )
+
+
+def _check_width(plan: Plan, record: ModelRecord) -> None:
+    """See that inputs as wide as a model go with this one.
+
+    Raises:
+        UsageError: they were made for another.
+    """
+    if plan.width not in (None, (record.n_layers, record.d_model)):
+        blocks, width = plan.width
+        raise UsageError(
+            f"The vector has {blocks + 1} layers of width {width}, but the model {record.label!r} "
+            f"needs {record.n_layers + 1} of width {record.d_model} (n_layers + 1, d_model)."
+        )
+
+
+def _check_length(plan: Plan, model: TransformersModel, record: ModelRecord) -> None:
+    """See that a model whose positions are learned has enough of them for every prompt.
+
+    Raises:
+        UsageError: a prompt is longer.
+    """
+    config = model.config.get_text_config()
+    rows = (ids for of_key in plan.token_ids.values() for ids in of_key.values())
+    longest = max(map(len, rows), default=0)
+    positions = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(config, "rope_parameters", None)
+    if positions is not None and not rotary and longest > positions:
+        raise UsageError(
+            f"The longest prompt has {longest} tokens, but the model {record.label!r} has "
+            f"{positions} positions; use shorter texts, or another model."
+        )
+
+
+def check_inputs(
+    experiment: Experiment, grid: Grid | None, cells: str | Sequence[str] | None
+) -> None:
+    """See that a grid was given exactly where the experiment runs on one.
+
+    Raises:
+        UsageError: one is missing, or of no use; or the grid has no such cell.
+    """
+    if experiment.plan is not None and (grid is not None or cells is not None):
+        raise UsageError(
+            f"The experiment {experiment.name!r} runs on no grid of personas and tasks; its "
+            f"inputs are its options: {', '.join(experiment.options)}."
+        )
+    if experiment.plan is None and grid is None:
+        raise UsageError(f"The experiment {experiment.name!r} needs a grid, such as 'short'.")
+    if grid is not None:
+        grid.select_cells(cells)
+
+
+def make_plan(
+    experiment: Experiment,
+    tokenizer: PreTrainedTokenizerBase,
+    grid: Grid | None,
+    positions: Sequence[str],
+    options: Mapping[str, Any],
+    label: str = "",
+) -> Plan:
+    """What there is to measure: the cells of the grid, or what the experiment's file says.
+
+    Args:
+        experiment: with its `plan`.
+        tokenizer: the model's.
+        grid: where it runs on one.
+        positions: that have to exist in every prompt of the grid.
+        options: the experiment's own.
+        label: the model's, for a `plan` that asks for it.
+
+    Raises:
+        UsageError: the inputs cannot be used, or not with this model.
+        PersonaError: a variable has a dimension that the plan gives no labels.
+    """
+    if experiment.plan is None:
+        assert grid is not None
+        return plan_of_grid(grid, render_grid(tokenizer, grid, positions))
+    named = {"model": label} if experiment.plan_takes_model else {}
+    own = {name: options[name] for name in experiment.plan_options}
+    plan = experiment.plan(tokenizer, **named, **own)
+    for name, variable in experiment.variables.items():
+        if plan.variables is not None and name not in plan.variables:
+            continue
+        every = {"layer"} if variable.every_layer else set()
+        check_axes(name, variable, experiment.name, {*experiment.site_axes, *plan.axes, *every})
+        if not plan.placed_axes & set(variable.axes):
+            raise PersonaError(
+                f"The variable {name!r} of {experiment.name!r} has none of the dimensions that "
+                f"its units have a place on: {', '.join(sorted(plan.placed_axes))}."
+            )
+    return plan
+
+
+def plan_of_grid(grid: Grid, prompts: Mapping[str, Mapping[PromptName, Prompt]]) -> Plan:
+    """A plan whose units are the cells of a grid, with their rendered prompts."""
+    return Plan(
+        name=grid.name,
+        units=grid.cells,
+        axes={"cell": [cell.label for cell in grid.cells]},
+        unit_axes=("cell",),
+        content={cell.label: asdict(cell) for cell in grid.cells},
+        token_ids={
+            cell: {name: list(prompt.ids) for name, prompt in of_cell.items()}
+            for cell, of_cell in prompts.items()
+        },
+        digest=grid.digest,
+        coords={
+            "persona": ("cell", [cell.persona for cell in grid.cells]),
+            "task": ("cell", [cell.task for cell in grid.cells]),
+        },
+        attrs={
+            "personas": dict(grid.personas),
+            "tasks": dict(grid.tasks),
+            "markers": {persona: list(words) for persona, words in grid.markers.items()},
+        },
+    )
+
+
+def _in_precision(block: Block, precision: str) -> Block:
+    return replace(block, precision=precision, attrs={**block.attrs, "precision": precision})
+
+
+def _residuals(variables: Mapping[str, Variable], block: Block) -> Block:
+    """The group for what is as wide as the model, below the run it belongs to."""
+    wide = {name: v for name, v in variables.items() if v.is_residual}
+    return replace(block, run=f"{block.run}/residuals", variables=wide)
+
+
+def render_grid(
+    tokenizer: PreTrainedTokenizerBase, grid: Grid, positions: Sequence[str]
+) -> dict[str, dict[PromptName, Prompt]]:
+    """Render every prompt of every cell, and see that the positions exist in them.
+
+    Raises:
+        UsageError: no chat template, or a prompt too short for a position.
+    """
+    prompts = {cell.label: render_cell(tokenizer, cell, _PROMPTS) for cell in grid.cells}
+    for of_cell in prompts.values():
+        for name in ROLE_PROMPTS:
+            for position in positions:
+                position_index(of_cell[name], position)
+    return prompts
+
+
+def check_sites(
+    experiment: Experiment,
+    n_layers: int,
+    layers: str | int | Sequence[int] | None,
+    layer_sets: str | int | Sequence[int | Sequence[int]] | None,
+    positions: str | Sequence[str] | None,
+) -> dict[str, Any]:
+    """The layers, layer sets and positions to measure at, where the experiment has them.
+
+    Raises:
+        UsageError: not a layer or position, or the experiment has none to choose.
+    """
+    sites: dict[str, Any] = {}
+    for name, asked, default in (
+        ("layers", layers, experiment.layers),
+        ("layer sets", layer_sets, experiment.layer_sets),
+        ("positions", positions, experiment.positions),
+    ):
+        if default is None and asked is not None:
+            raise UsageError(f"The experiment {experiment.name!r} has no {name} to choose.")
+    if experiment.layers is not None:
+        spec = experiment.layers if layers is None else layers
+        sites["layers"] = parse_layers(spec, n_layers)
+    if experiment.layer_sets is not None:
+        spec = experiment.layer_sets if layer_sets is None else layer_sets
+        sites["layer_sets"] = parse_layer_sets(spec, n_layers)
+    if experiment.positions is not None:
+        spec = experiment.positions if positions is None else positions
+        sites["positions"] = parse_positions(spec)
+    return sites
+
+
+def check_options(experiment: Experiment, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The experiment's own options, defaults filled in."""
+    for name in options:
+        if name not in experiment.options:
+            known = ", ".join(experiment.options) or "none"
+            raise UsageError(
+                f"The experiment {experiment.name!r} has no option {name!r}; its options: {known}."
+            )
+    filled: dict[str, Any] = {}
+    for name, parameter in experiment.options.items():
+        if name not in options and parameter.default is inspect.Parameter.empty:
+            raise UsageError(f"The experiment {experiment.name!r} needs the option {name!r}.")
+        filled[name] = _check_value(name, parameter, options.get(name, parameter.default))
+    return filled
+
+
+def _check_value(name: str, parameter: inspect.Parameter, value: Any) -> Any:
+    """A value of the type that the option is annotated with."""
+    if parameter.annotation is inspect.Parameter.empty:
+        return value
+    try:
+        return TypeAdapter(parameter.annotation).validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise UsageError(f"The option {name!r} cannot be {value!r}: {reason}.") from error

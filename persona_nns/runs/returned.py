@@ -1,0 +1,83 @@
+"""What an experiment returned, as arrays of the shapes that it declared."""
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+import numpy as np
+import torch
+
+from persona_nns.declarations.variables import FILL, Kind
+from persona_nns.errors import PersonaError
+from persona_nns.runs.request import Request
+
+# Kinds of numpy arrays that a variable of each kind may be returned as.
+_KINDS: dict[Kind, str] = {"float": "fiu", "int": "iu", "bool": "b", "text": "O"}
+
+
+def declared_arrays(
+    request: Request, measured: Mapping[str, Any], n_units: int
+) -> dict[str, np.ndarray[Any, Any]]:
+    """What `measure` returned, as arrays of the declared shapes.
+
+    Args:
+        request: with the declarations.
+        measured: by variable; the leading axis is the unit, in place of the dimensions that
+            units have a place on.
+        n_units: units of the batch.
+
+    Raises:
+        PersonaError: `measure` did not return what its file declares.
+    """
+    declared = dict(request.block.variables)
+    if request.residuals is not None:
+        declared |= request.residuals.variables
+    if set(measured) != set(declared):
+        raise PersonaError(
+            f"measure() of {request.experiment.name!r} returned {sorted(measured)}, but its file "
+            f"declares {sorted(declared)}."
+        )
+    placed = request.plan.placed_axes
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for name, variable in declared.items():
+        value = measured[name]
+        array = (
+            value.detach().cpu().float().numpy()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+            else np.asarray(value, dtype=object if variable.kind == "text" else None)
+        )
+        if array.dtype.kind not in _KINDS[variable.kind]:
+            raise PersonaError(
+                f"measure() of {request.experiment.name!r} returned {name!r} as {array.dtype}; "
+                f"its kind is {variable.kind!r}."
+            )
+        array = _spread_layers(request, name, array, placed)
+        own = [axis for axis in variable.axes if axis not in placed]
+        shape = (n_units, *(len(request.block.labels(variable, axis)) for axis in own))
+        if array.shape != shape:
+            raise PersonaError(
+                f"measure() of {request.experiment.name!r} returned {name!r} of shape "
+                f"{array.shape}; its dims ({variable.dims}) need {shape}."
+            )
+        arrays[name] = array
+    return arrays
+
+
+def _spread_layers(
+    request: Request, name: str, array: np.ndarray[Any, Any], placed: Set[str]
+) -> np.ndarray[Any, Any]:
+    """Put an array over the layers asked for onto the layer axis of the block."""
+    variable = request.experiment.variables[name]
+    if "layer" not in variable.axes or variable.every_layer:
+        return array
+    own = ["unit", *(axis for axis in variable.axes if axis not in placed)]
+    axis, asked = own.index("layer"), request.arguments["layers"]
+    if array.ndim <= axis or array.shape[axis] != len(asked):
+        return array
+    labels = list(request.block.layers)
+    if labels == asked:
+        return array
+    wide = list(array.shape)
+    wide[axis] = len(labels)
+    spread = np.full(wide, FILL[variable.kind], dtype=array.dtype)
+    spread[(slice(None),) * axis + ([labels.index(layer) for layer in asked],)] = array
+    return spread

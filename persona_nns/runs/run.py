@@ -1,0 +1,280 @@
+"""Run an experiment: batches of units (as a rule, cells) through `measure` into the store."""
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+from nnsight import TransformersModel
+
+from persona_nns.declarations.catalog import Experiment, load_experiment
+from persona_nns.declarations.plans import Unit
+from persona_nns.errors import PersonaError, UsageError
+from persona_nns.models.load import hosted, load_model
+from persona_nns.models.memory import fitting_batch_size, is_out_of_memory
+from persona_nns.prompts.grids import Grid, load_grid
+from persona_nns.results.claims import Session
+from persona_nns.results.reading import find_run, open_results
+from persona_nns.results.store import check_writable, completed_units
+from persona_nns.runs.identity import now, session_attributes, session_name
+from persona_nns.runs.progress import progress_bar
+from persona_nns.runs.queue import Share
+from persona_nns.runs.remote.dispatch import carry_out_remotely
+from persona_nns.runs.request import Request, check_inputs, check_request
+from persona_nns.runs.returned import declared_arrays
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A checked request and how to carry it out.
+
+    Attributes:
+        request: what to measure, and the groups it goes to.
+        model: the loaded model, or the client of a hosted one.
+        store: path or URL of the store.
+        execution: keyword arguments of `measure` that do not change its numbers.
+        batch_size: units at a time; None is as many as fit.
+        deadline: seconds that a job on a server may go without news; None is the default.
+        verbose: print what becomes of each job on a server.
+    """
+
+    request: Request
+    model: TransformersModel
+    store: str | Path
+    execution: Mapping[str, Any]
+    batch_size: int | None
+    deadline: float | None
+    verbose: bool
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """Names of the experiment and of the run's group."""
+        return self.request.experiment.name, self.request.block.run
+
+    def carry_out(self, *, progress: bool, shared: bool = False) -> None:
+        """Measure what is missing, beside any other process that does the same.
+
+        Args:
+            progress: show a progress bar.
+            shared: others start at the same moment: allocate the run before the first batch.
+        """
+        elsewhere = hosted(self.model)
+        if elsewhere is None:
+            _carry_out(self, progress=progress, shared=shared)
+            return
+        carry_out_remotely(
+            self.request,
+            self.model,
+            elsewhere,
+            self.store,
+            self.execution,
+            batch_size=self.batch_size,
+            deadline=self.deadline,
+            progress=progress,
+            verbose=self.verbose,
+        )
+
+
+def run(
+    experiment: str | Path | Experiment,
+    model: TransformersModel | str | Path,
+    grid: str | Path | Grid | None = None,
+    *,
+    layers: str | int | Sequence[int] | None = None,
+    layer_sets: str | int | Sequence[int | Sequence[int]] | None = None,
+    positions: str | Sequence[str] | None = None,
+    cells: str | Sequence[str] | None = None,
+    store: str | Path = "stores/results.zarr",
+    batch_size: int | None = None,
+    reuse: bool = True,
+    keep_residuals: bool = False,
+    deadline: float | None = None,
+    verbose: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> xr.Dataset:
+    """Run an experiment on one model and one grid, and return its results.
+
+    What the store already holds under the same identity is not computed again.
+
+    Args:
+        experiment: a bundled experiment's name, the path of an experiment file, or a loaded one.
+        model: from `load_model`, or a name that it takes.
+        grid: ``short``, ``long``, ``review``, a ``.toml`` file, or a `Grid`; by default the
+            experiment's own choice, where it has one; None for an experiment whose inputs are
+            options of its own.
+        layers: ``all``, layers or depths; by default the experiment's own choice.
+        layer_sets: sets of layers such as ``"14;10,12,14"``; by default the experiment's own.
+        positions: position names; by default the experiment's own choice.
+        cells: labels such as ``engineer/arch``; by default the whole grid.
+        store: path or URL of the Zarr store.
+        batch_size: cells (or other units) measured at a time; by default as many as memory
+            allows. A batch that does not fit is retried at half its size.
+        reuse: reuse prefixes and resume at the layer of an intervention; False runs the plain
+            protocol on whole sequences, which gives the same numbers and takes much longer.
+        keep_residuals: store the residuals too, in the group ``<run>/residuals``.
+        deadline: seconds that a job on a server may go without news; by default an hour.
+        verbose: print what becomes of each job on a server.
+        progress: show a progress bar with an ETA (never where there is no terminal).
+        **options: the experiment's own options.
+
+    Returns:
+        The run's results (every cell of the grid; those not asked for may be NaN).
+
+    Raises:
+        UsageError: the request is wrong; nothing was written.
+        PersonaError: it could not be carried out; what was measured is kept.
+    """
+    planned = plan_run(
+        experiment,
+        model,
+        grid,
+        layers=layers,
+        layer_sets=layer_sets,
+        positions=positions,
+        cells=cells,
+        store=store,
+        batch_size=batch_size,
+        reuse=reuse,
+        keep_residuals=keep_residuals,
+        deadline=deadline,
+        verbose=verbose,
+        progress=progress,
+        **options,
+    )
+    planned.carry_out(progress=progress)
+    name, group = planned.group
+    return open_results(store, name, run=group)
+
+
+def plan_run(
+    experiment: str | Path | Experiment,
+    model: TransformersModel | str | Path,
+    grid: str | Path | Grid | None = None,
+    *,
+    layers: str | int | Sequence[int] | None = None,
+    layer_sets: str | int | Sequence[int | Sequence[int]] | None = None,
+    positions: str | Sequence[str] | None = None,
+    cells: str | Sequence[str] | None = None,
+    store: str | Path = "stores/results.zarr",
+    batch_size: int | None = None,
+    reuse: bool = True,
+    keep_residuals: bool = False,
+    deadline: float | None = None,
+    verbose: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> PlannedRun:
+    """Check a run, and prepare it where its experiment does; the arguments are those of `run`.
+
+    Raises:
+        UsageError: the request is wrong; nothing was written.
+        PersonaError: the model cannot be loaded.
+    """
+    check_writable(store)
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"The batch size {batch_size} is too small; use 1 or more.")
+    loaded_experiment = (
+        experiment if isinstance(experiment, Experiment) else load_experiment(experiment)
+    )
+    asked = loaded_experiment.grid if grid is None else grid
+    loaded_grid = None if asked is None else load_grid(asked)
+    check_inputs(loaded_experiment, loaded_grid, cells)
+    loaded = load_model(model) if isinstance(model, str | Path) else model
+    if not (reuse or loaded_experiment.reuses):
+        raise UsageError(f"The experiment {loaded_experiment.name!r} never reuses anything.")
+    if keep_residuals and not loaded_experiment.keeps_residuals:
+        raise UsageError(f"The experiment {loaded_experiment.name!r} keeps no residuals.")
+    if loaded_experiment.prepare is not None:
+        options = loaded_experiment.prepare(loaded, store, options, progress=progress)
+    execution = {"reuse": reuse} if loaded_experiment.reuses else {}
+    if loaded_experiment.keeps_residuals:
+        execution["keep_residuals"] = keep_residuals
+    request = check_request(
+        loaded_experiment,
+        loaded,
+        loaded_grid,
+        layers,
+        layer_sets,
+        positions,
+        cells,
+        options,
+        keep_residuals=keep_residuals,
+    )
+    return PlannedRun(
+        request=request.into(find_run(store, request.block) or request.block.run),
+        model=loaded,
+        store=store,
+        execution=execution,
+        batch_size=batch_size or request.plan.batch_size,
+        deadline=deadline,
+        verbose=verbose,
+    )
+
+
+def measure_batch(
+    request: Request,
+    model: TransformersModel,
+    units: Sequence[Unit],
+    execution: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `measure` returns for some units: by variable, leading axis = unit."""
+    return request.experiment.measure(model, list(units), **request.arguments, **execution)
+
+
+def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
+    request, model, store = planned.request, planned.model, planned.store
+    done = set.intersection(*(completed_units(store, block) for block in request.blocks))
+    pending = [unit for unit in request.units if unit.label not in done]
+    if not pending:
+        return
+    rows = [ids for of_key in request.plan.token_ids.values() for ids in of_key.values()]
+    batch_size = planned.batch_size or fitting_batch_size(model, rows)
+    how = {**planned.execution, "batch_size": batch_size, "device": str(model.device)}
+    session = Session(store, request.blocks, session_name(), {**session_attributes(), **how})
+    if shared:
+        session.begin()
+    share = Share(pending, batch_size, session)
+    title = f"{request.block.model} · {request.block.attrs['grid']}"
+    noun, n_asked = request.plan.noun, len(request.units)
+    with progress_bar(noun, enabled=progress) as bar:
+        task = bar.add_task(title, total=n_asked, completed=n_asked - len(pending))
+        try:
+            for batch in share:
+                started = time.perf_counter()
+                try:
+                    measured = measure_batch(request, model, batch, planned.execution)
+                except (MemoryError, RuntimeError) as error:
+                    share.put_back(batch, _smaller(len(batch), error, noun))
+                    continue
+                measured = request.finish(model.tokenizer, batch, measured)
+                arrays = declared_arrays(request, measured, len(batch))
+                session.write(batch, arrays, (time.perf_counter() - started) / len(batch))
+                bar.update(task, completed=n_asked - share.n_left)
+        finally:
+            session.end(now())
+
+
+def _smaller(batch_size: int, error: Exception, noun: str) -> int:
+    """Half the size of a batch that did not fit.
+
+    Raises:
+        PersonaError: a single unit does not fit.
+        Exception: the error itself, if it was not about memory.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    if batch_size == 1:
+        raise PersonaError(
+            f"A single {noun} does not fit into memory; use a smaller dtype (--dtype bfloat16), "
+            "fewer layers, or a device with more memory."
+        ) from error
+    half = batch_size // 2
+    warnings.warn(
+        f"{batch_size} {noun}s at a time do not fit into memory; going on with {half}.",
+        stacklevel=2,
+    )
+    return half

@@ -1,0 +1,103 @@
+"""Attention knockout: keep some queries of a prompt from the persona's keys.
+
+The blocked logits become the most negative number of their precision before the softmax, in
+every head, so their weights are exactly zero and the others share what they had. It needs
+attention whose mask is added to the logits (``eager``).
+
+Columns are those of whole left-padded rows, prompt and continuation, whatever part of them a
+pass runs. `block_keys` runs inside tracing contexts: torch only.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from persona_nns.prompts.render import Prompt
+from persona_nns.tracing.window import Window
+
+Blocked = Literal["last", "task", "task+last", "later"]
+
+# What the rows of one pass may take: their caches, masks and distributions.
+_BYTES_OF_A_PASS = 2**30
+
+_Condition = TypeVar("_Condition")
+
+#: Which queries are blocked: p_last and what is generated; the task; both; all after the persona.
+BLOCKED: tuple[Blocked, ...] = ("last", "task", "task+last", "later")
+
+
+def block_keys(inputs: Any, queries: Tensor, keys: Tensor) -> Any:
+    """The inputs of an attention module with a mask that keeps queries from keys.
+
+    Args:
+        inputs: the module's positional and keyword arguments, as ``attn.inputs`` gives them; not
+            changed.
+        queries: [row, column], True where a query is blocked; columns to come may be among them.
+        keys: [row, column], True where a key is blocked.
+
+    Returns:
+        What to assign to ``attn.inputs``.
+    """
+    positional, named = inputs
+    mask = named["attention_mask"]
+    n_queries, n_keys = mask.shape[-2:]
+    asking = queries[:, n_keys - n_queries : n_keys]
+    blocked = asking[:, None, :, None] & keys[:, None, None, :n_keys]
+    mask = mask.expand(len(queries), -1, -1, -1)
+    mask = mask.masked_fill(blocked.to(mask.device), torch.finfo(mask.dtype).min)
+    return positional, {**named, "attention_mask": mask}
+
+
+def persona_keys(prompts: Sequence[Prompt], padding: Tensor, width: int) -> Tensor:
+    """Where the tokens of the persona stand, [row, column].
+
+    Args:
+        prompts: the prompt of each row.
+        padding: [row], columns before each prompt.
+        width: columns of prompt and continuation.
+    """
+    return _columns([prompt.spans["persona"] for prompt in prompts], padding, width)
+
+
+def blocked_queries(
+    prompts: Sequence[Prompt], blocked: Blocked, padding: Tensor, width: int
+) -> Tensor:
+    """Which queries are kept from the persona, [row, column]; arguments as for `persona_keys`."""
+    task = _columns([prompt.spans["task"] for prompt in prompts], padding, width)
+    last = _columns([range(len(prompt) - 1, width) for prompt in prompts], padding, width)
+    later = [range(prompt.spans["persona"].stop, width) for prompt in prompts]
+    return {
+        "last": last,
+        "task": task,
+        "task+last": task | last,
+        "later": _columns(later, padding, width),
+    }[blocked]
+
+
+def share_out(
+    conditions: Sequence[_Condition], window: Window, distributions: Tensor
+) -> Iterator[Sequence[_Condition]]:
+    """Cut conditions into parts that can be the rows of one pass.
+
+    Args:
+        conditions: each of them is run on every row of the window.
+        window: what a pass runs.
+        distributions: what a pass gives, [row, token, vocabulary].
+    """
+    caches = (*window.prefix.keys, *window.prefix.values) if window.prefix is not None else ()
+    residual = () if window.clean is None else (window.clean,)
+    # The logits, their logarithms of probabilities, and the two references, a row each.
+    taken = sum(t.nbytes for t in (*caches, *residual)) + 4 * distributions.nbytes
+    at_a_time = max(1, _BYTES_OF_A_PASS // taken)
+    for start in range(0, len(conditions), at_a_time):
+        yield conditions[start : start + at_a_time]
+
+
+def _columns(tokens: Sequence[range], padding: Tensor, width: int) -> Tensor:
+    """Ranges of tokens, counted from the start of each prompt, as columns."""
+    place = torch.arange(width, device=padding.device) - padding[:, None]
+    start = torch.tensor([span.start for span in tokens], device=padding.device)
+    stop = torch.tensor([span.stop for span in tokens], device=padding.device)
+    return (place >= start[:, None]) & (place < stop[:, None])

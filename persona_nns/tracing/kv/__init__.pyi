@@ -1,0 +1,11 @@
+from .arrays import unlabel_cache as unlabel_cache
+from .cache import KVCache as KVCache
+from .cache import check_alike as check_alike
+from .cache import read_cache as read_cache
+from .cache import running_cache as running_cache
+from .cache import stack as stack
+from .masks import hide as hide
+from .rotation import Rotation as Rotation
+from .rotation import read_rotation as read_rotation
+from .splice import Piece as Piece
+from .splice import splice as splice

@@ -1,0 +1,9 @@
+"""Traits: their files, answers and vectors, judges, and distillation into weights.
+
+A wing: knows tracing, models, results and the bundled models. Touches: an OpenAI-compatible
+endpoint, and peft.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,258 @@
+"""Train a student to say without steering what the model says with it.
+
+The loss is the forward KL(teacher ‖ student) over the whole vocabulary, averaged over the response
+tokens of the batch, the first one included; the trajectories come from the teacher itself. The
+loop, its checkpoints and their resumption are those of transformers' `Trainer`; low-rank students
+are peft's.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from persona_nns.errors import UsageError
+from persona_nns.models.adapters import base_of
+from persona_nns.models.checkpoints import load_weights
+from persona_nns.tracing.batches import left_pad
+
+_SAVE_EVERY = 50  # steps between checkpoints
+_LOW_RANK = re.compile(r"r([1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A prompt and what the teacher said, its end token included."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How students are trained.
+
+    Attributes:
+        steps: optimiser steps.
+        rows: trajectories of a pass.
+        accumulation: passes of a step.
+        learning_rate: highest; it falls linearly to zero.
+        seed: of the order of the trajectories and of new weights.
+    """
+
+    steps: int
+    rows: int
+    accumulation: int
+    learning_rate: float
+    seed: int
+
+
+def token_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher ‖ student) at each token.
+
+    Args:
+        teacher: logits [row, column, vocabulary].
+        student: logits of the same shape.
+
+    Returns:
+        [row, column], in nats, over the whole vocabulary in float32.
+    """
+    expected, given = (logits.float().log_softmax(-1) for logits in (teacher, student))
+    return (expected.exp() * (expected - given)).sum(-1)
+
+
+def distillation_loss(teacher: Tensor, student: Tensor, is_response: Tensor) -> Tensor:
+    """Mean KL(teacher ‖ student) over response tokens, in nats.
+
+    Args:
+        teacher: logits [row, column, vocabulary] that predict the tokens of ``is_response``.
+        student: logits of the same shape.
+        is_response: [row, column], whether the predicted token belongs to the response.
+    """
+    kl = token_kl(teacher, student)
+    return (kl * is_response).sum() / is_response.sum()
+
+
+def collate(trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
+    """A batch: rows padded on the left, and which of the last columns are the response.
+
+    Returns:
+        What a model takes, and ``is_response`` [row, column of the longest response].
+    """
+    batch = left_pad([(*each.prompt, *each.response) for each in trajectories])
+    n_response = torch.tensor([len(each.response) for each in trajectories])
+    width = int(n_response.max())
+    return {
+        **batch.tokens,
+        "position_ids": batch.position_ids,
+        "is_response": torch.arange(width) >= width - n_response[:, None],
+    }
+
+
+def predicting_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """A plain model's logits for the response columns of a batch, [row, column, vocabulary]."""
+    shown = {name: tensor for name, tensor in inputs.items() if name != "is_response"}
+    n_kept = inputs["is_response"].shape[1] + 1
+    return model(**shown, use_cache=False, logits_to_keep=n_kept).logits[:, :-1]
+
+
+class DistillationTrainer(Trainer):
+    """A `Trainer` whose loss compares the student with a teacher on the teacher's own words."""
+
+    def __init__(
+        self, *args: Any, teacher: Callable[[Mapping[str, Tensor]], Tensor], **kw: Any
+    ) -> None:
+        super().__init__(*args, **kw)
+        self._teacher = teacher
+        # The loss is a mean over the batch; the Trainer divides it by the accumulated passes.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,  # noqa: FBT001, FBT002
+        num_items_in_batch: Any = None,  # noqa: ARG002
+    ) -> Any:
+        """The distillation loss of a batch from `collate`."""
+        with torch.no_grad():
+            expected = self._teacher(inputs)
+        student = predicting_logits(model, inputs)
+        loss = distillation_loss(expected, student, inputs["is_response"])
+        return (loss, student) if return_outputs else loss
+
+
+def parse_students(spec: str) -> tuple[str, ...]:
+    """The students in a list such as ``r8,r16,full``, in its order.
+
+    Raises:
+        UsageError: an unknown one, or one given twice.
+    """
+    names = tuple(part.strip() for part in spec.split(",") if part.strip())
+    for name in names:
+        if name != "full" and not _LOW_RANK.fullmatch(name):
+            raise UsageError(
+                f"Unknown student {name!r}; use r8, r16, … (LoRA of that rank), "
+                "or full (all weights)."
+            )
+        if names.count(name) > 1:
+            raise UsageError(f"The student {name!r} is given twice; name each one once.")
+    if not names:
+        raise UsageError("No student was asked for; use r8, r16, … or full.")
+    return names
+
+
+def parse_counts(spec: str) -> tuple[int, ...]:
+    """Numbers of trajectories such as ``50,100``, ascending.
+
+    Raises:
+        UsageError: not whole numbers above zero.
+    """
+    parts = [part.strip() for part in spec.split(",") if part.strip()]
+    if not parts or not all(re.fullmatch(r"[1-9]\d*", part) for part in parts):
+        raise UsageError(f"The trajectories {spec!r} are not numbers such as 50,100,500.")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def new_student(source: str, student: str, precision: str, seed: int) -> Any:
+    """A copy of the model that can be trained.
+
+    Args:
+        source: name of the model, as `load_model` takes it.
+        student: ``r8``, … for a low-rank adapter on attention and MLP projections, or ``full``.
+        precision: of the frozen weights; what is trained is float32.
+        seed: of the adapter's new weights.
+
+    Raises:
+        UsageError: the model is itself an adapter, on which another could not be saved.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if base_of(source) is not None:
+        raise UsageError(
+            f"The model {source!r} is an adapter; students of it need a merged checkpoint."
+        )
+    match = _LOW_RANK.fullmatch(student)
+    module = load_weights(source, precision if match else "float32")
+    if match is None:
+        return module
+    rank = int(match[1])
+    torch.manual_seed(seed)
+    # All linear maps but the output layer: the projections of attention and MLP.
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return get_peft_model(module, settings)
+
+
+def train(
+    student: Any,
+    trajectories: Sequence[Trajectory],
+    teacher: Callable[[Mapping[str, Tensor]], Tensor],
+    training: Training,
+    folder: Path,
+    *,
+    device: torch.device,
+) -> list[float]:
+    """Train a student; goes on from the last checkpoint in the folder.
+
+    Args:
+        student: from `new_student`; changed in place.
+        trajectories: what the teacher said.
+        teacher: batch from `collate` → logits that the student is to have.
+        training: steps and batches.
+        folder: where checkpoints go.
+        device: where to train.
+
+    Returns:
+        The loss of each step, in nats.
+    """
+    settings = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.rows,
+        gradient_accumulation_steps=training.accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        seed=training.seed,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=_SAVE_EVERY,
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=device.type == "cpu",
+        label_names=[],
+    )
+    trainer = DistillationTrainer(
+        model=student,
+        args=settings,
+        train_dataset=list(trajectories),
+        data_collator=collate,
+        teacher=teacher,
+    )
+    trainer.remove_callback(_printer())
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    student.eval()
+    history = trainer.state.log_history
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def _printer() -> Any:
+    """The callback that prints every logged step."""
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+def trained_parameters(student: Any) -> int:
+    """How many numbers training changes."""
+    return sum(weight.numel() for weight in student.parameters() if weight.requires_grad)

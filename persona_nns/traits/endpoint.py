@@ -1,0 +1,236 @@
+"""The judge behind an OpenAI-compatible endpoint, asked concurrently and never twice.
+
+Replies are kept on disk in an SQLite file, as JSON, under a hash of everything that determines
+them: endpoint, model, prompt and sampling parameters. The key is read from ``OPENAI_API_KEY`` and
+goes to the endpoint alone: neither messages nor the file hold it.
+"""
+
+import hashlib
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+from openai.types.chat import ChatCompletion
+
+from persona_nns.errors import PersonaError, UsageError
+from persona_nns.traits.judges import Answer, Scores, judge_all
+from persona_nns.traits.trait import Trait
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+DEFAULT_CACHE = Path("~/.cache/persona-nns/judge.sqlite")
+
+_PARAMETERS: Mapping[str, Any] = {
+    "max_tokens": 1,
+    "temperature": 0,
+    "logprobs": True,
+    "top_logprobs": 20,
+}
+_CONCURRENCY = 16
+_RETRIES = 6  # of 408, 409, 429, 5xx and lost connections, with growing pauses
+_TIMEOUT_S = 60
+
+
+class ReplyCache:
+    """Replies on disk, by the hash of what was asked. Threads and processes may share it."""
+
+    def __init__(self, file: str | Path) -> None:
+        self._file = Path(file).expanduser()
+        self._lock = threading.Lock()
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with closing(self._open()) as connection, connection:
+                connection.execute(
+                    "CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, value TEXT NOT NULL)"
+                )
+        except (OSError, sqlite3.Error) as error:
+            raise UsageError(
+                f"The judge's cache {str(file)!r} cannot be used: {error}; choose another."
+            ) from error
+
+    def _open(self) -> sqlite3.Connection:
+        return sqlite3.connect(self._file, timeout=30)
+
+    def get(self, key: str) -> dict[str, float] | None:
+        """A reply, or None."""
+        with closing(self._open()) as connection:
+            row = connection.execute("SELECT value FROM reply WHERE key = ?", (key,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def put(self, key: str, reply: Mapping[str, float]) -> None:
+        """Keep a reply."""
+        with self._lock, closing(self._open()) as connection, connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO reply VALUES (?, ?)", (key, json.dumps(reply))
+            )
+
+
+@dataclass
+class Usage:
+    """What the judge has cost since it was made.
+
+    Attributes:
+        calls: prompts sent.
+        cached: prompts answered from disk.
+        prompt_tokens: tokens sent.
+        completion_tokens: tokens received.
+    """
+
+    calls: int = 0
+    cached: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def describe(self, prices: tuple[float, float] | None = None) -> str:
+        """One line for the terminal.
+
+        Args:
+            prices: US dollars for a million prompt tokens and a million completion tokens.
+        """
+        line = (
+            f"{self.calls} calls to the judge ({self.cached} more were cached), "
+            f"{self.prompt_tokens} + {self.completion_tokens} tokens"
+        )
+        if prices is None:
+            return line
+        dollars = (self.prompt_tokens * prices[0] + self.completion_tokens * prices[1]) / 1_000_000
+        return f"{line}, ${dollars:.4f}"
+
+
+class EndpointJudge:
+    """Asks a model for one token and reads the score off its log-probabilities."""
+
+    def __init__(self, url: str, model: str, cache: str | Path = DEFAULT_CACHE) -> None:
+        """Connect to nothing yet.
+
+        Args:
+            url: base URL of the endpoint, such as ``https://api.openai.com/v1``.
+            model: name of the model there.
+            cache: SQLite file of the replies.
+
+        Raises:
+            UsageError: the URL is none, holds a password, or the cache cannot be used.
+        """
+        check_url(url)
+        self.usage = Usage()
+        self._lock = threading.Lock()
+        self._url, self._model = url.rstrip("/"), model
+        self._cache = ReplyCache(cache)
+        self._client = openai.OpenAI(
+            base_url=self._url,
+            api_key=os.environ.get(KEY_VARIABLE) or "none",
+            max_retries=_RETRIES,
+            timeout=_TIMEOUT_S,
+        )
+
+    def scores(self, trait: Trait, answers: Sequence[Answer]) -> Scores:
+        """Ask for the trait and the coherence of each answer."""
+        return judge_all(self.ask, trait, answers)
+
+    def ask(self, prompts: Sequence[str]) -> list[dict[str, float]]:
+        """Log-probabilities of the candidates for the reply to each prompt.
+
+        Raises:
+            PersonaError: the endpoint does not answer, or not with log-probabilities.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        with ThreadPoolExecutor(_CONCURRENCY) as pool:
+            futures = [pool.submit(self._ask_one, prompt) for prompt in distinct]
+            try:
+                replies = [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        of_prompt = dict(zip(distinct, replies, strict=True))
+        return [of_prompt[prompt] for prompt in prompts]
+
+    def _ask_one(self, prompt: str) -> dict[str, float]:
+        key = self._key(prompt)
+        known = self._cache.get(key)
+        if known is not None:
+            with self._lock:
+                self.usage.cached += 1
+            return known
+        reply = self._call(prompt)
+        self._cache.put(key, reply)
+        return reply
+
+    def _key(self, prompt: str) -> str:
+        asked = [self._url, self._model, prompt, dict(_PARAMETERS)]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    def _call(self, prompt: str) -> dict[str, float]:
+        try:
+            completion = self._client.chat.completions.create(
+                model=self._model, messages=[{"role": "user", "content": prompt}], **_PARAMETERS
+            )
+        except openai.APIStatusError as error:  # its text may repeat a part of the key
+            raise PersonaError(_status_message(self._url, error.status_code)) from None
+        except openai.APIError as error:
+            raise PersonaError(
+                f"The judge at {self._url} does not answer ({type(error).__name__}); see that the "
+                "endpoint runs, then repeat the command: what is judged is kept."
+            ) from None
+        except ValueError:
+            raise PersonaError(_not_openai(self._url)) from None
+        if not isinstance(completion, ChatCompletion):
+            raise PersonaError(_not_openai(self._url))
+        with self._lock:
+            self.usage.calls += 1
+            if completion.usage is not None:
+                self.usage.prompt_tokens += completion.usage.prompt_tokens
+                self.usage.completion_tokens += completion.usage.completion_tokens
+        logprobs = completion.choices[0].logprobs if completion.choices else None
+        if logprobs is None or not logprobs.content:
+            raise PersonaError(
+                f"The judge at {self._url} gives no log-probabilities for {self._model!r}; use a "
+                "model and an endpoint that do (logprobs, top_logprobs 20)."
+            )
+        reply: dict[str, float] = {}
+        for candidate in logprobs.content[0].top_logprobs:
+            reply.setdefault(candidate.token, candidate.logprob)
+        return reply
+
+
+def check_url(url: str) -> None:
+    """See that an endpoint's URL is one, and holds no secret.
+
+    Raises:
+        UsageError: it is not.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(
+            "The judge has to be 'lexicon', 'none', or the URL of an OpenAI-compatible endpoint "
+            "such as https://api.openai.com/v1."
+        )
+    if parts.username or parts.password or parts.query:
+        raise UsageError(
+            f"The judge's URL holds credentials; put the key into {KEY_VARIABLE} instead."
+        )
+
+
+def _not_openai(url: str) -> str:
+    return (
+        f"The judge at {url} does not answer in the OpenAI format; check the URL (it often ends "
+        "in /v1)."
+    )
+
+
+def _status_message(url: str, status: int) -> str:
+    if status in (401, 403):
+        return f"The judge at {url} refuses the key ({status}); set {KEY_VARIABLE}."
+    if status == 429 or status >= 500:
+        return (
+            f"The judge at {url} still answers {status} after {_RETRIES} retries; repeat the "
+            "command later: what is judged is kept."
+        )
+    return f"The judge at {url} refuses the request ({status}); check --judge-model and the URL."

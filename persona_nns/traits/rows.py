@@ -1,0 +1,172 @@
+"""The answers that a trait vector is made from, and the vectors that steering starts from.
+
+Both come from files of other tools, or from what a store holds.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from persona_nns.errors import PersonaError, UsageError
+from persona_nns.results.reading import open_results
+from persona_nns.tracing.averages import keeps_pair
+from persona_nns.traits.judges import Answer
+from persona_nns.traits.judging import JudgeChoice, open_judge
+from persona_nns.traits.responses import Response, check_labels, read_responses
+from persona_nns.traits.trait import LABELS, Trait
+from persona_nns.traits.vectors import runs_of
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class JudgedResponse:
+    """An answer with its scores.
+
+    Attributes:
+        response: the answer.
+        sample: which of the answers to the same prompt.
+        trait: its trait score; NaN where the judge refused or nobody judged.
+        coherence: its coherence.
+        kept: whether it counts for the vector.
+    """
+
+    response: Response
+    sample: int
+    trait: float
+    coherence: float
+    kept: bool
+
+
+def rows_of_file(
+    file: str | Path, trait: Trait | None, choice: JudgeChoice
+) -> list[JudgedResponse]:
+    """The rows of a JSONL file; without a judge every one of them counts.
+
+    Args:
+        file: the rows.
+        trait: what a judge is to look for; None where there is no judge.
+        choice: the judge.
+
+    Raises:
+        UsageError: the file cannot be used.
+        PersonaError: the judge cannot be asked, or no pair shows the contrast.
+    """
+    rows = read_responses(file)
+    check_labels(rows, str(file))
+    if trait is None:
+        return [JudgedResponse(row, 0, math.nan, math.nan, kept=True) for row in rows]
+    answers = [Answer(row.question, row.response) for row in rows]
+    scores = open_judge(choice).scores(trait, answers)
+    seen: dict[tuple[int, int, str], int] = {}
+    samples = []
+    for row in rows:
+        key = (row.question_id, row.pair, row.label)
+        samples.append(seen.get(key, 0))
+        seen[key] = samples[-1] + 1
+    return keep_pairs(rows, samples, scores.trait, scores.coherence, trait.name)
+
+
+def rows_of_store(
+    store: str | Path, trait: str, model: str, run: str | None
+) -> list[JudgedResponse]:
+    """The answers that `trait_responses` has stored.
+
+    Raises:
+        UsageError: there are none of this trait and model.
+        PersonaError: no pair shows the contrast.
+    """
+    runs = run or runs_of(store, "trait_responses", trait, model)
+    results = open_results(store, "trait_responses", run=runs).isel(model=0)
+    if not bool(results.completed.all()):
+        raise UsageError(
+            f"The answers in {str(store)!r} are not complete; run trait_responses to its end first."
+        )
+    stacked = results.stack(row=("question", "pair", "sample", "label")).isel(trait=0)
+    systems = results.attrs["systems"]
+    rows, samples = [], []
+    for question, pair, sample, label in stacked.row.values.tolist():
+        rows.append(
+            Response(
+                pair=pair,
+                question_id=question,
+                label=label,
+                system=systems[pair][LABELS.index(label)],
+                question=str(results.question_text.sel(question=question).item()),
+                response="",
+            )
+        )
+        samples.append(sample)
+    texts = stacked.response.values.tolist()
+    rows = [
+        Response(**{**vars(row), "response": text}) for row, text in zip(rows, texts, strict=True)
+    ]
+    return keep_pairs(
+        rows, samples, stacked.score.values.tolist(), stacked.coherence.values.tolist(), trait
+    )
+
+
+def keep_pairs(
+    rows: Sequence[Response],
+    samples: Sequence[int],
+    trait_scores: Sequence[float],
+    coherence: Sequence[float],
+    trait: str,
+) -> list[JudgedResponse]:
+    """Mark the pairs of answers (same question, pair and sample) that show the contrast.
+
+    Raises:
+        PersonaError: there is none.
+    """
+    place = {
+        (row.question_id, row.pair, sample, row.label): k
+        for k, (row, sample) in enumerate(zip(rows, samples, strict=True))
+    }
+    kept = [False] * len(rows)
+    for (question, pair, sample, label), pos in place.items():
+        neg = place.get((question, pair, sample, "neg"))
+        if label != "pos" or neg is None:
+            continue
+        shows = keeps_pair((trait_scores[pos], coherence[pos]), (trait_scores[neg], coherence[neg]))
+        kept[pos] = kept[neg] = shows and bool(rows[pos].response and rows[neg].response)
+    if not any(kept):
+        raise PersonaError(
+            f"No pair of answers shows the trait {trait!r} under 'pos' (≥ 50) and not under 'neg' "
+            f"(< 50), both coherent (≥ 50), out of {len(rows) // 2}: "
+            f"{_summary(rows, trait_scores)}. "
+            "Ask with stronger instructions, for more samples, or of another model."
+        )
+    return [
+        JudgedResponse(*each)
+        for each in zip(rows, samples, trait_scores, coherence, kept, strict=True)
+    ]
+
+
+def _summary(rows: Sequence[Response], scores: Sequence[float]) -> str:
+    """Mean score of each label, in words."""
+    parts = []
+    for label in LABELS:
+        found = [
+            score
+            for row, score in zip(rows, scores, strict=True)
+            if row.label == label and not math.isnan(score)
+        ]
+        mean = f"{sum(found) / len(found):.1f}" if found else "refused"
+        parts.append(f"the mean score of {label!r} is {mean}")
+    return ", ".join(parts)
+
+
+def row_coordinates(rows: Sequence[JudgedResponse]) -> dict[str, tuple[str, list[Any]]]:
+    """What is known of each row, as coordinates of the dimension ``row``."""
+    fields = ("pair", "question_id", "label", "system", "question", "response")
+    known: dict[str, list[Any]] = {
+        f"row_{name}": [getattr(row.response, name) for row in rows] for name in fields
+    }
+    known["row_sample"] = [row.sample for row in rows]
+    known["row_score"] = [float(row.trait) for row in rows]
+    known["row_coherence"] = [float(row.coherence) for row in rows]
+    known["kept"] = [int(row.kept) for row in rows]
+    return {name: ("row", values) for name, values in known.items()}

@@ -1,0 +1,152 @@
+"""Trait vectors in files of other tools: ``.npy``, ``.pt`` and ``.safetensors``.
+
+A vector is [n_layers + 1, d_model]: a row for the residual stream entering each block, and one for
+the stream after the final norm. A ``.pt`` is read with ``weights_only``, so it cannot run code.
+"""
+
+import pickle
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from persona_nns.errors import UsageError, one_line
+from persona_nns.results.reading import open_results
+from persona_nns.tracing.averages import AVERAGES
+
+SUFFIXES = (".npy", ".pt", ".safetensors")
+# What the readers raise for files that are damaged, or that hold something else.
+_UNREADABLE = (
+    *(OSError, ValueError, RuntimeError, EOFError, LookupError, AttributeError, TypeError),
+    *(pickle.UnpicklingError, struct.error, SafetensorError),
+)
+
+
+def read_vector(file: str | Path) -> Tensor:
+    """Read one vector, [layer, d_model] in float32.
+
+    Raises:
+        UsageError: the file cannot be read, or holds something else.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UsageError(f"The vector {str(file)!r} does not exist.")
+    readers = {".npy": _read_npy, ".pt": _read_pt, ".safetensors": _read_safetensors}
+    if path.suffix not in readers:
+        raise UsageError(f"The vector {str(file)!r} ends in none of {', '.join(SUFFIXES)}.")
+    try:
+        tensor = readers[path.suffix](path)
+    except _UNREADABLE as error:
+        raise UsageError(f"The vector {str(file)!r} cannot be read: {_reason(error)}.") from error
+    if not isinstance(tensor, Tensor) or tensor.dim() != 2 or not tensor.is_floating_point():
+        shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise UsageError(
+            f"The vector {str(file)!r} holds {shape}; it has to be numbers of shape "
+            "[n_layers + 1, d_model]."
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise UsageError(f"The vector {str(file)!r} holds numbers that are not finite.")
+    return tensor.float()
+
+
+def write_vector(vector: Tensor, file: str | Path) -> None:
+    """Write one vector [layer, d_model]; the suffix chooses the format.
+
+    Raises:
+        UsageError: no such format or folder.
+    """
+    path = Path(file).expanduser()
+    if not path.parent.is_dir():
+        raise UsageError(f"The folder of {str(file)!r} does not exist.")
+    vector = vector.detach().cpu().float().contiguous()
+    if path.suffix == ".npy":
+        np.save(path, vector.numpy())
+    elif path.suffix == ".pt":
+        torch.save(vector, path)
+    elif path.suffix == ".safetensors":
+        save_file({"vector": vector}, path)
+    else:
+        raise UsageError(f"{str(file)!r} ends in none of {', '.join(SUFFIXES)}.")
+
+
+def _read_npy(path: Path) -> Tensor:
+    return torch.from_numpy(np.load(path, allow_pickle=False))
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, without its reader's advice to load it unsafely."""
+    if isinstance(error, pickle.UnpicklingError) or "pickle" in str(error):
+        return "it holds more than a tensor, or is damaged (no pickle is ever loaded)"
+    return one_line(error).rstrip(".")
+
+
+def _read_pt(path: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on what cannot be read; the error says it
+        return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def _read_safetensors(path: Path) -> Tensor:
+    tensors = load_file(path)
+    if len(tensors) != 1:
+        raise ValueError(f"it holds {len(tensors)} tensors ({', '.join(tensors)}), not one")
+    return next(iter(tensors.values()))
+
+
+def load_vector(
+    source: str, trait: str, average: str, model: str, run: str | None = None
+) -> "Tensor":
+    """A trait vector, [n_layers + 1, d_model].
+
+    Args:
+        source: a ``.npy``, ``.pt`` or ``.safetensors`` file, or a store with `trait_vectors`.
+        trait: which one, where it is a store.
+        average: over which tokens, where it is a store.
+        model: label of the model it was made on, where it is a store.
+        run: which run, where the store has several.
+
+    Raises:
+        UsageError: there is no such vector.
+    """
+    import torch
+
+    if Path(source).suffix in SUFFIXES:
+        return read_vector(source)
+    if average not in AVERAGES:
+        raise UsageError(f"Unknown average {average!r}; use {', '.join(AVERAGES)}.")
+    runs = run or runs_of(source, "trait_vectors", trait, model)
+    results = open_results(source, "trait_vectors", run=runs).isel(model=0)
+    vector = results["vector"].sel(average=average).isel(trait=0)
+    return torch.from_numpy(vector.transpose("layer", "d_model").values).float()
+
+
+def runs_of(store: str | Path, experiment: str, trait: str, model: str) -> str:
+    """The one run of an experiment for a trait and a model.
+
+    Raises:
+        UsageError: there is none, or there are several.
+    """
+    from persona_nns.results.reading import list_runs
+
+    found = [
+        info
+        for info in list_runs(store, experiment)
+        if info.attrs["grid"] == trait and info.attrs["model"] == model
+    ]
+    if not found:
+        raise UsageError(
+            f"The store {str(store)!r} holds no {experiment} of {trait!r} for the model {model!r}; "
+            f"run {experiment} first."
+        )
+    if len(found) > 1:
+        raise UsageError(
+            f"The store {str(store)!r} holds several {experiment} of {trait!r} for {model!r}; "
+            "choose a run: " + "; ".join(info.describe() for info in found)
+        )
+    return found[0].run
