@@ -17,9 +17,9 @@ import xarray as xr
 from persona_nns.declarations.plans import Plan, Unit
 from persona_nns.declarations.variables import Variable
 from persona_nns.prompts.grids import Cell
-from persona_nns.results.claims import Session
-from persona_nns.results.store import Block
-from persona_nns.runs.queue import Share
+from persona_nns.results.block import Block
+from persona_nns.results.claims import Claims
+from persona_nns.runs.queue import Queue
 
 VARIABLES = {
     "kl": Variable("cell layer position", "causal KL", units="nat", description="of the test"),
@@ -99,17 +99,17 @@ def write_all(
 ) -> list[list[str]]:
     """Measure and write what is missing; returns the batches that were measured."""
     block = block_of(n_cells, identity)
-    session = Session(store, [block], secrets.token_hex(4), {})
+    claims = Claims(store, [block], secrets.token_hex(4), {})
     batches: list[list[str]] = []
     if shared:
-        session.begin()
-    for batch in Share(block.plan.units, batch_size, session):
+        claims.begin()
+    for batch in Queue(block.plan.units, batch_size, claims):
         time.sleep(seconds)
         labels = [cell.label for cell in batch]
         batches.append(labels)
-        session.write(batch, values_of(batch), seconds / len(batch))
+        claims.write(batch, values_of(batch), seconds / len(batch))
         on_batch(labels)
-    session.end("now")
+    claims.end("now")
     return batches
 
 

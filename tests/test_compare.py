@@ -34,8 +34,9 @@ from persona_nns.published.compare import (
 from persona_nns.published.figures import compare_figures
 from persona_nns.published.store import published_store
 from persona_nns.published.tables import median_number
+from persona_nns.results.allocation import attach
+from persona_nns.results.block import Block
 from persona_nns.results.reading import open_results
-from persona_nns.results.store import Block, attach
 from persona_nns.runs.request import plan_of_grid
 
 PUBLISHED = published_store()

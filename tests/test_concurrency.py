@@ -10,9 +10,9 @@ import pytest
 from store_writer import block_of, cells_of, values_are_right, values_of, write_all
 
 import persona_nns as pn
-from persona_nns.results.claims import Session
+from persona_nns.results.claims import Claims
 from persona_nns.results.reading import list_runs, open_results
-from persona_nns.runs.queue import Share
+from persona_nns.runs.queue import Queue
 
 WRITER = Path(__file__).with_name("store_writer.py")
 N_PROCESSES, N_CELLS, BATCH = 4, 24, 2
@@ -64,12 +64,12 @@ def test_different_configurations_do_not_disturb_each_other(tmp_path: Path) -> N
         assert values_are_right(results)
 
 
-def session_of(store: Path, name: str) -> Session:
-    return Session(store, [block_of(6)], name, {})
+def claims_of(store: Path, name: str) -> Claims:
+    return Claims(store, [block_of(6)], name, {})
 
 
 def test_a_claim_leaves_no_store_where_nothing_was_measured(tmp_path: Path) -> None:
-    other = session_of(tmp_path / "t.zarr", "other")
+    other = claims_of(tmp_path / "t.zarr", "other")
     assert other.claimed_by_others() == Counter()
     other.claim(cells_of([0, 1]))  # nothing is written before there is a run
     assert not (tmp_path / "t.zarr").exists()
@@ -77,22 +77,22 @@ def test_a_claim_leaves_no_store_where_nothing_was_measured(tmp_path: Path) -> N
 
 def test_a_batch_of_a_process_that_is_gone_is_taken_over(tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
-    gone = session_of(store, "gone")
+    gone = claims_of(store, "gone")
     gone.write(cells_of([0]), values_of(cells_of([0])), 1.0)
     gone.claim(cells_of([1, 2]))
-    assert session_of(store, "mine").claimed_by_others() == {"p001/t": 1, "p002/t": 1}
+    assert claims_of(store, "mine").claimed_by_others() == {"p001/t": 1, "p002/t": 1}
 
     gone._note["process"] = 2**22 + 1  # no such process on this machine
     gone.claim(cells_of([1, 2]))
-    assert session_of(store, "mine").claimed_by_others() == Counter()
+    assert claims_of(store, "mine").claimed_by_others() == Counter()
 
     gone._note["host"] = "another machine"  # nobody knows whether it is gone
     gone.claim(cells_of([1, 2]))
-    mine = session_of(store, "mine")
+    mine = claims_of(store, "mine")
     order: list[str] = []
-    share = Share(cells_of(range(6)), 2, mine, order=random.Random(0))
-    share._patience = 0.05
-    for batch in share:
+    queue = Queue(cells_of(range(6)), 2, mine, order=random.Random(0))
+    queue._patience = 0.05
+    for batch in queue:
         order += [cell.label for cell in batch]
         mine.write(batch, values_of(batch), 1.0)
     assert sorted(order) == [cell.label for cell in cells_of(range(1, 6))]
@@ -101,7 +101,7 @@ def test_a_batch_of_a_process_that_is_gone_is_taken_over(tmp_path: Path) -> None
 
 def test_a_cell_that_somebody_else_completed_is_not_written_again(tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
-    first, second = session_of(store, "first"), session_of(store, "second")
+    first, second = claims_of(store, "first"), claims_of(store, "second")
     first.write(cells_of([0]), values_of(cells_of([0])), 1.0)
     wrong = {name: array[::-1] for name, array in values_of(cells_of([0, 1])).items()}
     second.write(cells_of([0, 1]), wrong, 1.0)
@@ -117,7 +117,7 @@ def test_each_process_has_an_order_of_its_own_and_batches_keep_neighbours(
     tmp_path: Path, seed: int
 ) -> None:
     cells = cells_of(range(6))
-    share = Share(cells, 2, session_of(tmp_path / "s.zarr", "a"), order=random.Random(seed))
-    batches = share._batches
+    queue = Queue(cells, 2, claims_of(tmp_path / "s.zarr", "a"), order=random.Random(seed))
+    batches = queue._batches
     in_order = sorted(batches, key=lambda batch: batch[0].label)
     assert in_order == [cells[:2], cells[2:4], cells[4:]]

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from store_writer import block_of, cells_of, values_are_right, values_of, write_all
 
 import persona_nns as pn
-from persona_nns.results.locations import Place, place_of
+from persona_nns.results.allocation import attach
+from persona_nns.results.locations import Location, location_of
 from persona_nns.results.reading import list_runs, open_results
-from persona_nns.results.store import attach, check_writable
+from persona_nns.results.store import check_writable
 
 HERE = Path(__file__).parent
 
@@ -72,7 +73,7 @@ def test_whatever_write_is_the_last_complete_cells_are_right_and_the_rest_is_fin
         assert "\n" not in said
         found: list[str] = []
         check_writable(store)
-        if place_of(store).open_root() and list_runs(store):
+        if location_of(store).open_root() and list_runs(store):
             results = open_results(store, "e")
             assert values_are_right(results)
             found = results.cell[results.completed.values[0]].values.tolist()
@@ -150,14 +151,14 @@ def test_data_are_flushed_before_cells_are_called_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    put, flush = local._put, Place.flush
+    put, flush = local._put, Location.flush
 
     def record(path: Path, *arguments: Any, **settings: Any) -> int:
         events.append(f"{path.parent.name}/{path.name}")
         return put(path, *arguments, **settings)
 
     monkeypatch.setattr(local, "_put", record)
-    monkeypatch.setattr(Place, "flush", lambda place: (events.append("flush"), flush(place)))
+    monkeypatch.setattr(Location, "flush", lambda place: (events.append("flush"), flush(place)))
     group = attach(tmp_path / "s.zarr", block_of(2))
     allocated = list(events)
     assert allocated.index("flush") > allocated.index("cell/c.0")

@@ -17,7 +17,7 @@ from persona_nns.declarations.catalog import load_experiment
 from persona_nns.models.checkpoints import count_layers
 from persona_nns.prompts.grids import Grid, load_grid
 from persona_nns.prompts.render import read_template
-from persona_nns.results.locations import place_of
+from persona_nns.results.locations import location_of
 from persona_nns.results.store import check_writable
 from persona_nns.runs.run import plan_run
 
@@ -131,7 +131,7 @@ def test_a_store_is_a_place_or_one_sentence(
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     try:
-        place_of(name)
+        location_of(name)
         if "://" not in name:
             check_writable(name)
     except pn.PersonaError as error:

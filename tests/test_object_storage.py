@@ -20,9 +20,10 @@ from store_writer import block_of, cells_of, plan_of, values_are_right, write_al
 
 import persona_nns as pn
 from persona_nns.declarations.variables import Variable
-from persona_nns.results.locations import place_of
+from persona_nns.results.allocation import attach
+from persona_nns.results.locations import location_of
 from persona_nns.results.reading import list_runs, open_results
-from persona_nns.results.store import attach, check_writable
+from persona_nns.results.store import check_writable
 
 WRITER = Path(__file__).with_name("store_writer.py")
 
@@ -66,7 +67,7 @@ def test_a_run_is_written_resumed_and_read(store: str) -> None:
     assert [(info.run, info.n_completed, info.n_units) for info in list_runs(store)] == [
         ("m.g.one", 2, 2)
     ]
-    assert place_of(store).size("e/m.g.one") > 1000
+    assert location_of(store).size("e/m.g.one") > 1000
     plain = xr.open_zarr(store, group="e/m.g.one", consolidated=False)
     np.testing.assert_array_equal(plain.kl, first.kl)
 

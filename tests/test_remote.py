@@ -332,9 +332,9 @@ def test_nnsights_own_client_is_served_on_the_websocket(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(nnsight.CONFIG.APP, "REMOTE_LOGGING", False)
-    model = pn.load_model(random_folder("qwen2"), backend=server.host.url, label="tiny/qwen2")
+    model = pn.load_model(random_folder("qwen2"), backend=server.address.url, label="tiny/qwen2")
     ids = torch.tensor([[5, 6, 7]])
-    with model.trace(ids, remote=server.host.url):
+    with model.trace(ids, remote=server.address.url):
         there = nnsight.save(model.layers[2].output)
     with random_model("qwen2").trace(ids):
         here = nnsight.save(random_model("qwen2").layers[2].output)
@@ -344,7 +344,7 @@ def test_nnsights_own_client_is_served_on_the_websocket(
 def test_a_folder_stands_for_a_hosted_model(
     server: LoopbackServer, random_folder: Callable[[str], Path], tmp_path: Path, capsys: Any
 ) -> None:
-    url, store = server.host.url, tmp_path / "s.zarr"
+    url, store = server.address.url, tmp_path / "s.zarr"
     command = ["run", "localized_positions", "--model", str(random_folder("qwen2"))]
     rest = ["--as", "tiny/qwen2", "--backend", url, "--grid", "short", "--layers", "2"]
     _call([*command, *rest, "--cells", "yoda/haiku", "--store", str(store)])
@@ -363,7 +363,7 @@ def test_a_folder_stands_for_a_hosted_model(
 def test_a_server_that_changes_its_precision_is_refused(
     server: LoopbackServer, random_folder: Callable[[str], Path], small_grid: Grid, tmp_path: Path
 ) -> None:
-    model = pn.load_model(random_folder("qwen2"), backend=server.host.url, label="tiny/qwen2")
+    model = pn.load_model(random_folder("qwen2"), backend=server.address.url, label="tiny/qwen2")
     (tmp_path / "norms.py").write_text(EXAMPLE)
     settings: dict[str, Any] = {"store": tmp_path / "s.zarr"}
     ds = pn.run(tmp_path / "norms.py", model, small_grid, cells="chef/haiku", **settings)
@@ -375,7 +375,7 @@ def test_a_server_that_changes_its_precision_is_refused(
 
 
 def test_models_lists_what_a_server_hosts(server: LoopbackServer, capsys: Any) -> None:
-    _call(["models", "--backend", server.host.url])
+    _call(["models", "--backend", server.address.url])
     printed = capsys.readouterr().out
     assert "tiny/qwen2" in printed
     assert "RUNNING" in printed
@@ -424,12 +424,12 @@ def test_another_nnsight_is_refused_and_other_versions_are_told() -> None:
 
 
 def test_the_key_of_a_server_is_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
-    from persona_nns.models.servers import Host, read_backend
+    from persona_nns.models.servers import Server, read_backend
 
     monkeypatch.setenv("NDIF_API_KEY", "sekret")
     monkeypatch.setenv("NDIF_HOST", "https://ndif.example.org/")
     host = read_backend("ndif")
-    assert isinstance(host, Host)
+    assert isinstance(host, Server)
     assert host.url == "https://ndif.example.org"
     assert host.headers() == {"ndif-api-key": "sekret"}
     assert "sekret" not in repr(host)
@@ -441,7 +441,7 @@ def test_a_simulated_server_gets_no_key(
     monkeypatch.setenv("NDIF_API_KEY", "sekret")
     place = hosted(simulated("qwen2"))
     assert place is not None
-    assert place.host.headers() == {}
-    answer = httpx.get(f"{place.host.url}/status").json()
+    assert place.server.headers() == {}
+    answer = httpx.get(f"{place.server.url}/status").json()
     (entry,) = answer["deployments"].values()
     assert json.loads(entry["model_key"].partition(":")[2])["repo_id"] == "simulated/qwen2"

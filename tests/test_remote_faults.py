@@ -73,7 +73,7 @@ class Client:
     """Runs the experiment on the server."""
 
     def __init__(self, server: LoopbackServer, folder: Path, grid: Grid, store: Path) -> None:
-        self.url, self.folder, self.grid, self.store = server.host.url, folder, grid, store
+        self.url, self.folder, self.grid, self.store = server.address.url, folder, grid, store
 
     def arm(self, kind: str, times: int = 1) -> None:
         httpx.post(f"{self.url}/_faults", json={"kind": kind, "times": times})

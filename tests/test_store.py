@@ -13,8 +13,10 @@ from persona_nns.declarations.plans import Plan
 from persona_nns.declarations.variables import Variable
 from persona_nns.errors import UsageError
 from persona_nns.prompts.grids import Cell, Grid
+from persona_nns.results.allocation import attach
+from persona_nns.results.block import Block
 from persona_nns.results.reading import list_runs, open_results
-from persona_nns.results.store import Block, attach, check_writable
+from persona_nns.results.store import check_writable
 
 CELLS = {
     f"{persona}/{task}": Cell(persona, task, persona, task, "someone", "something")

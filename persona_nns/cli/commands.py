@@ -20,7 +20,7 @@ from persona_nns.errors import PersonaError, UsageError
 if TYPE_CHECKING:
     import xarray as xr
 
-    from persona_nns.models.servers import Host
+    from persona_nns.models.servers import Server
 
 DEMO_STORE = "stores/demo.zarr"
 _INTERRUPTED = "Interrupted; completed cells are kept, the same command goes on."
@@ -83,33 +83,33 @@ def models(
     """List the bundled models, or what a server hosts."""
     from persona_nns.cli.listings import models_table
     from persona_nns.models.checkpoints import bundled_models
-    from persona_nns.models.servers import Host, read_backend
+    from persona_nns.models.servers import Server, read_backend
 
-    host = read_backend(backend)
-    if isinstance(host, Host):
-        _list_hosted(host)
+    server = read_backend(backend)
+    if isinstance(server, Server):
+        _list_hosted(server)
         return
     terminal.out.print(models_table(bundled_models()))
     terminal.out.print("A local folder or a hub id (org/name) is loaded in the same way.")
 
 
-def _list_hosted(host: "Host") -> None:
+def _list_hosted(server: "Server") -> None:
     """Print a server's models, and how its versions compare with those here."""
     from persona_nns.cli.listings import hosted_table
     from persona_nns.runs.remote.connection import Connection, Patience
     from persona_nns.runs.remote.environment import read_deployments, read_environment
 
-    connection = Connection(host, Patience(unreachable=10.0, read=30.0))
+    connection = Connection(server, Patience(unreachable=10.0, read=30.0))
     try:
-        terminal.out.print(hosted_table(read_deployments(connection), host.url))
+        terminal.out.print(hosted_table(read_deployments(connection), server.url))
         environment = read_environment(connection)
     finally:
         connection.close()
-    for warning in environment.check(host.url):
+    for warning in environment.check(server.url):
         terminal.say(warning)
     if environment.packages and not environment.differences:
         terminal.say("Its versions are those here.")
-    key = "set" if host.headers() else "not set (NDIF_API_KEY, or `nnsight login`)"
+    key = "set" if server.headers() else "not set (NDIF_API_KEY, or `nnsight login`)"
     terminal.say(f"API key: {key}.")
 
 

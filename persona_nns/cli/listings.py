@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from persona_nns.results.locations import place_of
+from persona_nns.results.locations import location_of
 from persona_nns.results.reading import RunInfo
 from persona_nns.runs.remote.environment import Deployment
 
@@ -21,7 +21,7 @@ def runs_table(runs: Iterable[RunInfo], store: str) -> Table:
     table.add_column("run", overflow="fold")
     for heading in ("complete", "size", "age"):
         table.add_column(heading, no_wrap=True)
-    place = place_of(store)
+    location = location_of(store)
     last = None
     for info in runs:
         if info.experiment != last:
@@ -29,7 +29,7 @@ def runs_table(runs: Iterable[RunInfo], store: str) -> Table:
         table.add_row(
             Text(f"  {info.run}"),
             f"{info.n_completed}/{info.n_units}",
-            _bytes(place.size(f"{info.experiment}/{info.run}")),
+            _bytes(location.size(f"{info.experiment}/{info.run}")),
             _age(info.attrs["created"]),
         )
         created = f"{info.attrs['created'][:16].replace('T', ' ')} UTC"

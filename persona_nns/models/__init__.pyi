@@ -18,5 +18,5 @@ from .load import record_of as record_of
 from .load import simulate as simulate
 from .memory import fitting_batch_size as fitting_batch_size
 from .memory import is_out_of_memory as is_out_of_memory
-from .servers import Host as Host
+from .servers import Server as Server
 from .servers import read_backend as read_backend

@@ -39,7 +39,7 @@ from persona_nns.models.checkpoints import (
 )
 from persona_nns.models.checks import check_model, check_names
 from persona_nns.models.memory import keep_freed_memory
-from persona_nns.models.servers import Host, read_backend
+from persona_nns.models.servers import Server, read_backend
 from persona_nns.tracing.continuations import end_tokens as end_tokens
 
 #: Precision of a model on somebody's server, until its first job has told.
@@ -69,12 +69,12 @@ class HostedModel:
     """Where a model runs that is not loaded here.
 
     Attributes:
-        host: the server.
+        server: where it runs.
         repo_id: the name it is hosted under.
         key: what nnsight asks the server for.
     """
 
-    host: Host
+    server: Server
     repo_id: str
     key: str
 
@@ -128,9 +128,9 @@ def load_model(
                 f"A server chooses precision and device itself; leave out --{what} with the "
                 f"backend {backend!r}."
             )
-        host = None if where == "simulate" else where
+        server = None if where == "simulate" else where
         return _load_weightless(
-            str(name), host, template, label, trust_remote_code=trust_remote_code
+            str(name), server, template, label, trust_remote_code=trust_remote_code
         )
     source, shown = find_checkpoint(str(name))
     config = read_config(source, shown, trust_remote_code=trust_remote_code)
@@ -176,7 +176,7 @@ def _record(
 
 def _load_weightless(
     name: str,
-    host: Host | None,
+    server: Server | None,
     template: str | Path | None,
     label: str | None,
     *,
@@ -186,13 +186,13 @@ def _load_weightless(
 
     Args:
         name: a bundled model, a local folder, or a hub id.
-        host: the server; None starts one.
+        server: the server; None starts one.
         template: as in `load_model`.
         label: as in `load_model`.
         trust_remote_code: as in `load_model`.
     """
     source, shown = find_checkpoint(name)
-    repo_id = hosted_name(name, label) if host is not None else f"simulated/{Path(shown).name}"
+    repo_id = hosted_name(name, label) if server is not None else f"simulated/{Path(shown).name}"
     config = read_config(source, shown, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(name, template, trust_remote_code=trust_remote_code)
     trusted = {"trust_remote_code": True} if trust_remote_code else {}
@@ -209,24 +209,24 @@ def _load_weightless(
         raise PersonaError(f"The model {shown!r} is not supported: {one_line(error)}") from error
     check_names(model, shown)
     _ID_CACHE[source] = repo_id
-    if host is None:
+    if server is None:
         precision, version = _choose_dtype(shown, config, None), version_of(source, config)
-        host = simulate(model, source, repo_id, precision)
+        server = simulate(model, source, repo_id, precision)
     else:
         precision, name = HOSTED, repo_id
         version = f"{HOSTED} {_hosted_version(source, config)}"
-    _HOSTED[model] = HostedModel(host, repo_id, model.to_model_key())
+    _HOSTED[model] = HostedModel(server, repo_id, model.to_model_key())
     _RECORDS[model] = _record(model, label or shown, name, version, precision)
     return model
 
 
-def simulate(model: TransformersModel, source: str, repo_id: str, precision: str) -> Host:
+def simulate(model: TransformersModel, source: str, repo_id: str, precision: str) -> Server:
     """Start a server process for a model, which ends when the model is gone."""
     from persona_nns.models.loopback import LoopbackServer
 
     server = LoopbackServer(source, repo_id, precision)
     finalize(model, server.stop)  # this also keeps it
-    return server.host
+    return server.address
 
 
 def hosted_name(name: str, label: str | None) -> str:
@@ -252,7 +252,7 @@ def check_hosting(names: Sequence[str], labels: Sequence[str] | None, backend: s
     Raises:
         UsageError: no such backend, or a model that it cannot be asked for.
     """
-    if isinstance(read_backend(backend), Host):
+    if isinstance(read_backend(backend), Server):
         for name, label in zip(names, labels or [None] * len(names), strict=True):
             hosted_name(name, label)
 

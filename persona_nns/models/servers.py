@@ -11,7 +11,7 @@ BACKENDS = "local, simulate, ndif, or the URL of a server such as https://ndif.e
 
 
 @dataclass(frozen=True)
-class Host:
+class Server:
     """A server that runs jobs.
 
     Attributes:
@@ -28,7 +28,7 @@ class Host:
         return {"ndif-api-key": key} if key else {}
 
 
-def read_backend(backend: str) -> Host | Literal["local", "simulate"]:
+def read_backend(backend: str) -> Server | Literal["local", "simulate"]:
     """What ``--backend`` names.
 
     Raises:
@@ -46,7 +46,7 @@ def read_backend(backend: str) -> Host | Literal["local", "simulate"]:
         raise UsageError(
             "The URL of a server cannot hold a name or password; put the key into NDIF_API_KEY."
         )
-    return Host(url.rstrip("/"))
+    return Server(url.rstrip("/"))
 
 
 def _ndif_url() -> str:

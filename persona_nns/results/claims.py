@@ -1,4 +1,4 @@
-"""A process at work on a run: what it has claimed, and what it has written.
+"""What a process at work on a run has claimed, and what it has written.
 
 Nothing here knows about models.
 """
@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from persona_nns.declarations.plans import Unit
 from persona_nns.errors import PersonaError
-from persona_nns.results.store import Block, RunGroup, attach, find_group
+from persona_nns.results.allocation import attach
+from persona_nns.results.block import Block
+from persona_nns.results.store import RunGroup, find_group
 
 
-class Session:
+class Claims:
     """One process's part in a run, noted in ``sessions/<name>`` beside the units.
 
     The note says who computes (host, process, versions), which units (say, cells) it is at now,

@@ -1,7 +1,7 @@
 """Where a store is: a folder, or a URL that zarr reads through fsspec (``s3://bucket/store``).
 
 A local file is put in place whole (zarr renames it) but reaches the disk some time later, in any
-order; `Place.flush` waits for it. An object store has what it said it has.
+order; `Location.flush` waits for it. An object store has what it said it has.
 """
 
 import ctypes
@@ -28,23 +28,23 @@ _EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "ad
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """A store's path or URL, and how to reach it.
 
     Attributes:
-        location: what zarr and xarray open.
+        address: what zarr and xarray open.
         options: what fsspec needs to know about a URL; empty for a path.
         shown: as the user wrote it.
     """
 
-    location: str
+    address: str
     options: Mapping[str, Any]
     shown: str
 
     @property
     def folder(self) -> Path | None:
         """The folder of a local store."""
-        return None if "://" in self.location else Path(self.location)
+        return None if "://" in self.address else Path(self.address)
 
     def open_root(self) -> zarr.Group | None:
         """The root of the store for reading; None where there is no Zarr store.
@@ -70,15 +70,15 @@ class Place:
 
     def _open(self, mode: Any) -> zarr.Group:
         if self.folder is not None:
-            return zarr.open_group(self.location, mode=mode, zarr_format=3)
+            return zarr.open_group(self.address, mode=mode, zarr_format=3)
         try:
             return zarr.open_group(
-                self.location, mode=mode, zarr_format=3, storage_options=dict(self.options)
+                self.address, mode=mode, zarr_format=3, storage_options=dict(self.options)
             )
         except (FileNotFoundError, ContainsGroupError):
             raise
         except ImportError as error:
-            protocol = self.location.partition("://")[0]
+            protocol = self.address.partition("://")[0]
             package = _EXTRAS.get(protocol, "an fsspec package")
             how = "pip install 'persona-nns[s3]'" if package == "s3fs" else f"pip install {package}"
             raise UsageError(f"The store {self.shown!r} needs {package}: {how}.") from error
@@ -113,7 +113,7 @@ class Place:
             raise UsageError(
                 f"{self.shown!r} is no group of Zarr format 3; choose another --store."
             )
-        existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+        existing = next(each for each in (path, *path.absolute().parents) if each.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
             raise UsageError(f"The store {self.shown!r} cannot be written; choose another --store.")
 
@@ -122,7 +122,7 @@ class Place:
 
         if self.open_root() is not None:
             return
-        protocol, _, path = self.location.partition("://")
+        protocol, _, path = self.address.partition("://")
         bucket = path.partition("/")[0]
         if protocol in _BUCKETS and not fsspec.filesystem(protocol, **self.options).exists(bucket):
             raise UsageError(
@@ -183,22 +183,22 @@ class Place:
     def _filesystem(self) -> tuple[Any, str]:
         import fsspec
 
-        return fsspec.url_to_fs(self.location, **self.options)
+        return fsspec.url_to_fs(self.address, **self.options)
 
 
-def place_of(store: str | Path) -> Place:
-    """The place of a store, from its path or URL.
+def location_of(store: str | Path) -> Location:
+    """The location of a store, from its path or URL.
 
     Raises:
         UsageError: the text cannot be a path.
     """
     text = str(store).removeprefix("file://")
     if "://" in text:
-        return Place(text.rstrip("/"), _FRESH, text)
+        return Location(text.rstrip("/"), _FRESH, text)
     if not text.strip() or "\0" in text:
         raise UsageError(f"The store {text!r} is no path; choose another --store.")
     try:
-        return Place(str(Path(text).expanduser()), {}, text)
+        return Location(str(Path(text).expanduser()), {}, text)
     except RuntimeError as error:
         raise UsageError(f"The store {text!r} is no path: {one_line(error)}") from error
 

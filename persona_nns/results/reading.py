@@ -22,10 +22,10 @@ from zarr.errors import ZarrUserWarning
 from persona_nns.declarations.plans import Label, noun_of
 from persona_nns.declarations.variables import FILL, Kind
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.results.locations import Place, place_of
+from persona_nns.results.block import Block
+from persona_nns.results.locations import Location, location_of
 from persona_nns.results.store import (
     DAMAGED,
-    Block,
     RunGroup,
     box_of,
     is_allocated,
@@ -104,14 +104,14 @@ def list_runs(store: str | Path, experiment: str | None = None) -> list[RunInfo]
     root = open_root(store)
     if root is None:
         raise UsageError(f"There is no Zarr store at {str(store)!r}.")
-    place = place_of(store)
+    location = location_of(store)
     runs: list[RunInfo] = []
     for name, _ in subgroups(root):
         if experiment not in (None, name):
             continue
         for run, group in subgroups(root, name):
             if is_allocated(group):
-                runs.append(RunInfo(name, run, dict(group.attrs), RunGroup(group, place)))
+                runs.append(RunInfo(name, run, dict(group.attrs), RunGroup(group, location)))
     return sorted(runs, key=lambda info: (info.experiment, info.attrs["created"], info.run))
 
 
@@ -191,7 +191,7 @@ def _matches(info: RunInfo, grid: Any, run: str | Sequence[str] | None) -> bool:
 def _open_run(store: str | Path, info: RunInfo) -> xr.Dataset:
     # Flags first: a unit that is completed while the rest is read is not taken for complete.
     flags = info.group.flags()
-    whole = _open_group(place_of(store), f"{info.experiment}/{info.run}")
+    whole = _open_group(location_of(store), f"{info.experiment}/{info.run}")
     names = [*info.attrs["variables"], "seconds", "completed"]
     if missing := [name for name in names if name not in whole]:
         raise PersonaError(
@@ -220,15 +220,15 @@ def _open_run(store: str | Path, info: RunInfo) -> xr.Dataset:
         ) from error
 
 
-def _open_group(place: Place, group: str) -> xr.Dataset:
+def _open_group(location: Location, group: str) -> xr.Dataset:
     """A run's group, of which only the labels have been read."""
     settings: dict[str, Any] = {"group": group, "consolidated": False}
-    if place.options:
-        settings["storage_options"] = dict(place.options)
+    if location.options:
+        settings["storage_options"] = dict(location.options)
     with warnings.catch_warnings():
         # A process that was killed may have left an unfinished file among the arrays.
         warnings.filterwarnings("ignore", "Object at .* is not recognized", ZarrUserWarning)
-        dataset = xr.open_zarr(place.location, chunks=None, **settings)
+        dataset = xr.open_zarr(location.address, chunks=None, **settings)
     # zarr lists a group's arrays as it comes upon them, in an order that differs from one opening
     # to the next, and the order of coordinates shows (in that of dimensions, and of rows).
     names = sorted(map(str, dataset.coords))

@@ -18,7 +18,6 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -29,14 +28,11 @@ from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.errors import ContainsArrayError, ContainsGroupError
 from zarr.storage import LocalStore
 
-from persona_nns.declarations.plans import Label, Plan, Unit
-from persona_nns.declarations.variables import Kind, Variable
-from persona_nns.errors import PersonaError
-from persona_nns.results.chunks import label_array, unit_array, write_chunks
-from persona_nns.results.locations import Place, place_of
+from persona_nns.declarations.plans import Label, Unit
+from persona_nns.results.block import Block
+from persona_nns.results.chunks import write_chunks
+from persona_nns.results.locations import Location, location_of
 
-# What labels stand for, where their dimension's name does not say it.
-_NAMES = {"cell": "persona/task"}
 _CHUNKS_AT_A_TIME = 64
 _REQUESTS_AT_A_TIME = 8
 # What reading a chunk raises that was cut off, whichever codec notices it.
@@ -44,66 +40,6 @@ DAMAGED = (RuntimeError, ValueError, OSError)
 
 # Where something stands in an array: an index for each of some of its dimensions.
 Index = tuple[int, ...]
-
-
-def _bookkeeping(plan: Plan) -> dict[str, Variable]:
-    """What is stored of every unit beside its results; ``completed`` is last."""
-    dims, noun = " ".join(plan.unit_axes), plan.noun
-    return {
-        "seconds": Variable(
-            dims,
-            "time",
-            units="s",
-            description=f"Wall-clock time of the {noun}'s batch, divided by {noun}s.",
-        ),
-        "completed": Variable(
-            dims,
-            f"{noun} is complete",
-            description=f"True once everything else of the {noun} has been written.",
-            kind="bool",
-        ),
-    }
-
-
-@dataclass(frozen=True)
-class Block:
-    """Everything that is known about a run's group before the first unit is measured.
-
-    Attributes:
-        experiment: name of the experiment.
-        run: name of the run's group.
-        model: label of the model.
-        n_layers: its number of decoder blocks.
-        d_model: width of its residual stream.
-        precision: its precision.
-        plan: what there is to measure.
-        layers: labels of the layer axis.
-        positions: labels of the position axis.
-        variables: the arrays.
-        attrs: provenance, as JSON-able values.
-    """
-
-    experiment: str
-    run: str
-    model: str
-    n_layers: int
-    d_model: int
-    precision: str
-    plan: Plan
-    layers: Sequence[int]
-    positions: Sequence[str]
-    variables: Mapping[str, Variable]
-    attrs: Mapping[str, Any]
-
-    def labels(self, variable: Variable, axis: str) -> Sequence[Any]:
-        """The labels of one of a variable's dimensions."""
-        shared: dict[str, Sequence[Any]] = {
-            **self.plan.axes,
-            "layer": self.layers,
-            "position": self.positions,
-            "d_model": range(self.d_model),
-        }
-        return shared[axis] if axis in shared else variable.labels(axis)
 
 
 # Part of an array: the array, where, and what.
@@ -114,10 +50,13 @@ class RunGroup:
     """The group of one run, opened for reading and writing units."""
 
     def __init__(
-        self, group: zarr.Group, place: Place, arrays: Mapping[str, "zarr.Array[Any]"] | None = None
+        self,
+        group: zarr.Group,
+        location: Location,
+        arrays: Mapping[str, "zarr.Array[Any]"] | None = None,
     ) -> None:
         self._group = group
-        self._place = place
+        self._location = location
         self._order: dict[str, dict[Label, int]] = {}
         self._arrays = dict(arrays or {})
 
@@ -151,11 +90,11 @@ class RunGroup:
     def _complete(self, places: Iterable[Index]) -> set[Index]:
         """Those of these places in ``completed`` that are set."""
         array = self._array("completed")
-        if self._place.folder is None and set(array.chunks) == {1}:
+        if self._location.folder is None and set(array.chunks) == {1}:
             # An object is written whole or not at all, and only for a flag that is set: one
             # listing says what a request for each unit would.
             key = cast("Any", array.metadata).encode_chunk_key
-            written = self._place.names(array.path)
+            written = self._location.names(array.path)
             return {index for index in places if key((0, *index)) in written}
         done: set[Index] = set()
         for stretch in stretches(places):
@@ -168,7 +107,7 @@ class RunGroup:
         try:
             found = completed[0, *box_of(stretch)]
         except DAMAGED:
-            if self._place.folder is None:
+            if self._location.folder is None:
                 raise
             if len(stretch) == 1:
                 return [False]
@@ -191,13 +130,13 @@ class RunGroup:
             for name, value in {**values, "seconds": np.asarray(seconds)}.items():
                 rows.setdefault(name, []).append((unit, value))
         parts = [part for name, of_name in rows.items() for part in self._parts(name, of_name)]
-        if self._place.folder is None:
+        if self._location.folder is None:
             with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as pool:  # each waits for a server
                 list(pool.map(lambda part: write_chunks(*part), parts))
         else:
             for part in parts:
                 write_chunks(*part)
-        self._place.flush()
+        self._location.flush()
         flags = [(unit, np.asarray(True)) for unit, _ in measured]  # noqa: FBT003
         for part in self._parts("completed", flags):
             write_chunks(*part)
@@ -225,9 +164,9 @@ class RunGroup:
     def _index(self, array: "zarr.Array[Any]", unit: Unit) -> Index:
         """Where a unit stands in an array, on those dimensions that it has a place on."""
         place = unit.place
-        return tuple(self._places(axis)[place[axis]] for axis in _axes(array) if axis in place)
+        return tuple(self._index_of(axis)[place[axis]] for axis in _axes(array) if axis in place)
 
-    def _places(self, axis: str) -> dict[Label, int]:
+    def _index_of(self, axis: str) -> dict[Label, int]:
         """Where each label stands in this group: the order of the plan when it was allocated."""
         if axis not in self._order:
             labels = np.asarray(self._array(axis)[...]).tolist()
@@ -279,7 +218,7 @@ def check_writable(store: str | Path) -> None:
     Raises:
         UsageError: the path cannot be written, or is no Zarr store.
     """
-    place_of(store).check_writable()
+    location_of(store).check_writable()
 
 
 def find_group(store: str | Path, experiment: str, run: str) -> RunGroup | None:
@@ -287,7 +226,7 @@ def find_group(store: str | Path, experiment: str, run: str) -> RunGroup | None:
     group = open_group(store, f"{experiment}/{run}", "r")
     if group is None or not is_allocated(group):
         return None
-    return RunGroup(group, place_of(store))
+    return RunGroup(group, location_of(store))
 
 
 def completed_units(store: str | Path, block: Block) -> set[str]:
@@ -298,7 +237,7 @@ def completed_units(store: str | Path, block: Block) -> set[str]:
 
 def open_root(store: str | Path) -> zarr.Group | None:
     """The root of a store for reading; None where there is no Zarr store."""
-    return place_of(store).open_root()
+    return location_of(store).open_root()
 
 
 def _subgroup(group: zarr.Group, name: str) -> zarr.Group | None:
@@ -338,7 +277,7 @@ def open_group(store: str | Path, path: str, mode: Literal["r", "a"]) -> zarr.Gr
     """A group of a store by its path; to write (``a``) it is made, to read it may be None."""
     names = path.split("/") if path else []
     if mode == "a":
-        made = place_of(store).open_for_writing()
+        made = location_of(store).open_for_writing()
         for name in names:
             made = require_group(made, name)
         return made
@@ -346,65 +285,6 @@ def open_group(store: str | Path, path: str, mode: Literal["r", "a"]) -> zarr.Gr
     for name in names:
         group = _subgroup(group, name) if group is not None else None
     return group
-
-
-def attach(store: str | Path, block: Block) -> RunGroup:
-    """Open a run's group, allocating whatever of it is not there yet.
-
-    Raises:
-        PersonaError: the store cannot be written, or the group is another run's.
-    """
-    place = place_of(store)
-    try:
-        place.discard_damaged_metadata(f"{block.experiment}/{block.run}")
-        group = place.open_for_writing()
-        for name in (block.experiment, *block.run.split("/")):
-            group = require_group(group, name)
-        arrays: dict[str, zarr.Array[Any]] = {}
-        if not (is_allocated(group) and all(name in group for name in block.variables)):
-            arrays = _allocate(group, block, place)
-    except OSError as error:
-        raise PersonaError(f"The store {str(store)!r} cannot be written: {error}.") from error
-    if group.attrs["identity"] != block.attrs["identity"]:
-        raise PersonaError(
-            f"The group {block.run!r} of {str(store)!r} holds another run; use another --store."
-        )
-    return RunGroup(group, place, arrays)
-
-
-def _allocate(group: zarr.Group, block: Block, place: Place) -> dict[str, "zarr.Array[Any]"]:
-    """Write everything but units; returns the arrays that units are written to.
-
-    What is there already is left as it is, or written again with the same bytes: another process
-    may be at it too, and one that was cut off may have left any part of it.
-    """
-    described = _write_coordinates(group, block)
-    # xarray finds coordinates that are no dimensions by this attribute.
-    listing = {"variables": list(block.variables), "coordinates": " ".join(described)}
-    placed = block.plan.placed_axes
-    if placed - set(block.plan.unit_axes):  # what tells which units write such a dimension
-        listing["units"] = [dict(unit.place) for unit in block.plan.units]
-    group.update_attributes({**block.attrs, **listing})  # one write, not one for each
-    require_group(group, "sessions")
-    every = {**block.variables, **_bookkeeping(block.plan)}
-    arrays = {
-        name: unit_array(
-            variable.kind,
-            variable.axes,
-            {axis: len(block.labels(variable, axis)) for axis in variable.axes},
-            placed,
-            {
-                "long_name": variable.long_name,
-                "units": variable.units,
-                "description": variable.description,
-            },
-        )
-        for name, variable in every.items()
-    }
-    last = {"completed": arrays.pop("completed")}  # says that all the rest is there
-    made = _require_arrays(group, arrays)
-    place.flush()
-    return made | _require_arrays(group, last)
 
 
 def require_group(parent: zarr.Group, name: str) -> zarr.Group:
@@ -425,7 +305,7 @@ def put_group(parent: zarr.Group, name: str, attributes: Mapping[str, Any]) -> N
         found.attrs.put(dict(attributes))
 
 
-def _require_arrays(
+def require_arrays(
     group: zarr.Group, wanted: Mapping[str, ArrayV3Metadata]
 ) -> dict[str, "zarr.Array[Any]"]:
     """Arrays of a group, created unless they are there: another process may be at it too."""
@@ -445,47 +325,3 @@ def _chunks_together() -> AbstractContextManager[Any]:
     A unit is a chunk, and zarr otherwise has several tasks for each.
     """
     return zarr.config.set({"codec_pipeline.batch_size": _CHUNKS_AT_A_TIME})
-
-
-def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
-    """Write the labels; returns the names of those that are not dimensions."""
-    depth = [layer / block.n_layers for layer in block.layers]
-    coordinates: dict[str, tuple[tuple[str, ...], Any, Kind, str]] = {
-        "model": (("model",), [block.model], "text", "model"),
-        **{
-            axis: ((axis,), labels, _kind(labels), _NAMES.get(axis, axis))
-            for axis, labels in block.plan.axes.items()
-        },
-        **{
-            name: ((axis,), labels, _kind(labels), name)
-            for name, (axis, labels) in block.plan.coords.items()
-        },
-        "n_layers": (("model",), [block.n_layers], "int", "number of decoder blocks"),
-        "precision": (("model",), [block.precision], "text", "precision of the model"),
-    }
-    axes = {axis for variable in block.variables.values() for axis in variable.axes}
-    if "layer" in axes:
-        coordinates["layer"] = (("layer",), block.layers, "int", "layer")
-        coordinates["depth"] = (("model", "layer"), [depth], "float", "depth (layer / n_layers)")
-    if "position" in axes:
-        coordinates["position"] = (("position",), block.positions, "text", "position")
-    for variable in block.variables.values():
-        for axis in variable.coords:
-            labels = variable.labels(axis)
-            coordinates[axis] = ((axis,), labels, _kind(labels), axis)
-    labels = {
-        name: np.asarray(values, dtype=object if kind == "text" else None)
-        for name, (_, values, kind, _) in coordinates.items()
-    }
-    arrays = {
-        name: label_array(kind, dims, labels[name].shape, {"long_name": long_name, "units": "1"})
-        for name, (dims, _, kind, long_name) in coordinates.items()
-    }
-    for name, array in _require_arrays(group, arrays).items():
-        write_chunks(array, tuple(map(slice, array.shape)), labels[name])
-    return [name for name, (dims, *_) in coordinates.items() if dims != (name,)]
-
-
-def _kind(labels: Sequence[Any]) -> Kind:
-    kinds: dict[type, Kind] = {str: "text", int: "int", float: "float"}
-    return kinds[type(labels[0])]

@@ -13,20 +13,20 @@ import time
 from collections.abc import Iterator, Sequence
 
 from persona_nns.declarations.plans import Unit
-from persona_nns.results.claims import Session
+from persona_nns.results.claims import Claims
 
 _POLL = 0.5  # seconds between two looks at what others are at, at most
 _FIRST_PATIENCE = 10.0  # seconds to wait for others before a batch of its own was measured
 
 
-class Share:
+class Queue:
     """The batches of units that this process measures."""
 
     def __init__(
         self,
         units: Sequence[Unit],
         batch_size: int,
-        session: Session,
+        claims: Claims,
         *,
         order: random.Random | None = None,
     ) -> None:
@@ -35,13 +35,13 @@ class Share:
         Args:
             units: in the order of the plan; neighbours share prompts, and stay together.
             batch_size: units at a time.
-            session: of this process.
+            claims: of this process.
             order: chooses the order of the batches; by default a different one each time.
         """
         self._batches = _cut(units, batch_size)
         self._order = order or random.Random()  # noqa: S311
         self._order.shuffle(self._batches)
-        self._session = session
+        self._claims = claims
         self._patience = _FIRST_PATIENCE
         self._waiting_since: float | None = None
 
@@ -65,20 +65,20 @@ class Share:
 
     def _next(self) -> list[Unit]:
         while True:
-            claimed = self._session.claimed_by_others()  # by label
+            claimed = self._claims.claimed_by_others()  # by label
             free = self._first(avoid=set(claimed))
             if not self._batches:
                 return []
             if free:
-                self._session.claim(free)
-                if not self._session.claimed_by_others().keys() & _labels(free):
+                self._claims.claim(free)
+                if not self._claims.claimed_by_others().keys() & _labels(free):
                     return self._take(free)
-                self._session.claim([])
+                self._claims.claim([])
                 self._batches.append(self._batches.pop(0))
                 time.sleep(self._order.uniform(0, 0.1))
             elif self._is_impatient():
                 abandoned = min(self._batches, key=lambda batch: claimed[batch[0].label])
-                self._session.claim(abandoned)
+                self._claims.claim(abandoned)
                 return self._take(abandoned)
             else:
                 time.sleep(min(_POLL, max(0.02, self._patience / 10)))
@@ -86,7 +86,7 @@ class Share:
     def _first(self, *, avoid: set[str]) -> list[Unit]:
         """Units of the first batch that has any to measure; batches that are complete go."""
         for batch in list(self._batches):
-            done = self._session.completed(batch)
+            done = self._claims.completed(batch)
             place = self._batches.index(batch)
             left = [unit for unit in batch if unit.label not in done]
             if not left:

@@ -19,7 +19,7 @@ from persona_nns.models.load import record_of
 from persona_nns.prompts.grids import Grid, PromptName
 from persona_nns.prompts.positions import position_index
 from persona_nns.prompts.render import ROLE_PROMPTS, Prompt, render_cell
-from persona_nns.results.store import Block
+from persona_nns.results.block import Block
 from persona_nns.runs.identity import identity, run_attributes, run_name
 
 _PROMPTS: tuple[PromptName, ...] = (*ROLE_PROMPTS, "BARE")

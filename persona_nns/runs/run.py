@@ -16,12 +16,12 @@ from persona_nns.errors import PersonaError, UsageError
 from persona_nns.models.load import hosted, load_model
 from persona_nns.models.memory import fitting_batch_size, is_out_of_memory
 from persona_nns.prompts.grids import Grid, load_grid
-from persona_nns.results.claims import Session
+from persona_nns.results.claims import Claims
 from persona_nns.results.reading import find_run, open_results
 from persona_nns.results.store import check_writable, completed_units
 from persona_nns.runs.identity import now, session_attributes, session_name
 from persona_nns.runs.progress import progress_bar
-from persona_nns.runs.queue import Share
+from persona_nns.runs.queue import Queue
 from persona_nns.runs.remote.dispatch import carry_out_remotely
 from persona_nns.runs.request import Request, check_inputs, check_request
 from persona_nns.runs.returned import declared_arrays
@@ -234,28 +234,28 @@ def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
     rows = [ids for of_key in request.plan.token_ids.values() for ids in of_key.values()]
     batch_size = planned.batch_size or fitting_batch_size(model, rows)
     how = {**planned.execution, "batch_size": batch_size, "device": str(model.device)}
-    session = Session(store, request.blocks, session_name(), {**session_attributes(), **how})
+    claims = Claims(store, request.blocks, session_name(), {**session_attributes(), **how})
     if shared:
-        session.begin()
-    share = Share(pending, batch_size, session)
+        claims.begin()
+    queue = Queue(pending, batch_size, claims)
     title = f"{request.block.model} · {request.block.attrs['grid']}"
     noun, n_asked = request.plan.noun, len(request.units)
     with progress_bar(noun, enabled=progress) as bar:
         task = bar.add_task(title, total=n_asked, completed=n_asked - len(pending))
         try:
-            for batch in share:
+            for batch in queue:
                 started = time.perf_counter()
                 try:
                     measured = measure_batch(request, model, batch, planned.execution)
                 except (MemoryError, RuntimeError) as error:
-                    share.put_back(batch, _smaller(len(batch), error, noun))
+                    queue.put_back(batch, _smaller(len(batch), error, noun))
                     continue
                 measured = request.finish(model.tokenizer, batch, measured)
                 arrays = declared_arrays(request, measured, len(batch))
-                session.write(batch, arrays, (time.perf_counter() - started) / len(batch))
-                bar.update(task, completed=n_asked - share.n_left)
+                claims.write(batch, arrays, (time.perf_counter() - started) / len(batch))
+                bar.update(task, completed=n_asked - queue.n_left)
         finally:
-            session.end(now())
+            claims.end(now())
 
 
 def _smaller(batch_size: int, error: Exception, noun: str) -> int:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from store_writer import values_are_right, write_all
 
-from persona_nns.results.locations import Place, place_of
+from persona_nns.results.locations import Location, location_of
 from persona_nns.results.reading import list_runs, open_results
 
 N_CELLS, BATCH = 6, 2
@@ -77,7 +77,7 @@ def write_and_die(store: Path, change: int, dying: int) -> int:
     """
     unflushed: list[str] = []
     left = [change]
-    flush = Place.flush
+    flush = Location.flush
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         path = str(arguments[0]) if arguments else ""
@@ -91,11 +91,11 @@ def write_and_die(store: Path, change: int, dying: int) -> int:
         if event == "os.rename":
             unflushed.append(str(arguments[1]))
 
-    def remember(place: Place) -> None:
+    def remember(place: Location) -> None:
         flush(place)
         unflushed.clear()
 
-    Place.flush = remember  # type: ignore[method-assign]
+    Location.flush = remember  # type: ignore[method-assign]
     sys.addaudithook(watch)
     write_all(store, N_CELLS, BATCH)
     return change - left[0]
@@ -118,7 +118,7 @@ def lose_power(files: list[str], chance: random.Random) -> None:
 
 def look(store: Path) -> list[str] | None:
     """The complete cells as a reader finds them, or None where one of them is wrong."""
-    if place_of(store).open_root() is None or not list_runs(store):
+    if location_of(store).open_root() is None or not list_runs(store):
         return []  # nothing of the run is there yet
     results = open_results(store, "e")
     done = results.cell[results.completed.values[0]].values.tolist()

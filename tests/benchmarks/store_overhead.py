@@ -19,7 +19,7 @@ from rich.console import Console
 from store_writer import write_all
 
 from persona_nns.cli import demo
-from persona_nns.results.claims import Session
+from persona_nns.results.claims import Claims
 from persona_nns.results.reading import list_runs, open_results
 from persona_nns.runs import queue
 
@@ -42,9 +42,9 @@ def timed(owner: Any, name: str) -> None:
 
 def measure_demo(folder: Path) -> None:
     for owner, name in (
-        (Session, "write"),
-        (Session, "end"),
-        (queue.Share, "_next"),
+        (Claims, "write"),
+        (Claims, "end"),
+        (queue.Queue, "_next"),
         (import_module("persona_nns.runs.run"), "_carry_out"),
     ):
         timed(owner, name)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from persona_nns.errors import PersonaError
-from persona_nns.models.servers import Host
+from persona_nns.models.servers import Server
 
 SERVER = Path(__file__).with_name("server.py")
 
@@ -62,12 +62,12 @@ class LoopbackServer:
             self._log.seek(0)
             reason = (self._log.read().strip().splitlines() or ["no reason given"])[-1]
             raise PersonaError(f"The simulated server of {repo_id!r} did not start: {reason}")
-        self.host = Host(f"http://127.0.0.1:{port}", sends_key=False)
+        self.address = Server(f"http://127.0.0.1:{port}", sends_key=False)
 
     @property
     def port(self) -> int:
         """Where it listens."""
-        return int(self.host.url.rpartition(":")[2])
+        return int(self.address.url.rpartition(":")[2])
 
     def stop(self) -> None:
         """End it, in the middle of whatever it does."""

@@ -53,7 +53,7 @@ MISSING = ("persona_nns", "xarray", "zarr", "seaborn", "typer")
 Respond = Callable[..., None]
 
 
-class Host:
+class LoadedModel:
     """The hosted model: runs one job at a time."""
 
     def __init__(self, folder: str, repo_id: str, dtype: str) -> None:
@@ -107,10 +107,10 @@ def _untouched(*tables: dict[Any, Any]) -> Iterator[None]:
 
 
 class Service:
-    """The protocol around a `Host`."""
+    """The protocol around a `LoadedModel`."""
 
-    def __init__(self, host: Host, *, api_key: str | None, timeout: float | None) -> None:
-        self.host = host
+    def __init__(self, model: LoadedModel, *, api_key: str | None, timeout: float | None) -> None:
+        self.model = model
         self.api_key = api_key
         self.timeout = timeout
         self.pool = ThreadPoolExecutor(1)
@@ -165,7 +165,7 @@ class Service:
         self.waiting += 1
         respond(Status.QUEUED, f"Added to Queue at position {self.waiting}.")
         try:
-            if envelope.model_key != self.host.key:
+            if envelope.model_key != self.model.key:
                 words = f"Could not deploy this model. {envelope.model_key} is not served here."
                 respond(Status.ERROR, words)
                 return
@@ -191,7 +191,7 @@ class Service:
         def run() -> bytes:
             words = "Your job has started running."
             loop.call_soon_threadsafe(respond, Status.RUNNING, words)
-            return self.host.run(envelope, payload)
+            return self.model.run(envelope, payload)
 
         started = time.monotonic()
         try:
@@ -252,13 +252,13 @@ class Service:
         entry = {
             "deployment_level": "HOT",
             "application_state": "RUNNING",
-            "model_key": self.host.key,
-            "repo_id": self.host.repo_id,
+            "model_key": self.model.key,
+            "repo_id": self.model.repo_id,
             "revision": None,
             "task": "text-generation",
             "trust_remote_code": False,
         }
-        return JSONResponse({"deployments": {f"r0:ModelActor:{self.host.key}": entry}})
+        return JSONResponse({"deployments": {f"r0:ModelActor:{self.model.key}": entry}})
 
     async def environment(self, request: Request) -> Response:  # noqa: ARG002
         """``GET /env``: Python and packages."""
@@ -298,8 +298,8 @@ def serve(
     """
     for name in MISSING:
         sys.modules[name] = None  # type: ignore[assignment] # as where it is not installed
-    host = Host(options.model, options.repo_id, options.dtype)
-    service = Service(host, api_key=options.api_key, timeout=options.timeout)
+    model = LoadedModel(options.model, options.repo_id, options.dtype)
+    service = Service(model, api_key=options.api_key, timeout=options.timeout)
     app = Starlette(routes=service.routes())
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

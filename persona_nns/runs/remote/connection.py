@@ -32,7 +32,7 @@ from persona_nns.errors import (
     UnreachableError,
     says_out_of_memory,
 )
-from persona_nns.models.servers import Host
+from persona_nns.models.servers import Server
 
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _MISSING = re.compile(r"ModuleNotFoundError: (?:No module named '|import of )(?P<name>[\w.]+).*")
@@ -72,9 +72,9 @@ class Connection:
     """Requests to one server; failures that pass are tried again until patience ends."""
 
     def __init__(
-        self, host: Host, patience: Patience, tell: Callable[[str], None] = lambda _: None
+        self, server: Server, patience: Patience, tell: Callable[[str], None] = lambda _: None
     ) -> None:
-        self.host = host
+        self.server = server
         self.patience = patience
         self._tell = tell
         timeout = httpx.Timeout(min(10.0, patience.read), read=patience.read)
@@ -91,14 +91,14 @@ class Connection:
         which jobs it has.
         """
         headers = {
-            **self.host.headers(),
+            **self.server.headers(),
             "nnsight-version": version("nnsight"),
             "python-version": sys.version,
         }
 
         def post() -> str:
             answer = self._http.post(
-                f"{self.host.url}/request",
+                f"{self.server.url}/request",
                 data={"data": envelope.metadata()},
                 files={"blob": ("request", payload, "application/octet-stream")},
                 headers=headers,
@@ -116,7 +116,9 @@ class Connection:
         """
 
         def get() -> ResponseModel | None:
-            answer = self._http.get(f"{self.host.url}/response/{job}", headers=self.host.headers())
+            answer = self._http.get(
+                f"{self.server.url}/response/{job}", headers=self.server.headers()
+            )
             if answer.status_code == 404:
                 return None
             answer.raise_for_status()
@@ -142,7 +144,7 @@ class Connection:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), len(content)
         except Exception as error:
             raise JobLostError(
-                f"The result of a job could not be fetched from {self.host.url}: "
+                f"The result of a job could not be fetched from {self.server.url}: "
                 f"{type(error).__name__}: {_first_line(error)}."
             ) from error
 
@@ -150,7 +152,7 @@ class Connection:
         """What a path of the server answers, as JSON."""
 
         def get() -> Any:
-            answer = self._http.get(f"{self.host.url}{path}", headers=self.host.headers())
+            answer = self._http.get(f"{self.server.url}{path}", headers=self.server.headers())
             answer.raise_for_status()
             return answer.json()
 
@@ -173,11 +175,11 @@ class Connection:
     def _say_why(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         wait = state.next_action.sleep if state.next_action else 0.0
-        self._tell(f"{self.host.url} does not answer ({_reason(error)}); again in {wait:.1f} s")
+        self._tell(f"{self.server.url} does not answer ({_reason(error)}); again in {wait:.1f} s")
 
     def _named(self, error: Exception) -> RemoteError:
         """One of our errors for one of the network's."""
-        url = self.host.url
+        url = self.server.url
         if isinstance(error, httpx.HTTPStatusError):
             status, detail = error.response.status_code, _detail(error.response)
             if status in (401, 403):

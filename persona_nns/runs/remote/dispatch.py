@@ -28,7 +28,7 @@ from persona_nns.errors import (
 from persona_nns.models.load import HOSTED, HostedModel
 from persona_nns.prompts.grids import Cell
 from persona_nns.prompts.render import with_prompts
-from persona_nns.results.claims import Session
+from persona_nns.results.claims import Claims
 from persona_nns.results.store import completed_units
 from persona_nns.runs.identity import now, session_attributes, session_name
 from persona_nns.runs.progress import JobProgress
@@ -90,15 +90,15 @@ class Dispatcher:
     progress: JobProgress
     size: int = FIRST_UNITS
     proven: bool = False
-    session: Session | None = None
+    claims: Claims | None = None
     flights: list[_Flight] = field(default_factory=list[_Flight])
     environment: Environment | None = None
 
     def __post_init__(self) -> None:
         self.size = self.batch_size or FIRST_UNITS
-        self.connection = Connection(self.hosted.host, self.patience, self.progress.tell)
+        self.connection = Connection(self.hosted.server, self.patience, self.progress.tell)
         settings = [self.hosted.key, dict(self.execution)]
-        self.book = JobBook(self.store, self.request.block, self.hosted.host.url, settings)
+        self.book = JobBook(self.store, self.request.block, self.hosted.server.url, settings)
 
     @property
     def noun(self) -> str:
@@ -124,8 +124,8 @@ class Dispatcher:
             raise
         finally:
             self.connection.close()
-            if self.session is not None:
-                self.session.end(now())
+            if self.claims is not None:
+                self.claims.end(now())
 
     def _pick_up(self, pending: Sequence[Unit]) -> list[Unit]:
         """Wait for the jobs of an earlier process too; returns the units that none is about."""
@@ -140,7 +140,7 @@ class Dispatcher:
         """Send a job for the first of some units; returns those that did not fit into it."""
         if self.environment is None:
             self.environment = read_environment(self.connection)
-            for warning in self.environment.check(self.hosted.host.url):
+            for warning in self.environment.check(self.hosted.server.url):
                 warnings.warn(warning, stacklevel=2)
         checks = not self.proven
         payload = self._payload(batch, checks=checks)
@@ -156,7 +156,7 @@ class Dispatcher:
         identifier = self.connection.submit(envelope, payload.data)
         job = accepted(
             identifier,
-            self.hosted.host.url,
+            self.hosted.server.url,
             [unit.label for unit in batch],
             len(payload.data),
             submissions=submissions,
@@ -275,9 +275,9 @@ class Dispatcher:
         measured = self.request.finish(self.model.tokenizer, flight.units, outcome["measured"])
         arrays = declared_arrays(self.request, measured, len(flight.units))
         seconds = outcome["seconds"] / len(flight.units)
-        if self.session is None:
-            self.session = self._begin(outcome)
-        self.session.write(flight.units, arrays, seconds)
+        if self.claims is None:
+            self.claims = self._begin(outcome)
+        self.claims.write(flight.units, arrays, seconds)
         self.book.written(flight.job, n_bytes, outcome["seconds"])
         self.flights.remove(flight)
         self.proven = True
@@ -301,17 +301,17 @@ class Dispatcher:
                 f"measured in {known}; use another --store."
             )
 
-    def _begin(self, outcome: Mapping[str, Any]) -> Session:
+    def _begin(self, outcome: Mapping[str, Any]) -> Claims:
         facts = self.environment.attributes() if self.environment else {}
         attrs = {
             **session_attributes(),
             **self.execution,
             **facts,
-            "backend": self.hosted.host.url,
+            "backend": self.hosted.server.url,
             "hosted_model": self.hosted.repo_id,
             "device": outcome["device"],
         }
-        return Session(self.store, self.request.blocks, session_name(), attrs)
+        return Claims(self.store, self.request.blocks, session_name(), attrs)
 
     def _smaller(self, flight: _Flight, error: JobTooLargeError) -> list[Unit]:
         """Cells of a job that was too large, to go into jobs of half the size."""
@@ -344,7 +344,7 @@ class Dispatcher:
             names = ", ".join(one.repo_id for one in read_deployments(self.connection)[:8])
         except RemoteError:
             names = "it does not say what it hosts"
-        url = self.hosted.host.url
+        url = self.hosted.server.url
         return NotHostedError(
             f"The server {url} does not host {self.hosted.repo_id!r}; it hosts: {names} "
             "(persona-nns models --backend … lists them).",

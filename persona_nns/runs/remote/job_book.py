@@ -14,7 +14,8 @@ from typing import Any, Literal, cast
 
 import zarr
 
-from persona_nns.results.store import Block, open_group, put_group, subgroups
+from persona_nns.results.block import Block
+from persona_nns.results.store import open_group, put_group, subgroups
 from persona_nns.runs.identity import now
 
 

@@ -1,0 +1,125 @@
+"""A run's group allocated whole, before anything is measured.
+
+Whoever allocates writes the same bytes to the same place, so any number of processes may do it at
+once, and finish what one that was cut off has left.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from persona_nns.declarations.variables import Kind
+from persona_nns.errors import PersonaError
+from persona_nns.results.block import Block, bookkeeping
+from persona_nns.results.chunks import label_array, unit_array, write_chunks
+from persona_nns.results.locations import Location, location_of
+from persona_nns.results.store import RunGroup, is_allocated, require_arrays, require_group
+
+# What labels stand for, where their dimension's name does not say it.
+_NAMES = {"cell": "persona/task"}
+
+
+def attach(store: str | Path, block: Block) -> RunGroup:
+    """Open a run's group, allocating whatever of it is not there yet.
+
+    Raises:
+        PersonaError: the store cannot be written, or the group is another run's.
+    """
+    location = location_of(store)
+    try:
+        location.discard_damaged_metadata(f"{block.experiment}/{block.run}")
+        group = location.open_for_writing()
+        for name in (block.experiment, *block.run.split("/")):
+            group = require_group(group, name)
+        arrays: dict[str, zarr.Array[Any]] = {}
+        if not (is_allocated(group) and all(name in group for name in block.variables)):
+            arrays = _allocate(group, block, location)
+    except OSError as error:
+        raise PersonaError(f"The store {str(store)!r} cannot be written: {error}.") from error
+    if group.attrs["identity"] != block.attrs["identity"]:
+        raise PersonaError(
+            f"The group {block.run!r} of {str(store)!r} holds another run; use another --store."
+        )
+    return RunGroup(group, location, arrays)
+
+
+def _allocate(group: zarr.Group, block: Block, location: Location) -> dict[str, "zarr.Array[Any]"]:
+    """Write everything but units; returns the arrays that units are written to.
+
+    What is there already is left as it is, or written again with the same bytes: another process
+    may be at it too, and one that was cut off may have left any part of it.
+    """
+    described = _write_coordinates(group, block)
+    # xarray finds coordinates that are no dimensions by this attribute.
+    listing = {"variables": list(block.variables), "coordinates": " ".join(described)}
+    placed = block.plan.placed_axes
+    if placed - set(block.plan.unit_axes):  # what tells which units write such a dimension
+        listing["units"] = [dict(unit.place) for unit in block.plan.units]
+    group.update_attributes({**block.attrs, **listing})  # one write, not one for each
+    require_group(group, "sessions")
+    every = {**block.variables, **bookkeeping(block.plan)}
+    arrays = {
+        name: unit_array(
+            variable.kind,
+            variable.axes,
+            {axis: len(block.labels(variable, axis)) for axis in variable.axes},
+            placed,
+            {
+                "long_name": variable.long_name,
+                "units": variable.units,
+                "description": variable.description,
+            },
+        )
+        for name, variable in every.items()
+    }
+    last = {"completed": arrays.pop("completed")}  # says that all the rest is there
+    made = require_arrays(group, arrays)
+    location.flush()
+    return made | require_arrays(group, last)
+
+
+def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
+    """Write the labels; returns the names of those that are not dimensions."""
+    depth = [layer / block.n_layers for layer in block.layers]
+    coordinates: dict[str, tuple[tuple[str, ...], Any, Kind, str]] = {
+        "model": (("model",), [block.model], "text", "model"),
+        **{
+            axis: ((axis,), labels, _kind(labels), _NAMES.get(axis, axis))
+            for axis, labels in block.plan.axes.items()
+        },
+        **{
+            name: ((axis,), labels, _kind(labels), name)
+            for name, (axis, labels) in block.plan.coords.items()
+        },
+        "n_layers": (("model",), [block.n_layers], "int", "number of decoder blocks"),
+        "precision": (("model",), [block.precision], "text", "precision of the model"),
+    }
+    axes = {axis for variable in block.variables.values() for axis in variable.axes}
+    if "layer" in axes:
+        coordinates["layer"] = (("layer",), block.layers, "int", "layer")
+        coordinates["depth"] = (("model", "layer"), [depth], "float", "depth (layer / n_layers)")
+    if "position" in axes:
+        coordinates["position"] = (("position",), block.positions, "text", "position")
+    for variable in block.variables.values():
+        for axis in variable.coords:
+            labels = variable.labels(axis)
+            coordinates[axis] = ((axis,), labels, _kind(labels), axis)
+    labels = {
+        name: np.asarray(values, dtype=object if kind == "text" else None)
+        for name, (_, values, kind, _) in coordinates.items()
+    }
+    arrays = {
+        name: label_array(kind, dims, labels[name].shape, {"long_name": long_name, "units": "1"})
+        for name, (dims, _, kind, long_name) in coordinates.items()
+    }
+    for name, array in require_arrays(group, arrays).items():
+        write_chunks(array, tuple(map(slice, array.shape)), labels[name])
+    return [name for name, (dims, *_) in coordinates.items() if dims != (name,)]
+
+
+def _kind(labels: Sequence[Any]) -> Kind:
+    kinds: dict[type, Kind] = {str: "text", int: "int", float: "float"}
+    return kinds[type(labels[0])]
