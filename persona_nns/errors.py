@@ -51,10 +51,15 @@ class JobLostError(RemoteError):
     """The server does not know a job any more, or cannot give its result."""
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, with a full stop."""
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; of one without a message, its type."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".: ") + "."
+    return lines[0].rstrip(".: ")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message as a sentence."""
+    return first_line(error) + "."
 
 
 def says_out_of_memory(message: str) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from persona_nns.errors import PersonaError
+from persona_nns.errors import PersonaError, one_line
 
 CONFIG = "adapter_config.json"
 
@@ -43,5 +43,4 @@ def merge_adapter(module: PreTrainedModel, folder: str) -> PreTrainedModel:
     try:
         return PeftModel.from_pretrained(module, folder).merge_and_unload()
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PersonaError(f"The adapter {folder!r} cannot be loaded: {reason}") from error
+        raise PersonaError(f"The adapter {folder!r} cannot be loaded: {one_line(error)}") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_nns.declarations.catalog import Experiment
-from persona_nns.declarations.plans import Plan
+from persona_nns.declarations.plans import Plan, content_digest
 from persona_nns.declarations.record import ModelRecord
 
 _PACKAGES = ("persona-nns", "nnsight", "torch", "transformers", "tokenizers", "xarray", "zarr")
@@ -47,7 +47,7 @@ def identity(
         "token_ids": {key: dict(of_key) for key, of_key in plan.token_ids.items()},
         "parameters": dict(parameters),
     }
-    return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
+    return content_digest(determining)
 
 
 def _is_digest(version: str) -> bool:
@@ -61,8 +61,7 @@ def run_name(label: str, plan: Plan, digest: str) -> str:
     The order of the inputs is in it too: two processes that allocate one run at the same moment
     agree on what they write.
     """
-    determining = json.dumps([label, digest, [[axis, *of] for axis, of in plan.axes.items()]])
-    unique = hashlib.sha256(determining.encode()).hexdigest()
+    unique = content_digest([label, digest, [[axis, *of] for axis, of in plan.axes.items()]])
     return f"{label.replace('/', '--')}.{plan.name}.{unique[:10]}"
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from nnsight import TransformersModel
@@ -23,6 +23,38 @@ from persona_nns.results.block import Block
 from persona_nns.runs.identity import identity, run_attributes, run_name
 
 _PROMPTS: tuple[PromptName, ...] = (*ROLE_PROMPTS, "BARE")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of an experiment, model and grid, as `run` documents it."""
+
+    layers: str | int | Sequence[int] | None = None
+    layer_sets: str | int | Sequence[int | Sequence[int]] | None = None
+    positions: str | Sequence[str] | None = None
+    cells: str | Sequence[str] | None = None
+    batch_size: int | None = None
+    reuse: bool = True
+    keep_residuals: bool = False
+    deadline: float | None = None
+    verbose: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Asked":
+        """Keyword arguments of `run`; those that it does not name are the experiment's options."""
+        own = {name: value for name, value in settings.items() if name not in _SHARED}
+        return cls(**{name: settings[name] for name in settings if name in _SHARED}, options=own)
+
+    def execution(self, experiment: Experiment) -> dict[str, bool]:
+        """Keyword arguments of `measure` that do not change its numbers."""
+        reuse = {"reuse": self.reuse} if experiment.reuses else {}
+        return reuse | (
+            {"keep_residuals": self.keep_residuals} if experiment.keeps_residuals else {}
+        )
+
+
+_SHARED = {each.name for each in fields(Asked)} - {"options"}
 
 
 @dataclass(frozen=True)
@@ -81,13 +113,7 @@ def check_request(
     experiment: Experiment,
     model: TransformersModel,
     grid: Grid | None,
-    layers: str | int | Sequence[int] | None,
-    layer_sets: str | int | Sequence[int | Sequence[int]] | None,
-    positions: str | Sequence[str] | None,
-    cells: str | Sequence[str] | None,
-    options: Mapping[str, Any],
-    *,
-    keep_residuals: bool,
+    asked: Asked,
 ) -> Request:
     """Check a request against the experiment, the model and the inputs.
 
@@ -95,8 +121,10 @@ def check_request(
         UsageError: something in it is wrong; the message says what, and what to do.
     """
     record = record_of(model)
-    sites = check_sites(experiment, record.n_layers, layers, layer_sets, positions)
-    own = check_options(experiment, options)
+    sites = check_sites(
+        experiment, record.n_layers, asked.layers, asked.layer_sets, asked.positions
+    )
+    own = check_options(experiment, asked.options)
     plan = make_plan(
         experiment, model.tokenizer, grid, sites.get("positions", []), own, record.label
     )
@@ -105,7 +133,7 @@ def check_request(
     taken = {name: own[name] for name in own if name not in experiment.plan_only}
     planning = {name: own[name] for name in own if name in experiment.plan_only}
     arguments = {**sites, **taken}
-    units = plan.units if grid is None else grid.select_cells(cells)
+    units = plan.units if grid is None else grid.select_cells(asked.cells)
     digest = identity(experiment, record, plan, arguments)
     template = model.tokenizer.chat_template
     variables = {
@@ -138,7 +166,7 @@ def check_request(
         arguments=arguments,
         finishing={name: own[name] for name in experiment.finish_options},
         block=block,
-        residuals=_residuals(variables, block) if keep_residuals else None,
+        residuals=_residuals(variables, block) if asked.keep_residuals else None,
     )
 
 

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from persona_nns.runs.identity import now, session_attributes, session_name
 from persona_nns.runs.progress import progress_bar
 from persona_nns.runs.queue import Queue
 from persona_nns.runs.remote.dispatch import carry_out_remotely
-from persona_nns.runs.request import Request, check_inputs, check_request
+from persona_nns.runs.request import Asked, Request, check_inputs, check_request
 from persona_nns.runs.returned import declared_arrays
 
 
@@ -54,6 +54,17 @@ class PlannedRun:
         """Names of the experiment and of the run's group."""
         return self.request.experiment.name, self.request.block.run
 
+    def done(self) -> set[str]:
+        """Labels of the units that the store holds, asked for or not."""
+        return set.intersection(
+            *(completed_units(self.store, block) for block in self.request.blocks)
+        )
+
+    @property
+    def title(self) -> str:
+        """What a progress bar calls it."""
+        return f"{self.request.block.model} · {self.request.block.attrs['grid']}"
+
     def carry_out(self, *, progress: bool, shared: bool = False) -> None:
         """Measure what is missing, beside any other process that does the same.
 
@@ -65,17 +76,7 @@ class PlannedRun:
         if elsewhere is None:
             _carry_out(self, progress=progress, shared=shared)
             return
-        carry_out_remotely(
-            self.request,
-            self.model,
-            elsewhere,
-            self.store,
-            self.execution,
-            batch_size=self.batch_size,
-            deadline=self.deadline,
-            progress=progress,
-            verbose=self.verbose,
-        )
+        carry_out_remotely(self, elsewhere, progress=progress)
 
 
 def run(
@@ -128,23 +129,19 @@ def run(
         UsageError: the request is wrong; nothing was written.
         PersonaError: it could not be carried out; what was measured is kept.
     """
-    planned = plan_run(
-        experiment,
-        model,
-        grid,
+    asked = Asked(
         layers=layers,
         layer_sets=layer_sets,
         positions=positions,
         cells=cells,
-        store=store,
         batch_size=batch_size,
         reuse=reuse,
         keep_residuals=keep_residuals,
         deadline=deadline,
         verbose=verbose,
-        progress=progress,
-        **options,
+        options=options,
     )
+    planned = _plan(experiment, model, grid, asked, store, progress=progress)
     planned.carry_out(progress=progress)
     name, group = planned.group
     return open_results(store, name, run=group)
@@ -155,18 +152,9 @@ def plan_run(
     model: TransformersModel | str | Path,
     grid: str | Path | Grid | None = None,
     *,
-    layers: str | int | Sequence[int] | None = None,
-    layer_sets: str | int | Sequence[int | Sequence[int]] | None = None,
-    positions: str | Sequence[str] | None = None,
-    cells: str | Sequence[str] | None = None,
     store: str | Path = "stores/results.zarr",
-    batch_size: int | None = None,
-    reuse: bool = True,
-    keep_residuals: bool = False,
-    deadline: float | None = None,
-    verbose: bool = False,
     progress: bool = False,
-    **options: Any,
+    **settings: Any,
 ) -> PlannedRun:
     """Check a run, and prepare it where its experiment does; the arguments are those of `run`.
 
@@ -174,44 +162,44 @@ def plan_run(
         UsageError: the request is wrong; nothing was written.
         PersonaError: the model cannot be loaded.
     """
+    return _plan(experiment, model, grid, Asked.of(settings), store, progress=progress)
+
+
+def _plan(
+    experiment: str | Path | Experiment,
+    model: TransformersModel | str | Path,
+    grid: str | Path | Grid | None,
+    asked: Asked,
+    store: str | Path,
+    *,
+    progress: bool,
+) -> PlannedRun:
     check_writable(store)
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"The batch size {batch_size} is too small; use 1 or more.")
-    loaded_experiment = (
-        experiment if isinstance(experiment, Experiment) else load_experiment(experiment)
-    )
-    asked = loaded_experiment.grid if grid is None else grid
-    loaded_grid = None if asked is None else load_grid(asked)
-    check_inputs(loaded_experiment, loaded_grid, cells)
-    loaded = load_model(model) if isinstance(model, str | Path) else model
-    if not (reuse or loaded_experiment.reuses):
-        raise UsageError(f"The experiment {loaded_experiment.name!r} never reuses anything.")
-    if keep_residuals and not loaded_experiment.keeps_residuals:
-        raise UsageError(f"The experiment {loaded_experiment.name!r} keeps no residuals.")
-    if loaded_experiment.prepare is not None:
-        options = loaded_experiment.prepare(loaded, store, options, progress=progress)
-    execution = {"reuse": reuse} if loaded_experiment.reuses else {}
-    if loaded_experiment.keeps_residuals:
-        execution["keep_residuals"] = keep_residuals
-    request = check_request(
-        loaded_experiment,
-        loaded,
-        loaded_grid,
-        layers,
-        layer_sets,
-        positions,
-        cells,
-        options,
-        keep_residuals=keep_residuals,
-    )
+    if asked.batch_size is not None and asked.batch_size < 1:
+        raise UsageError(f"The batch size {asked.batch_size} is too small; use 1 or more.")
+    if not isinstance(experiment, Experiment):
+        experiment = load_experiment(experiment)
+    grid = experiment.grid if grid is None else grid
+    loaded_grid = None if grid is None else load_grid(grid)
+    check_inputs(experiment, loaded_grid, asked.cells)
+    if isinstance(model, str | Path):
+        model = load_model(model)
+    if not (asked.reuse or experiment.reuses):
+        raise UsageError(f"The experiment {experiment.name!r} never reuses anything.")
+    if asked.keep_residuals and not experiment.keeps_residuals:
+        raise UsageError(f"The experiment {experiment.name!r} keeps no residuals.")
+    if experiment.prepare is not None:
+        options = experiment.prepare(model, store, asked.options, progress=progress)
+        asked = replace(asked, options=options)
+    request = check_request(experiment, model, loaded_grid, asked)
     return PlannedRun(
         request=request.into(find_run(store, request.block) or request.block.run),
-        model=loaded,
+        model=model,
         store=store,
-        execution=execution,
-        batch_size=batch_size or request.plan.batch_size,
-        deadline=deadline,
-        verbose=verbose,
+        execution=asked.execution(experiment),
+        batch_size=asked.batch_size or request.plan.batch_size,
+        deadline=asked.deadline,
+        verbose=asked.verbose,
     )
 
 
@@ -227,7 +215,7 @@ def measure_batch(
 
 def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
     request, model, store = planned.request, planned.model, planned.store
-    done = set.intersection(*(completed_units(store, block) for block in request.blocks))
+    done = planned.done()
     pending = [unit for unit in request.units if unit.label not in done]
     if not pending:
         return
@@ -238,10 +226,9 @@ def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
     if shared:
         claims.begin()
     queue = Queue(pending, batch_size, claims)
-    title = f"{request.block.model} · {request.block.attrs['grid']}"
     noun, n_asked = request.plan.noun, len(request.units)
     with progress_bar(noun, enabled=progress) as bar:
-        task = bar.add_task(title, total=n_asked, completed=n_asked - len(pending))
+        task = bar.add_task(planned.title, total=n_asked, completed=n_asked - len(pending))
         try:
             for batch in queue:
                 started = time.perf_counter()

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from persona_nns.declarations.catalog import Experiment
 from persona_nns.declarations.plans import Plan
-from persona_nns.errors import PersonaError, UsageError
+from persona_nns.errors import PersonaError, UsageError, first_line, one_line
 from persona_nns.results.store import find_group
 from persona_nns.runs.progress import progress_bar
 
@@ -121,9 +121,8 @@ def _connect(ray: Any, address: str | None, n_workers: int) -> bool:
     try:
         ray.init(address=address, **settings, logging_level="error")
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         where = f"at {address!r}" if address else "on this machine"
-        raise UsageError(f"Ray cannot be reached {where}: {reason}.") from error
+        raise UsageError(f"Ray cannot be reached {where}: {one_line(error)}") from error
     return True
 
 
@@ -195,8 +194,7 @@ def _own(error: Any) -> BaseException:
 
 
 def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}".rstrip(": .")
+    return f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__
 
 
 def launch(

@@ -30,6 +30,7 @@ from persona_nns.errors import (
     NotHostedError,
     RemoteError,
     UnreachableError,
+    first_line,
     says_out_of_memory,
 )
 from persona_nns.models.servers import Server
@@ -145,7 +146,7 @@ class Connection:
         except Exception as error:
             raise JobLostError(
                 f"The result of a job could not be fetched from {self.server.url}: "
-                f"{type(error).__name__}: {_first_line(error)}."
+                f"{type(error).__name__}: {first_line(error)}."
             ) from error
 
     def ask(self, path: str) -> Any:
@@ -265,8 +266,4 @@ def _detail(response: httpx.Response) -> str:
 def _reason(error: BaseException | None) -> str:
     if isinstance(error, httpx.HTTPStatusError):
         return f"{error.response.status_code} {error.response.reason_phrase}"
-    return _first_line(error) or type(error).__name__
-
-
-def _first_line(error: BaseException | None) -> str:
-    return (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return "no answer" if error is None else first_line(error)

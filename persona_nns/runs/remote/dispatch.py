@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nnsight import TransformersModel, save
+from nnsight import TransformersModel
 from nnsight.schema.request import RequestModel
 from nnsight.schema.response import ResponseModel, Status
 
@@ -26,19 +26,20 @@ from persona_nns.errors import (
     RemoteError,
 )
 from persona_nns.models.load import HOSTED, HostedModel
-from persona_nns.prompts.grids import Cell
-from persona_nns.prompts.render import with_prompts
 from persona_nns.results.claims import Claims
+from persona_nns.results.reading import list_runs
 from persona_nns.results.store import completed_units
 from persona_nns.runs.identity import now, session_attributes, session_name
 from persona_nns.runs.progress import JobProgress
 from persona_nns.runs.remote.connection import Connection, Patience, client_python
 from persona_nns.runs.remote.environment import Environment, read_deployments, read_environment
 from persona_nns.runs.remote.job_book import Job, JobBook, accepted
-from persona_nns.runs.remote.payload import Capture, Payload
-from persona_nns.runs.remote.program import Terms, carry_out
+from persona_nns.runs.remote.payload import Payload, payload_of
 from persona_nns.runs.request import Request
 from persona_nns.runs.returned import declared_arrays
+
+if TYPE_CHECKING:
+    from persona_nns.runs.run import PlannedRun
 
 #: A job may take about this long, return this much, and be asked with this much.
 SECONDS_PER_JOB = 300.0
@@ -49,8 +50,6 @@ FIRST_UNITS = 4
 MOST_UNITS = 32
 #: Jobs that wait or run on the server at a time.
 IN_FLIGHT = 4
-#: Read by both tokenizers, which have to agree.
-SAMPLE = 'As a head chef (née Zoë), comment on 3 ways to say "no" —\n\tand why.'
 #: A batch is sent this many times at most when the server loses it.
 MOST_SUBMISSIONS = 3
 #: Answers "I do not know this job", in a row, about a job that it did know.
@@ -143,12 +142,12 @@ class Dispatcher:
             for warning in self.environment.check(self.hosted.server.url):
                 warnings.warn(warning, stacklevel=2)
         checks = not self.proven
-        payload = self._payload(batch, checks=checks)
+        payload = payload_of(self.model, self.request, batch, self.execution, check=checks)
         left: list[Unit] = []
         if len(payload.data) > REQUEST_BYTES_PER_JOB and len(batch) > 1:
             half = len(batch) // 2
             batch, left = batch[:half], list(batch[half:])
-            payload = self._payload(batch, checks=checks)
+            payload = payload_of(self.model, self.request, batch, self.execution, check=checks)
         self._check_python(payload)
         envelope = RequestModel(
             model_key=self.hosted.key, compress=True, env=self.model._remoteable_get_env()
@@ -168,26 +167,6 @@ class Dispatcher:
         )
         self._take_off(job, batch)
         return left
-
-    def _payload(self, batch: Sequence[Unit], *, checks: bool) -> Payload:
-        model, measure = self.model, self.request.experiment.measure
-        tokenizer = model.tokenizer
-        units = [
-            with_prompts(tokenizer, unit) if isinstance(unit, Cell) else unit for unit in batch
-        ]
-        arguments = {**self.request.arguments, **self.execution}
-        terms = Terms(
-            shown=self.request.block.model,
-            template=tokenizer.chat_template,
-            sample=SAMPLE,
-            sample_ids=tuple(tokenizer(SAMPLE)["input_ids"]),
-            check=checks,
-        )
-        capture = Capture()
-        with model.session(backend=capture):
-            outcome = save(carry_out(model, measure, units, arguments, terms))  # noqa: F841
-        assert capture.payload is not None
-        return capture.payload
 
     def _check_python(self, payload: Payload) -> None:
         theirs = self.environment.python if self.environment else ""
@@ -366,70 +345,48 @@ def _fitting(seconds: float, n_bytes: float) -> int:
     return min(max(1, int(fitting)), MOST_UNITS)
 
 
-def carry_out_remotely(
-    request: Request,
-    model: TransformersModel,
-    hosted: HostedModel,
-    store: str | Path,
-    execution: Mapping[str, Any],
-    *,
-    batch_size: int | None,
-    deadline: float | None,
-    progress: bool,
-    verbose: bool,
-) -> None:
+def carry_out_remotely(planned: "PlannedRun", hosted: HostedModel, *, progress: bool) -> None:
     """Measure on a server what the store does not hold yet.
 
     Args:
-        request: what to measure; its run group is where units are looked for.
-        model: the client of the hosted model.
-        hosted: where it runs.
-        store: path or URL of the store.
-        execution: arguments of `measure` that do not change its numbers.
-        batch_size: units in a job; None measures how many fit.
-        deadline: seconds that a job may go without news.
+        planned: what to measure; its run group is where units are looked for.
+        hosted: where the model runs.
         progress: show a bar.
-        verbose: print each event.
 
     Raises:
         RemoteError: the server cannot be reached, or failed; what was measured is kept, and jobs
             that it still has are taken up by the next run.
     """
-    request = _known_precision(request, store)
-    done = set.intersection(*(completed_units(store, block) for block in request.blocks))
+    request = _known_precision(planned.request, planned.store)
+    done = planned.done()
     pending = [unit for unit in request.units if unit.label not in done]
     if not pending:
         return
     n_units = len(request.units)
-    title = f"{request.block.model} · {request.block.attrs['grid']}"
-    patience = PATIENCE if deadline is None else replace(PATIENCE, news=deadline)
-    bar = JobProgress(
-        title,
+    deadline = planned.deadline
+    with JobProgress(
+        planned.title,
         f"{request.plan.noun}s",
         n_units,
         n_units - len(pending),
         enabled=progress,
-        verbose=verbose,
-    )
-    with bar:
-        dispatcher = Dispatcher(
+        verbose=planned.verbose,
+    ) as bar:
+        Dispatcher(
             request=request,
-            model=model,
+            model=planned.model,
             hosted=hosted,
-            store=store,
-            execution=execution,
-            batch_size=batch_size,
-            patience=patience,
+            store=planned.store,
+            execution=planned.execution,
+            batch_size=planned.batch_size,
+            patience=PATIENCE if deadline is None else replace(PATIENCE, news=deadline),
             progress=bar,
             proven=bool(done),
-        )
-        dispatcher.run(pending)
+        ).run(pending)
 
 
 def _known_precision(request: Request, store: str | Path) -> Request:
     """The request with the precision that the store has its units in, if it has any."""
-    from persona_nns.results.reading import list_runs
-
     if request.block.precision != HOSTED or not completed_units(store, request.block):
         return request
     runs = list_runs(store, request.block.experiment)

@@ -5,8 +5,6 @@ another process, on another day, and, once its units are written, what it took. 
 of what was asked, so that a job is found again by whoever would ask the same.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any, Literal, cast
 
 import zarr
 
+from persona_nns.declarations.plans import content_digest
 from persona_nns.results.block import Block
 from persona_nns.results.store import open_group, put_group, subgroups
 from persona_nns.runs.identity import now
@@ -70,7 +69,7 @@ class JobBook:
     def key(self, units: Sequence[str]) -> str:
         """Hash of what is asked for these units."""
         asked = [self._block.attrs["identity"], self._block.run, self._host, self._settings, units]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+        return content_digest(asked)[:16]
 
     def waiting(self) -> list[Job]:
         """Jobs that were submitted with the same settings and whose results nobody has taken."""

@@ -13,6 +13,7 @@ import io
 import sys
 import sysconfig
 import types
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -25,6 +26,7 @@ from cloudpickle.cloudpickle import (
     _dynamic_class_reduce,
     _should_pickle_by_reference,
 )
+from nnsight import TransformersModel, save
 from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.intervention.serialization import (
     DEFAULT_PROTOCOL,
@@ -35,11 +37,20 @@ from nnsight.intervention.serialization import (
 from nnsight.tracing.tracer import Tracer
 from nnsight.tracing.util import SerializedFrame
 
+from persona_nns.declarations.plans import Unit
 from persona_nns.errors import UsageError
+from persona_nns.prompts.grids import Cell
+from persona_nns.prompts.render import with_prompts
+from persona_nns.runs.remote.program import Terms, carry_out
+from persona_nns.runs.request import Request
 
 _GENERATED = ("<string>", dataclasses.__file__)
 _PARAMETERS = ("init", "repr", "eq", "order", "unsafe_hash", "frozen")
 _FIELD = ("default", "default_factory", "init", "repr", "hash", "compare", "kw_only")
+
+
+#: Read by both tokenizers, which have to agree.
+SAMPLE = 'As a head chef (née Zoë), comment on 3 ways to say "no" —\n\tand why.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +85,40 @@ class Capture(RemoteBackend):
         pickler.dump((tracer, block))
         data = zstandard.ZstdCompressor(level=9).compress(buffer.getvalue())
         self.payload = Payload(data, tuple(dict.fromkeys(pickler.compiled)))
+
+
+def payload_of(
+    model: TransformersModel,
+    request: Request,
+    units: Sequence[Unit],
+    execution: Mapping[str, Any],
+    *,
+    check: bool,
+) -> Payload:
+    """The request body that asks a server to measure some units.
+
+    Args:
+        model: the client of the hosted model.
+        request: what is measured.
+        units: of one job; cells travel with their rendered prompts.
+        execution: arguments of `measure` that do not change its numbers.
+        check: the job checks the model's names first.
+    """
+    measure, tokenizer = request.experiment.measure, model.tokenizer
+    rendered = [with_prompts(tokenizer, unit) if isinstance(unit, Cell) else unit for unit in units]
+    arguments = {**request.arguments, **execution}
+    terms = Terms(
+        shown=request.block.model,
+        template=tokenizer.chat_template,
+        sample=SAMPLE,
+        sample_ids=tuple(tokenizer(SAMPLE)["input_ids"]),
+        check=check,
+    )
+    capture = Capture()
+    with model.session(backend=capture):
+        outcome = save(carry_out(model, measure, rendered, arguments, terms))  # noqa: F841
+    assert capture.payload is not None
+    return capture.payload
 
 
 def _register_own_code() -> None:
