@@ -85,7 +85,7 @@ def write_run(
     )
     group = attach(store, block)
     for cell in grid.cells[:cells]:
-        group.write_unit(cell, {"kl": values(cell.label)}, seconds=1)
+        group.write_units([(cell, {"kl": values(cell.label)})], seconds=1)
 
 
 @pytest.fixture

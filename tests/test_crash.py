@@ -166,7 +166,7 @@ def test_data_are_flushed_before_cells_are_called_complete(
     events.clear()
     (cell,) = cells_of([0])
     values = {name: array[0, ...] for name, array in values_of([cell]).items()}
-    group.write_unit(cell, values, 1.0)
+    group.write_units([(cell, values)], 1.0)
     assert events[-2:] == ["flush", "completed/c.0.0"]
     assert {"kl/c.0.0.0.0", "text/c.0.0", "seconds/c.0.0"} <= set(events[:-2])
 
@@ -180,7 +180,7 @@ def test_large_cells_are_cut_by_layer_and_position(tmp_path: Path) -> None:
     block = replace(block_of(2), variables=wide, d_model=2**16)
     group = attach(tmp_path / "s.zarr", block)
     values = np.random.default_rng(0).normal(size=(2, 2, 2**16)).astype(np.float32)
-    group.write_unit(cells_of([1])[0], {"h": values}, 1.0)
+    group.write_units([(cells_of([1])[0], {"h": values})], 1.0)
     array = zarr.open_group(tmp_path / "s.zarr", mode="r")["e/m.g.i/h"]
     assert isinstance(array, zarr.Array)
     assert (array.shards, array.chunks) == ((1, 1, 2, 2, 2**16), (1, 1, 1, 1, 2**16))

@@ -206,8 +206,8 @@ def test_ten_gigabytes_are_opened_at_once_and_read_by_the_chunk(
     values = np.zeros((33, 3, 2**18), dtype=np.float32)
     values[7, 1] = np.random.default_rng(0).normal(size=2**18)
     few, many = cells_of([3, 42])
-    group.write_unit(few, {"h": values}, 1.0)
-    group.write_unit(many, {"h": -values}, 1.0)
+    group.write_units([(few, {"h": values})], 1.0)
+    group.write_units([(many, {"h": -values})], 1.0)
 
     counting = Counting(monkeypatch)
     seconds, ds = float("inf"), xr.Dataset()

@@ -83,7 +83,7 @@ def values_of(index: int, n_layers: int = 2) -> dict[str, Any]:
 
 def test_plain_xarray_reads_names_coordinates_and_units(tmp_path: Path) -> None:
     group = attach(tmp_path / "s.zarr", make_block())
-    group.write_unit(CELLS["chef/policy"], values_of(1), seconds=0.5)
+    group.write_units([(CELLS["chef/policy"], values_of(1))], seconds=0.5)
 
     ds = xr.open_zarr(tmp_path / "s.zarr", group="e/m.g.1", consolidated=False).load()
 
@@ -118,8 +118,8 @@ def test_one_cell_is_whole_chunks_of_every_array(tmp_path: Path) -> None:
 
 
 def test_a_second_attachment_keeps_what_is_there(tmp_path: Path) -> None:
-    attach(tmp_path / "s.zarr", make_block()).write_unit(
-        CELLS["chef/haiku"], values_of(0), seconds=1.0
+    attach(tmp_path / "s.zarr", make_block()).write_units(
+        [(CELLS["chef/haiku"], values_of(0))], seconds=1.0
     )
     again = attach(tmp_path / "s.zarr", make_block())
     assert again.completed(PLAN.units) == {"chef/haiku"}
@@ -135,13 +135,13 @@ def test_an_allocation_that_was_cut_off_is_finished(tmp_path: Path) -> None:
         (store / "e" / "m.g.1" / name).rmdir()
     assert list_runs(store) == []
     group = attach(store, make_block())
-    group.write_unit(CELLS["angelou/haiku"], values_of(2), seconds=1.0)
+    group.write_units([(CELLS["angelou/haiku"], values_of(2))], seconds=1.0)
     assert open_results(store, "e").completed.values.tolist() == [[False, False, True]]
 
 
 def test_a_cell_that_is_not_completed_reads_as_missing(tmp_path: Path) -> None:
     group = attach(tmp_path / "s.zarr", make_block())
-    group.write_unit(CELLS["chef/haiku"], values_of(0), seconds=1.0)
+    group.write_units([(CELLS["chef/haiku"], values_of(0))], seconds=1.0)
     raw = zarr.open_group(tmp_path / "s.zarr", path="e/m.g.1", mode="r+")
     raw["kl"][0, 1] = 5.0  # type: ignore[index]
     raw["n_eval"][0, 1] = 5  # type: ignore[index]
@@ -157,7 +157,7 @@ def test_a_cell_that_is_not_completed_reads_as_missing(tmp_path: Path) -> None:
 
 def test_models_are_joined_and_missing_layers_are_nan(tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
-    attach(store, make_block()).write_unit(CELLS["chef/haiku"], values_of(0), seconds=1.0)
+    attach(store, make_block()).write_units([(CELLS["chef/haiku"], values_of(0))], seconds=1.0)
     parameters = {"layers": [2], "positions": ["p_last", "g1"]}
     other = make_block(
         run="n.g.2",
@@ -166,7 +166,9 @@ def test_models_are_joined_and_missing_layers_are_nan(tmp_path: Path) -> None:
         layers=[2],
         attrs={"model": "n", "parameters": parameters, "created": "2026-01-02T00:00:00+00:00"},
     )
-    attach(store, other).write_unit(CELLS["angelou/haiku"], values_of(2, n_layers=1), seconds=1.0)
+    attach(store, other).write_units(
+        [(CELLS["angelou/haiku"], values_of(2, n_layers=1))], seconds=1.0
+    )
 
     ds = open_results(store, "e")
 

@@ -141,10 +141,6 @@ class RunGroup:
         for part in self._parts("completed", flags):
             write_chunks(*part)
 
-    def write_unit(self, unit: Unit, values: Mapping[str, NDArray[Any]], seconds: float) -> None:
-        """Write one unit."""
-        self.write_units([(unit, values)], seconds)
-
     def _parts(self, name: str, rows: Sequence[tuple[Unit, NDArray[Any]]]) -> Iterator[_Part]:
         """Where in one array units are written, and what: neighbours are one part."""
         array = self._array(name)
