@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import xarray as xr
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from persona_nns.declarations.catalog import load_experiment
 from persona_nns.figures.drawing import draw, save_figure
-from persona_nns.figures.tables import number
+from persona_nns.figures.tables import new_table, number
 from persona_nns.models.checkpoints import bundled_models
 from persona_nns.models.load import load_model
 from persona_nns.results.reading import open_results
@@ -82,23 +81,13 @@ def run_demo(store: str, figures: Path, console: Console) -> None:
     console.print(closing, markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(title: str, caption: str) -> Table:
-    return Table(
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-
-
 def _additivity(results: xr.Dataset) -> Table:
     """Median KL by layer and position, with the paper's question answered layer by layer."""
     n_cells = results.sizes["cell"]
-    table = _table(
+    table = new_table(
         f"{results.attrs['grid']} grid ({n_cells} cells): median KL in nats after putting "
         "h_BB + ΔX + ΔY in place of h_XY at one site",
-        "Below 0.1 nat the substituted run is close to the clean one (the paper's line).",
+        caption="Below 0.1 nat the substituted run is close to the clean one (the paper's line).",
     )
     for heading in ("model", "layer", "depth"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
@@ -125,11 +114,11 @@ def _additivity(results: xr.Dataset) -> Table:
 def _injection(markers: xr.Dataset, host: xr.Dataset) -> Table:
     """Texts with a marker of the persona by condition, and what injection closes of the gap."""
     models = host.model.values.tolist()
-    table = _table(
+    table = new_table(
         f"Markers of the persona in 80 tokens, and injection at p_last of one layer "
         f"({host.sizes['cell']} cells)",
-        "The host is the prompt with the baseline persona. Closure: the share of the host's KL "
-        "to the role prompt that injecting the role prompt's own residual h_XY removes.",
+        caption="The host is the prompt with the baseline persona. Closure: the share of the "
+        "host's KL to the role prompt that injecting the role prompt's own residual h_XY removes.",
     )
     for heading in ("", *models):
         table.add_column(heading, justify="right" if heading else "left")
@@ -156,10 +145,10 @@ def _injection(markers: xr.Dataset, host: xr.Dataset) -> Table:
 def _grafts(grafts: xr.Dataset, knockout: xr.Dataset) -> Table:
     """What grafted spans of the key-value cache close, and what cutting attention to them does."""
     models = grafts.model.values.tolist()
-    table = _table(
+    table = new_table(
         "Median closure when spans of the role prompt's key-value cache are grafted into the host",
-        "Knocked out: no position after the persona attends to its tokens. How much of the way "
-        "to the host the run has then gone: 1 − KL(host ‖ knocked out) / KL(host ‖ clean).",
+        caption="Knocked out: no position after the persona attends to its tokens. How much of the "
+        "way to the host the run has then gone: 1 − KL(host ‖ knocked out) / KL(host ‖ clean).",
     )
     for heading in ("graft", *models, "kB"):
         table.add_column(heading, justify="left" if heading == "graft" else "right")

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rich import box
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from persona_nns.figures.tables import new_table
 from persona_nns.results.locations import location_of
 from persona_nns.results.reading import RunInfo
 from persona_nns.runs.remote.environment import Deployment
@@ -17,7 +17,7 @@ from persona_nns.runs.remote.environment import Deployment
 
 def runs_table(runs: Iterable[RunInfo], store: str) -> Table:
     """What a store holds, by experiment: a row a run, and below it when and how it was made."""
-    table = Table(title=Text(store), title_justify="left", box=box.SIMPLE_HEAD)
+    table = new_table(Text(store))
     table.add_column("run", overflow="fold")
     for heading in ("complete", "size", "age"):
         table.add_column(heading, no_wrap=True)
@@ -59,9 +59,7 @@ def _age(created: str) -> str:
 
 def hosted_table(deployments: Iterable[Deployment], url: str) -> Table:
     """The models that a server hosts, a row each."""
-    table = Table(title=Text(f"Models on {url}"), title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("name", "revision", "level", "state"):
-        table.add_column(heading)
+    table = new_table(Text(f"Models on {url}"), ("name", "revision", "level", "state"))
     for one in deployments:
         table.add_row(*map(Text, (one.repo_id, one.revision, one.level, one.state)))
     return table
@@ -69,9 +67,8 @@ def hosted_table(deployments: Iterable[Deployment], url: str) -> Table:
 
 def models_table(models: Mapping[str, Path]) -> Table:
     """The bundled models, a row each, read from their configuration files."""
-    table = Table(title="Bundled models", title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("name", "architecture", "layers", "d_model", "weights"):
-        table.add_column(heading)
+    headings = ("name", "architecture", "layers", "d_model", "weights")
+    table = new_table("Bundled models", headings)
     for name, folder in models.items():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -4,20 +4,27 @@ Closure is 1 where the host becomes the clean run, 0 where it stays the host, an
 moves further away. A dotted line marks the 0.9 that the protocol asks about.
 """
 
-import re
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from persona_nns.figures.style import QUARTILES, axis_label, grid_title
+from persona_nns.figures.bands import FAMILIES, by_band
+from persona_nns.figures.style import (
+    DOTTED,
+    axis_label,
+    draw_medians,
+    grid_title,
+    long_form,
+    medians,
+    panels,
+)
 
 ENOUGH = 0.9
-_SPAN = re.compile(r"(?P<first>\d+)(?::(?P<stop>\d+))?")
+_SHARES: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": 1, "annot": True, "fmt": ".2f"}
 
 
 def closure_heatmap(results: xr.Dataset) -> Figure:
@@ -30,146 +37,67 @@ def closure_heatmap(results: xr.Dataset) -> Figure:
         The figure: a row a model; at the left a graft a row, at the right the bands by their
         layer. Colours run from 0 to 1.
     """
-    medians = _medians(results)
-    models = medians.model.values.tolist()
-    n_layers = int(results.n_layers.max())
-    with sns.axes_style("white"), sns.plotting_context("paper", font_scale=1.1):
-        height = 0.9 + (0.8 + 0.3 * medians.sizes["graft"]) * len(models)
-        figure = Figure(figsize=(4.6 + 0.55 * n_layers, height), dpi=150, layout="constrained")
-        ratios = {"width_ratios": [1, max(1, 0.8 * n_layers)]}
-        axes = figure.subplots(len(models), 2, squeeze=False, gridspec_kw=ratios)
-        for row, model in enumerate(models):
-            panel = medians.sel(model=model)
-            whole = panel.sel(layer_band="all", drop=True).to_series().to_frame("all layers")
-            _heat(axes[row, 0], whole)
-            axes[row, 0].set_title(model)
-            _heat(axes[row, 1], _by_layer(panel))
-            axes[row, 1].set_title(f"{model}: persona in a band of layers")
-            axes[row, 1].set_xlabel("layer k" if row == len(models) - 1 else "")
-        figure.colorbar(
-            axes[0, 0].collections[0], ax=axes, label="median closure", extend="min", aspect=40
-        )
-        figure.suptitle(grid_title(results, "median over cells"), fontsize="medium")
-    return figure
+    closure = medians(results.closure, "cell")
+    models, n_layers = results.model.values.tolist(), int(results.n_layers.max())
+    size = (4.6 + 0.55 * n_layers, 0.9 + (0.8 + 0.3 * closure.sizes["graft"]) * len(models))
+    ratios = {"width_ratios": [1, max(1, 0.8 * n_layers)]}
+    with panels(size, models, ["whole", "bands"], look="white", gridspec_kw=ratios) as drawn:
+        for model, what, axis in drawn:
+            of_model = closure.sel(model=model)
+            if what == "whole":
+                whole = of_model.sel(layer_band="all", drop=True)
+                _heat(axis, whole.to_series().to_frame("all layers"))
+                axis.set_title(model)
+            else:
+                bands = _persona_bands(of_model).pivot(
+                    index="layers", columns="layer k", values="value"
+                )
+                _heat(axis, bands.reindex(FAMILIES))
+                axis.set(title=f"{model}: persona in a band of layers", xlabel="layer k")
+        drawn.label_outer()
+        drawn.colorbar("median closure", extend="min", aspect=40)
+        drawn.title(grid_title(results, "median over cells"))
+    return drawn.figure
 
 
 def closure_by_graft(results: xr.Dataset) -> Figure:
     """Closure of each cell under each graft in all layers, a panel a model."""
     models = results.model.values.tolist()
-    with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
-        size = (1.6 + 3.4 * len(models), 1.2 + 0.3 * results.sizes["graft"])
-        figure = Figure(figsize=size, dpi=150, layout="constrained")
-        axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
-        for axis, model in zip(axes, models, strict=True):
-            closure = results.closure.sel(model=model, layer_band="all", drop=True)
-            frame = closure.rename("closure").to_dataframe().reset_index()
+    size = (1.6 + 3.4 * len(models), 1.2 + 0.3 * results.sizes["graft"])
+    with panels(size, columns=models, sharey=True) as drawn:
+        for _, model, axis in drawn:
+            frame = long_form(results.closure.sel(model=model, layer_band="all"))
             sns.boxplot(
-                frame, x="closure", y="graft", ax=axis, color="0.9", fliersize=0, linewidth=0.9
+                frame, x="value", y="graft", ax=axis, color="0.9", fliersize=0, linewidth=0.9
             )
-            sns.stripplot(frame, x="closure", y="graft", ax=axis, size=3, alpha=0.6, jitter=0.2)
-            axis.axvline(ENOUGH, color="0.4", linestyle=":", linewidth=1.2)
-            axis.set_title(model)
-            axis.set_xlabel(axis_label(results.closure))
-            axis.set_ylabel("graft" if axis is axes[0] else "")
+            sns.stripplot(frame, x="value", y="graft", ax=axis, size=3, alpha=0.6, jitter=0.2)
+            axis.axvline(ENOUGH, **DOTTED)
+            axis.set(title=model, xlabel=axis_label(results.closure), ylabel="graft")
             axis.set_xlim(left=max(-1.0, axis.get_xlim()[0]))
-        figure.suptitle(grid_title(results, "all layers; a dot a cell"), fontsize="medium")
-    return figure
+        drawn.label_outer()
+        drawn.title(grid_title(results, "all layers; a dot a cell"))
+    return drawn.figure
 
 
 def closure_by_band(results: xr.Dataset) -> Figure:
     """Closure of the persona graft against the layers that carry it: median, band 25–75 %."""
     models = results.model.values.tolist()
-    with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
-        size = (1.8 + 3.6 * len(models), 3.4)
-        figure = Figure(figsize=size, dpi=150, layout="constrained")
-        axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
-        for axis, model in zip(axes, models, strict=True):
-            frame = _band_frame(results.sel(model=model))
-            sns.lineplot(
-                frame,
-                x="layer k",
-                y="closure",
-                hue="layers",
-                style="layers",
-                markers=True,
-                dashes=False,
-                estimator=np.median,
-                errorbar=QUARTILES,
-                palette="colorblind",
-                ax=axis,
-            )
-            axis.axhline(ENOUGH, color="0.4", linestyle=":", linewidth=1.2)
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.set_title(model)
-        figure.suptitle(grid_title(results, "persona span, band 25–75 %"), fontsize="medium")
-    return figure
+    with panels((1.8 + 3.6 * len(models), 3.4), columns=models, sharey=True) as drawn:
+        for _, model, axis in drawn:
+            frame = _persona_bands(results.closure.sel(model=model))
+            draw_medians(axis, frame, "layer k", "layers")
+            axis.axhline(ENOUGH, **DOTTED)
+            axis.set(title=model, ylabel="closure")
+        drawn.title(grid_title(results, "persona span, band 25–75 %"))
+    return drawn.figure
 
 
-FAMILIES = ("only k", "0:k", "k:n")
-
-
-def place_band(label: str, n_layers: int) -> list[tuple[str, int]]:
-    """Where a band stands in a figure: its family and its layer k, for each family it belongs to.
-
-    Args:
-        label: of a layer band (`declarations.bands`); ``all`` is ``0:n`` and ``n:n`` minus
-            nothing, and stands at no layer.
-        n_layers: of the model.
-    """
-    match = _SPAN.fullmatch(label)
-    if match is None:
-        return []
-    first = int(match["first"])
-    if match["stop"] is None:
-        both_ends = [("0:k", 1)] if first == 0 else []
-        both_ends += [("k:n", first)] if first == n_layers - 1 else []
-        return [("only k", first), *both_ends]
-    return [("0:k", int(match["stop"]))] if first == 0 else [("k:n", first)]
-
-
-def _by_layer(panel: xr.DataArray) -> pd.DataFrame:
-    """Medians of the persona graft, a row a family of bands, a column a layer."""
-    n_layers = int(panel.n_layers)
-    rows = {family: {} for family in FAMILIES}
-    persona = panel.sel(graft="persona")
-    for label in panel.layer_band.values.tolist():
-        for family, layer in place_band(label, n_layers):
-            rows[family][layer] = float(persona.sel(layer_band=label))
-    return pd.DataFrame(rows).T.sort_index(axis=1)
-
-
-def _band_frame(results: xr.Dataset) -> pd.DataFrame:
-    """Closure of the persona graft in each cell, a row a cell and band."""
-    persona = results.closure.sel(graft="persona").dropna("layer_band", how="all")
-    rows = [
-        {"layers": family, "layer k": layer, "closure": closure}
-        for label in persona.layer_band.values.tolist()
-        for family, layer in place_band(label, int(results.n_layers))
-        for closure in persona.sel(layer_band=label).values.tolist()
-    ]
-    frame = pd.DataFrame(rows, columns=["layers", "layer k", "closure"])
-    frame["layers"] = pd.Categorical(frame["layers"], categories=FAMILIES, ordered=True)
-    return frame.dropna(subset="closure")
-
-
-def _medians(results: xr.Dataset) -> xr.DataArray:
-    """Median over cells; NaN where nothing was measured."""
-    present = results.closure.notnull().any("cell")
-    return results.closure.fillna(0).where(results.closure.notnull()).median("cell").where(present)
+def _persona_bands(closure: xr.DataArray) -> pd.DataFrame:
+    """The persona graft by band; in all layers it stands beside the bands, not among them."""
+    return by_band(closure.sel(graft="persona")).query("layer_band != 'all'")
 
 
 def _heat(axis: Axes, values: pd.DataFrame) -> None:
-    sns.heatmap(
-        values,
-        ax=axis,
-        cmap="viridis",
-        vmin=0,
-        vmax=1,
-        annot=True,
-        fmt=".2f",
-        annot_kws={"size": "x-small"},
-        cbar=False,
-    )
+    sns.heatmap(values, ax=axis, annot_kws={"size": "x-small"}, cbar=False, **_SHARES)
     axis.tick_params(axis="y", rotation=0)
-    axis.set_xlabel("")
-    axis.set_ylabel("")
+    axis.set(xlabel="", ylabel="")

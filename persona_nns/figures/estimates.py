@@ -1,7 +1,6 @@
 """Figures of what is estimated over cells, with bootstrap intervals: rates, means and medians.
 
-Everything is read off the labels of the Dataset; colours are seaborn's colour-blind palette, and
-every series has a marker of its own.
+Everything is read off the labels of the Dataset; every series has a marker of its own.
 """
 
 from collections.abc import Mapping
@@ -16,7 +15,16 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from persona_nns.figures.intervals import Statistic, interval
-from persona_nns.figures.style import axis_label, grid_title
+from persona_nns.figures.style import (
+    DOTTED,
+    axis_label,
+    dodge,
+    grid_title,
+    groups,
+    long_form,
+    panel_title,
+    panels,
+)
 from persona_nns.results.measured import measured_values
 
 Summary = Literal["mean", "median"]
@@ -24,8 +32,6 @@ Summary = Literal["mean", "median"]
 _STATISTICS: dict[Summary, Statistic] = {"mean": np.mean, "median": np.median}
 _MARKERS = "osD^vPX*<>"
 _LONG_LABEL = 14  # labels of more characters stand at a slant
-_SPREAD = 0.5  # width that the series of one label take, of the distance between labels
-WITH_INTERVAL = "95 % bootstrap interval over cells"
 
 
 def estimate_table(results: xr.Dataset, name: str, summary: Summary) -> pd.DataFrame:
@@ -40,19 +46,18 @@ def estimate_table(results: xr.Dataset, name: str, summary: Summary) -> pd.DataF
         A column for each dimension but ``cell``, then ``value``, ``low`` and ``high``; without
         rows where nothing was measured.
     """
-    array = measured_values(results, name)
+    values = measured_values(results, name).astype(float)
     if results[name].dtype.kind == "b":
-        array = 100 * array
-    over = [str(dim) for dim in array.dims if dim != "cell"]
-    rows: list[dict[str, Any]] = []
-    for place in np.ndindex(*(array.sizes[dim] for dim in over)):
-        at = dict(zip(over, place, strict=True))
-        cells = _present(array.isel(at))
-        if cells.size:
-            statistic = _STATISTICS[summary]
-            low, high = interval(cells, statistic=statistic)
-            labels = {dim: array[dim].values[index] for dim, index in at.items()}
-            rows.append({**labels, "value": float(statistic(cells)), "low": low, "high": high})
+        values = 100 * values
+    over = [str(dim) for dim in values.dims if dim != "cell"]
+    cells = long_form(values.transpose(*over, "cell"))
+    rows = [
+        {
+            **dict(zip(over, labels, strict=True)),
+            **_estimate(_STATISTICS[summary], of_site["value"].to_numpy()),
+        }
+        for labels, of_site in groups(cells, *over)
+    ]
     return pd.DataFrame(rows, columns=[*over, "value", "low", "high"])
 
 
@@ -61,25 +66,27 @@ def closures_of_medians(results: xr.Dataset) -> pd.DataFrame:
 
     The columns are those of `estimate_table`; cells are resampled with both of their KLs.
     """
+    kl = measured_values(results, "kl").astype(float)
+    place = [str(dim) for dim in kl.dims if dim not in ("cell", "source")]
+    cells = kl.to_dataset("source").to_dataframe()
     rows: list[dict[str, Any]] = []
-    kl = measured_values(results, "kl")
-    for model in kl.model.values.tolist():
-        for layer_set in kl.layer_set.values.tolist():
-            of_set = kl.sel(model=model, layer_set=layer_set).dropna("cell")
-            if not of_set.sizes["cell"]:
-                continue
-            none = of_set.sel(source="none").values
-            for source in of_set.source.values.tolist():
-                cells = of_set.sel(source=source).values
-                low, high = interval(cells, none, statistic=_closure_of_medians)
-                labels = {"model": model, "layer_set": layer_set, "source": source}
-                value = float(_closure_of_medians(cells, none))
-                rows.append({**labels, "value": value, "low": low, "high": high})
+    for labels, of_place in groups(cells, *place):
+        for source in kl.source.values.tolist():
+            pair = of_place[[source, "none"]].to_numpy()
+            pair = pair[~np.isnan(pair).any(axis=1)]
+            if len(pair):
+                at = {**dict(zip(place, labels, strict=True)), "source": source}
+                rows.append({**at, **_estimate(_closure_of_medians, *pair.T)})
     return pd.DataFrame(rows)
 
 
 def _closure_of_medians(kl: NDArray[Any], none: NDArray[Any], axis: int = -1) -> Any:
     return 1 - np.median(kl, axis=axis) / np.median(none, axis=axis)
+
+
+def _estimate(statistic: Statistic, *samples: NDArray[Any]) -> dict[str, float]:
+    low, high = interval(*samples, statistic=statistic)
+    return {"value": float(statistic(*samples)), "low": low, "high": high}
 
 
 def estimates(results: xr.Dataset, summaries: Mapping[str, Summary], *, x: str, hue: str) -> Figure:
@@ -91,28 +98,28 @@ def estimates(results: xr.Dataset, summaries: Mapping[str, Summary], *, x: str, 
         x: the dimension along the horizontal axis.
         hue: the dimension that colours and markers stand for.
     """
-    tables = {name: estimate_table(results, name, how) for name, how in summaries.items()}
-    labels = {
-        name: f"{how} {axis_label(results[name])}"
+    tables = {
+        f"{how} {axis_label(results[name])}"
         if results[name].dtype.kind != "b"
-        else f"cells with {results[name].attrs.get('long_name', name)} (%)"
+        else f"cells with {results[name].attrs.get('long_name', name)} (%)": estimate_table(
+            results, name, how
+        )
         for name, how in summaries.items()
     }
-    return _panels(results, tables, labels, x=x, hue=hue)
+    return _draw_tables(results, tables, x=x, hue=hue)
 
 
 def closure_figure(results: xr.Dataset) -> Figure:
     """Closure of host injection: the median over cells, and the closure of the medians."""
     tables = {
-        "median over cells": estimate_table(results, "closure", "median"),
-        "of the medians": closures_of_medians(results),
+        "closure, median over cells": estimate_table(results, "closure", "median"),
+        "closure, of the medians": closures_of_medians(results),
     }
-    tables = {name: table.query("source != 'none'") for name, table in tables.items()}
-    labels = {name: f"closure, {name}" for name in tables}
-    figure = _panels(results, tables, labels, x="layer_set", hue="source")
+    tables = {label: table.query("source != 'none'") for label, table in tables.items()}
+    figure = _draw_tables(results, tables, x="layer_set", hue="source")
     for axis in figure.axes:
         axis.axhline(0, color="0.4", linewidth=0.8)
-        axis.axhline(1, color="0.4", linestyle=":", linewidth=1.2)
+        axis.axhline(1, **DOTTED)
     return figure
 
 
@@ -123,11 +130,11 @@ def host_markers(results: xr.Dataset) -> Figure:
         "distinct_markers": "mean distinct persona markers",
     }
     tables: dict[str, pd.DataFrame] = {}
-    for name in labels:
+    for name, label in labels.items():
         host = estimate_table(results, name, "mean")
         clean = estimate_table(results, f"clean_{name}", "mean")
-        tables[name] = pd.concat([host, clean.assign(site="no injection", source="long persona")])
-    return _panels(results, tables, labels, x="source", hue="site")
+        tables[label] = pd.concat([host, clean.assign(site="no injection", source="long persona")])
+    return _draw_tables(results, tables, x="source", hue="site")
 
 
 def shares_heatmap(results: xr.Dataset, name: str, by: str, across: str) -> Figure:
@@ -142,87 +149,54 @@ def shares_heatmap(results: xr.Dataset, name: str, by: str, across: str) -> Figu
     array = measured_values(results, name)
     models = results.model.values.tolist()
     order = list(dict.fromkeys(results[by].values.tolist()))
-    with sns.axes_style("white"), sns.plotting_context("paper", font_scale=1.1):
-        size = (1.9 + 3.1 * len(models), 2.1 + 0.34 * len(order))
-        figure = Figure(figsize=size, dpi=150, layout="constrained")
-        axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
-        for axis, model in zip(axes, models, strict=True):
+    size = (1.9 + 3.1 * len(models), 2.1 + 0.34 * len(order))
+    look: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": 100, "annot": True, "fmt": ".0f"}
+    with panels(size, columns=models, look="white", sharey=True) as drawn:
+        for _, model, axis in drawn:
             panel, title = array.sel(model=model), str(model)
             if "layer" in panel.dims:
                 panel = panel.dropna("layer", how="all").isel(layer=0)
                 title = f"{model} · layer {int(panel.layer)}"
             shares = 100 * panel.groupby(by).mean("cell").sel({by: order})
-            sns.heatmap(
-                shares.transpose(by, across).to_pandas(),
-                ax=axis,
-                cmap="viridis",
-                vmin=0,
-                vmax=100,
-                annot=True,
-                fmt=".0f",
-                cbar=False,
-            )
-            axis.set_title(title)
-            axis.set_xlabel(across)
-            axis.set_ylabel(by if axis is axes[0] else "")
+            sns.heatmap(shares.transpose(by, across).to_pandas(), ax=axis, cbar=False, **look)
+            axis.set(title=title, xlabel=across, ylabel=by)
             axis.tick_params(axis="x", rotation=30)
             axis.tick_params(axis="y", rotation=0)
-        figure.colorbar(axes[0].collections[0], ax=axes, label="cells (%)")
+        drawn.label_outer()
+        drawn.colorbar("cells (%)")
         said = f"{results[name].attrs.get('long_name', name)}: share of the cells of each {by}"
-        figure.suptitle(grid_title(results, said, "\n"), fontsize="medium")
-    return figure
+        drawn.title(grid_title(results, said, "\n"))
+    return drawn.figure
 
 
-def _panels(
-    results: xr.Dataset,
-    tables: Mapping[str, pd.DataFrame],
-    labels: Mapping[str, str],
-    *,
-    x: str,
-    hue: str,
+def _draw_tables(
+    results: xr.Dataset, tables: Mapping[str, pd.DataFrame], *, x: str, hue: str
 ) -> Figure:
-    """A row of panels for each table, a column for each model, one legend."""
+    """A row of panels for each table, by what its axis says, a column for each model."""
     models = results.model.values.tolist()
     series = list(dict.fromkeys(label for table in tables.values() for label in table[hue]))
-    with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
-        size = (1.8 + 3.6 * len(models), 0.8 + 2.6 * len(tables))
-        figure = Figure(figsize=size, dpi=150, layout="constrained")
-        axes = figure.subplots(len(tables), len(models), squeeze=False, sharey="row")
-        for row, (name, table) in enumerate(tables.items()):
-            for column, model in enumerate(models):
-                axis = axes[row, column]
-                _panel(axis, table.query("model == @model"), x, hue, series)
-                n_layers = int(results.n_layers.sel(model=model))
-                axis.set_title(f"{model} ({n_layers} layers)" if row == 0 else "")
-                axis.set_xlabel(x.replace("_", " ") if row == len(tables) - 1 else "")
-                axis.set_ylabel(labels[name] if column == 0 else "")
-        shown = {
-            label: handle
-            for axis in axes.flat
-            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(
-            [shown[str(label)] for label in series],
-            [str(label) for label in series],
-            title=hue.replace("_", " "),
-            loc="outside right center",
-        )
-        figure.suptitle(grid_title(results, WITH_INTERVAL, "\n"), fontsize="medium")
-    return figure
+    size = (1.8 + 3.6 * len(models), 0.8 + 2.6 * len(tables))
+    with panels(size, list(tables), models, sharey="row") as drawn:
+        for label, model, axis in drawn:
+            _draw_points(axis, tables[label].loc[tables[label]["model"] == model], x, hue, series)
+            axis.set(title=panel_title(results, model), xlabel=x.replace("_", " "), ylabel=label)
+        drawn.label_outer()
+        drawn.legend(hue.replace("_", " "))
+        drawn.title(grid_title(results, "95 % bootstrap interval over cells", "\n"))
+    return drawn.figure
 
 
-def _panel(axis: Axes, table: pd.DataFrame, x: str, hue: str, series: list[Any]) -> None:
+def _draw_points(axis: Axes, table: pd.DataFrame, x: str, hue: str, series: list[Any]) -> None:
     """Points with their intervals, the series of one label side by side."""
     ticks = list(dict.fromkeys(table[x]))
     colours = sns.color_palette("colorblind", len(series))
     for k, label in enumerate(series):
-        points = table.query(f"{hue} == @label")
+        points = table.loc[table[hue] == label]
         if points.empty:
             continue
-        shift = _SPREAD * ((k + 0.5) / len(series) - 0.5)
         value = points["value"].to_numpy()
         axis.errorbar(
-            [ticks.index(tick) + shift for tick in points[x]],
+            [ticks.index(tick) + dodge(k, len(series)) for tick in points[x]],
             value,
             yerr=np.abs(points[["low", "high"]].to_numpy().T - value),
             fmt=_MARKERS[k % len(_MARKERS)],
@@ -237,8 +211,3 @@ def _panel(axis: Axes, table: pd.DataFrame, x: str, hue: str, series: list[Any])
     )
     axis.set_xlim(-0.5, len(ticks) - 0.5)
     axis.grid(visible=False, axis="x")
-
-
-def _present(array: xr.DataArray) -> NDArray[Any]:
-    values = np.asarray(array.values, dtype=float)
-    return values[~np.isnan(values)]

@@ -1,12 +1,14 @@
-"""Results, runs and models as tables for the terminal."""
+"""Results as tables for the terminal, and how all our tables look."""
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +25,20 @@ _MOST_COLUMNS = 3
 _BOOKKEEPING = ("seconds", "completed")
 # Dimensions whose labels are rows of a table; of two of them, the first.
 _DOWN = ("layer", "layer_band", "control", "layer_set", "site", "condition")
+
+
+def new_table(
+    title: str | Text, headings: Sequence[str] = (), *, caption: str | Text | None = None
+) -> Table:
+    """A table without rows; what has not to be read as markup is given as `Text`."""
+    return Table(
+        *headings,
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
 
 
 def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> Table:
@@ -43,86 +59,72 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
         return _text_table(array)
     units = array.attrs.get("units", "1")
     title = f"{name}: {array.attrs.get('long_name', name)}"
-    down = next((dim for dim in _DOWN if dim in array.dims), None)
     # A summary over cells is five numbers, whose median and quartiles are its own.
     is_summary = "statistic" in array.dims
-    present = array if is_summary else measured_values(results, name)
-    if is_summary:
-        array = present = array.rename(statistic="cell")
-    over, across = _summarised(results, array, down)
-    n_units = int(results["completed"].any("model").sum())
-    counted = f"{n_units} cells" if over == ["cell"] else f"every {', '.join(over)}"
-    is_share = array.dtype.kind == "b"
+    array = array.rename(statistic="cell") if is_summary else measured_values(results, name)
+    is_share = results[name].dtype.kind == "b"
     summarise = _share if is_share else _median_interval if bootstrap else _quartiles
     statistic = "share" if is_share else "median"
     spread = "95 % bootstrap interval" if is_share or bootstrap else "25 %, 75 %"
-    what = f"{statistic} [{spread}]"
-    table = Table(
-        title=Text(title if units == "1" else f"{title} in {units}"),
-        caption=Text(f"{what} over {counted}"),
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
+    down = [dim for dim in _DOWN if dim in array.dims][:1]
+    over, across = _summarised(results, array, down)
+    n_units = int(results["completed"].any("model").sum())
+    counted = f"{n_units} cells" if over == ["cell"] else f"every {', '.join(over)}"
+    table = new_table(
+        Text(title if units == "1" else f"{title} in {units}"),
+        caption=Text(f"{statistic} [{spread}] over {counted}"),
     )
-    table.add_column("model", overflow="fold")
-    # Underscores: a dimension of the results may have any other name.
-    pooled = present.stack(_pooled=over) if over else present.expand_dims(_pooled=[0])
     if np.prod([array.sizes[dim] for dim in across]) > _MOST_COLUMNS:
-        labels = across if down is None else [*across, down]
-        return _add_long_rows(table, pooled, labels, summarise)
-    if down is not None:
-        table.add_column(down.replace("_", " "), justify="right")
-    if down == "layer":
-        table.add_column("depth", justify="right")
-    stacked = pooled.stack(_column=across) if across else pooled.expand_dims(_column=[""])
-    for label in stacked["_column"].values.tolist():
-        heading = " · ".join(map(str, label)) if isinstance(label, tuple) else str(label)
-        table.add_column(Text(heading or statistic), justify="right", overflow="fold")
-    for model in array.model.values.tolist():
-        rows = stacked.sel(model=model)
-        labels: list[Any] = [None]
-        if down is not None:
-            rows = rows.dropna(down, how="all")
-            labels = rows[down].values.tolist()
-        for label in labels:
-            row = rows if down is None else rows.sel({down: label})
-            site = [] if down is None else [str(label)]
-            if down == "layer":
-                site.append(f"{label / int(rows.n_layers):.2f}")
-            columns = row.transpose("_column", "_pooled").values.astype(float)
-            head = Text(model if label == labels[0] else "")
-            last = label == labels[-1]
-            table.add_row(head, *site, *map(summarise, columns), end_section=last)
+        down, across, statistic = [*across, *down], [], "value"
+    numbers = array.transpose("model", *down, *across, *over).to_series().dropna().astype(float)
+    cells = {
+        labels: summarise(values.to_numpy())
+        for labels, values in numbers.groupby(level=["model", *down, *across], sort=False)
+    }
+    table.add_column("model", overflow="fold")
+    for dim in [*down, "depth"] if down == ["layer"] else down:
+        table.add_column(dim.replace("_", " "), justify="right")
+    columns = _labels(array, across)
+    for labels in columns:
+        heading = " · ".join(map(str, labels)) or statistic
+        table.add_column(Text(heading), justify="right", overflow="fold")
+    _add_rows(table, array, down, columns, cells)
     return table
 
 
-def _add_long_rows(
+def _add_rows(
     table: Table,
-    pooled: xr.DataArray,
-    labels: list[str],
-    summarise: Callable[..., str],
-) -> Table:
-    """A row for what would be a column of a row; none where nothing was measured."""
-    for label in labels:
-        table.add_column(label.replace("_", " "), justify="right")
-    table.add_column("value", justify="right")
-    for model in pooled.model.values.tolist():
-        rows = pooled.sel(model=model).stack(_row=labels).dropna("_row", how="all")
-        rows = rows.transpose("_row", "_pooled")
-        for number_of, row in enumerate(rows):
-            head = Text(model if number_of == 0 else "")
-            own = (Text(str(row[label].item())) for label in labels)
-            last = number_of == rows.sizes["_row"] - 1
-            table.add_row(head, *own, summarise(row.values.astype(float)), end_section=last)
-    return table
+    array: xr.DataArray,
+    down: list[str],
+    columns: list[tuple[Any, ...]],
+    cells: Mapping[Any, str],
+) -> None:
+    """A row for each label of `down` that has a number in a column."""
+    for model in array.model.values.tolist():
+        sites = [
+            site
+            for site in _labels(array, down)
+            if not down or any((model, *site, *labels) in cells for labels in columns)
+        ]
+        for site in sites:
+            own = [str(label) for label in site]
+            if down == ["layer"]:
+                own.append(f"{site[0] / int(array.n_layers.sel(model=model)):.2f}")
+            row = (cells.get((model, *site, *labels), "–") for labels in columns)
+            head = model if site == sites[0] else ""
+            table.add_row(*map(Text, (head, *own)), *row, end_section=site == sites[-1])
+
+
+def _labels(array: xr.DataArray, dims: list[str]) -> list[tuple[Any, ...]]:
+    return list(product(*(array[dim].values.tolist() for dim in dims)))
 
 
 def _summarised(
-    results: xr.Dataset, array: xr.DataArray, down: str | None
+    results: xr.Dataset, array: xr.DataArray, down: list[str]
 ) -> tuple[list[str], list[str]]:
     """The dimensions that a table summarises over, and those that make its columns."""
     placed = {axis for place in results.attrs.get("units", []) for axis in place}
-    dims = [str(dim) for dim in array.dims if dim not in ("model", down)]
+    dims = [str(dim) for dim in array.dims if dim not in ("model", *down)]
     over = [dim for dim in dims if dim in results["completed"].dims]
     across = [dim for dim in dims if dim not in over]
     numbered = [dim for dim in across if array[dim].dtype.kind in "iu"]
@@ -138,14 +140,12 @@ def _summarised(
 
 
 def _text_table(array: xr.DataArray) -> Table:
-    table = Table(title=Text(str(array.name)), title_justify="left", box=box.SIMPLE_HEAD)
-    dims = [str(dim) for dim in array.dims]
-    for heading in (*dims, str(array.name)):
-        table.add_column(Text(heading))
-    for place in np.ndindex(*array.shape):
-        if text := str(array.values[place]):
-            labels = [str(array[dim].values[k]) for dim, k in zip(dims, place, strict=True)]
-            table.add_row(*map(Text, labels), Text(text))
+    table = new_table(Text(str(array.name)))
+    for heading in (*array.dims, array.name):
+        table.add_column(Text(str(heading)))
+    for *labels, text in array.to_series().rename("").reset_index().itertuples(index=False):
+        if text:
+            table.add_row(*(Text(str(label)) for label in labels), Text(text))
     return table
 
 
@@ -158,29 +158,22 @@ def measured(results: xr.Dataset) -> list[str]:
     ]
 
 
-def _share(values: np.ndarray[tuple[int], np.dtype[np.floating]]) -> str:
-    present = values[~np.isnan(values)]
-    if not present.size:
-        return "–"
-    low, high = interval(present, statistic=np.mean)
-    return f"{100 * present.mean():.1f} % [dim]\\[{100 * low:.0f},{100 * high:.0f}][/dim]"
+def _share(values: NDArray[np.float64]) -> str:
+    low, high = interval(values, statistic=np.mean)
+    return f"{100 * values.mean():.1f} % [dim]\\[{100 * low:.0f},{100 * high:.0f}][/dim]"
 
 
-def _median_interval(values: np.ndarray[tuple[int], np.dtype[np.floating]]) -> str:
-    present = values[~np.isnan(values)]
-    if not present.size:
-        return "–"
-    low, high = interval(present)
-    spread = f"{short_number(low)},{short_number(high)}"
-    return f"{number(float(np.median(present)))} [dim]\\[{spread}][/dim]"
+def _median_interval(values: NDArray[np.float64]) -> str:
+    return _number_in(float(np.median(values)), *interval(values))
 
 
-def _quartiles(values: np.ndarray[tuple[int], np.dtype[np.floating]]) -> str:
-    present = values[~np.isnan(values)]
-    if not present.size:
-        return "–"
-    low, median, high = np.percentile(present, [25, 50, 75])
-    return f"{number(median)} [dim]\\[{short_number(low)},{short_number(high)}][/dim]"
+def _quartiles(values: NDArray[np.float64]) -> str:
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return _number_in(median, low, high)
+
+
+def _number_in(value: float, low: float, high: float) -> str:
+    return f"{number(value)} [dim]\\[{short_number(low)},{short_number(high)}][/dim]"
 
 
 def number(value: float) -> str:

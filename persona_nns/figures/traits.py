@@ -1,7 +1,5 @@
 """Figures of the trait experiments."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
@@ -9,69 +7,44 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
-from persona_nns.figures.style import axis_label
+from persona_nns.figures.style import MARKED, axis_label, long_form, panels
 
 _SCORES = ("score", "coherence")
+#: Bars and lines of the two judgements, mean ± sd.
+_JUDGED: dict[str, Any] = {"y": "value", "hue": "what", "palette": "colorblind", "errorbar": "sd"}
 
 
 def score_bars(results: xr.Dataset, by: str) -> Figure:
     """Trait score and coherence by the labels of a dimension, mean ± sd."""
-    frame = _scores(results, (by,))
-    models = list(dict.fromkeys(frame.model))
-    with _style():
-        figure = Figure(figsize=(1.2 + 2.8 * len(models), 3.2), dpi=150, layout="constrained")
-        axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
-        for axis, model in zip(axes, models, strict=True):
-            sns.barplot(
-                _rows(frame, model=model),
-                x=by,
-                y="value",
-                hue="what",
-                palette="colorblind",
-                errorbar="sd",
-                ax=axis,
-                legend=bool(axis is axes[-1]),
-            )
+    frame = _scores(results)
+    models = list(dict.fromkeys(frame["model"]))
+    with panels((1.2 + 2.8 * len(models), 3.2), columns=models, sharey=True) as drawn:
+        for _, model, axis in drawn:
+            sns.barplot(frame.loc[frame["model"] == model], x=by, ax=axis, **_JUDGED)
             axis.set(title=model, xlabel="", ylabel="judged (points)", ylim=(0, 125))
-        _one_legend(axes[-1])
-        figure.suptitle(f"{_trait(results)}: mean ± sd over answers", fontsize="medium")
-    return figure
+        drawn.legend()
+        drawn.title(f"{_labels(results, 'trait')}: mean ± sd over answers")
+    return drawn.figure
 
 
 def vector_norms(results: xr.Dataset) -> Figure:
     """‖v‖ against layer, a line an average."""
-    norm = (results["vector"] ** 2).sum("d_model") ** 0.5
-    frame = norm.rename("value").to_dataframe().reset_index()
-    with _style():
-        figure = Figure(figsize=(4.4, 3.0), dpi=150, layout="constrained")
-        axis = figure.subplots()
-        sns.lineplot(
-            frame,
-            x="layer",
-            y="value",
-            hue="average",
-            style="average",
-            markers=True,
-            dashes=False,
-            palette="colorblind",
-            ax=axis,
-        )
-        axis.set(xlabel="layer", ylabel="‖v‖", title=f"{_trait(results)} · {_models(results)}")
-    return figure
+    frame = long_form((results["vector"] ** 2).sum("d_model") ** 0.5)
+    with panels((4.4, 3.0)) as drawn:
+        axis = drawn.axes[0, 0]
+        sns.lineplot(frame, x="layer", y="value", hue="average", style="average", ax=axis, **MARKED)
+        axis.set(xlabel="layer", ylabel="‖v‖", title=_subject(results))
+    return drawn.figure
 
 
 def projection_figure(results: xr.Dataset) -> Figure:
     """Projection on v̂ of the answers of both labels against layer; a panel an average."""
-    array = results["projection"]
-    frame = array.rename("value").to_dataframe().reset_index()
-    frame["label"] = frame["row_label"]
+    frame = long_form(results["projection"]).rename(columns={"row_label": "label"})
     averages = results.average.values.tolist()
-    with _style():
-        figure = Figure(figsize=(1.2 + 2.7 * len(averages), 3.0), dpi=150, layout="constrained")
-        axes = figure.subplots(1, len(averages), sharey=True)
-        for axis, average in zip(axes, averages, strict=True):
+    with panels((1.2 + 2.7 * len(averages), 3.0), columns=averages, sharey=True) as drawn:
+        for _, average, axis in drawn:
             sns.lineplot(
-                _rows(frame, average=average),
+                frame.loc[frame["average"] == average],
                 x="layer",
                 y="value",
                 hue="label",
@@ -79,162 +52,115 @@ def projection_figure(results: xr.Dataset) -> Figure:
                 errorbar="sd",
                 palette="colorblind",
                 ax=axis,
-                legend=average == averages[-1],
             )
             axis.set(title=average, xlabel="layer", ylabel="projection on v̂")
-        _one_legend(axes[-1])
-        title = f"{_trait(results)} · {_models(results)}: mean ± sd over answers"
-        figure.suptitle(title, fontsize="medium")
-    return figure
+        drawn.legend("label")
+        drawn.title(f"{_subject(results)}: mean ± sd over answers")
+    return drawn.figure
 
 
 def steering_sweep(results: xr.Dataset) -> Figure:
     """Score and coherence (or log-probability) against α, a line a layer, a column a token set."""
     names = [name for name in _SCORES if name in results] or ["logp"]
-    array = xr.concat([results[name] for name in names], pd.Index(names, name="what"))
-    sample_dims = [dim for dim in array.dims if dim in ("question", "sample", "row")]
-    mean = array.mean(sample_dims)
-    frame = mean.rename("value").to_dataframe().reset_index().dropna(subset="value")
-    sets = results.position_set.values.tolist()
-    models = results.model.values.tolist()
-    columns = [(model, tokens) for model in models for tokens in sets]
-    with _style():
-        size = (1.6 + 2.8 * len(columns), 0.6 + 2.6 * len(names))
-        figure = Figure(figsize=size, dpi=150, layout="constrained")
-        axes = figure.subplots(len(names), len(columns), squeeze=False, sharey="row", sharex=True)
-        for row, name in enumerate(names):
-            for column, (model, tokens) in enumerate(columns):
-                axis = axes[row, column]
-                shown = _rows(frame, what=name, model=model, position_set=tokens)
-                last = row == 0 and column == len(columns) - 1
-                sns.lineplot(
-                    shown,
-                    x="alpha",
-                    y="value",
-                    hue="layer",
-                    palette="viridis",
-                    marker="o",
-                    ax=axis,
-                    legend="full" if last else False,
-                )
-                axis.set_title(f"{model} · {tokens}" if row == 0 else "")
-                axis.set_xlabel("α" if row == len(names) - 1 else "")
-                axis.set_ylabel(axis_label(results[name]))
-                if name in _SCORES:
-                    axis.set_ylim(-3, 103)
-        _one_legend(axes[0, -1])
-        figure.suptitle(f"{_trait(results)}: mean over answers", fontsize="medium")
-    return figure
+    frames = {
+        name: long_form(results[name].mean({"question", "sample", "row"} & set(results[name].dims)))
+        for name in names
+    }
+    columns = [
+        (model, tokens)
+        for model in results.model.values.tolist()
+        for tokens in results.position_set.values.tolist()
+    ]
+    size = (1.6 + 2.8 * len(columns), 0.6 + 2.6 * len(names))
+    with panels(size, names, columns, sharey="row", sharex=True) as drawn:
+        for name, (model, tokens), axis in drawn:
+            frame = frames[name].query("model == @model and position_set == @tokens")
+            sns.lineplot(
+                frame,
+                x="alpha",
+                y="value",
+                hue="layer",
+                palette="viridis",
+                marker="o",
+                legend="full",
+                ax=axis,
+            )
+            axis.set_title(f"{model} · {tokens}" if name == names[0] else "")
+            axis.set_xlabel("α" if name == names[-1] else "")
+            axis.set_ylabel(axis_label(results[name]))
+            if name in _SCORES:
+                axis.set_ylim(-3, 103)
+        drawn.legend("layer")
+        drawn.title(f"{_labels(results, 'trait')}: mean over answers")
+    return drawn.figure
 
 
 def correlation_by_layer(results: xr.Dataset) -> Figure:
     """Pearson's r of projection and score against layer: over all answers, and within degrees."""
     found = correlation(results)
-    within = found["within"].rename("value").to_dataframe().reset_index()
-    overall = found["overall"].rename("value").to_dataframe().reset_index()
-    frame = pd.concat([overall.assign(degree="all answers"), within]).dropna(subset="value")
+    overall = long_form(found["overall"]).assign(degree="all answers")
+    frame = pd.concat([overall, long_form(found["within"])])
     models = results.model.values.tolist()
-    with _style():
-        figure = Figure(figsize=(1.8 + 3.2 * len(models), 3.0), dpi=150, layout="constrained")
-        axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
-        for axis, model in zip(axes, models, strict=True):
+    with panels((1.8 + 3.2 * len(models), 3.0), columns=models, sharey=True) as drawn:
+        for _, model, axis in drawn:
+            of_model = frame.loc[frame["model"] == model]
             sns.lineplot(
-                _rows(frame, model=model),
-                x="layer",
-                y="value",
-                hue="degree",
-                style="degree",
-                markers=True,
-                dashes=False,
-                palette="colorblind",
-                ax=axis,
-                legend=model == models[-1],
+                of_model, x="layer", y="value", hue="degree", style="degree", ax=axis, **MARKED
             )
             axis.axhline(0, color="0.4", linewidth=0.8)
             axis.set(title=model, xlabel="layer", ylabel="r(projection, score)", ylim=(-1.05, 1.05))
-        _one_legend(axes[-1])
-        figure.suptitle(f"{_trait(results)}: last prompt token on v̂", fontsize="medium")
-    return figure
+        drawn.legend("degree")
+        drawn.title(f"{_labels(results, 'trait')}: last prompt token on v̂")
+    return drawn.figure
 
 
 def distillation_curves(results: xr.Dataset) -> Figure:
     """Score and coherence of each student, and of one against the number of trajectories."""
-    frame = _scores(results, ("condition",))
-    students = dict(zip(results.condition.values, results.student.values, strict=True))
-    counts = dict(zip(results.condition.values, results.n_trajectories.values, strict=True))
-    frame["student"] = frame.condition.map(students)
-    frame["n_trajectories"] = frame.condition.map(counts)
-    most = frame.n_trajectories.max()
-    table = pd.concat([_rows(frame, n_trajectories=count) for count in (0, most)])
+    frame = _scores(results)
+    most = frame["n_trajectories"].max()
     curve = _curve_student(results)
-    along = _rows(frame[frame.n_trajectories > 0], student=curve)
-    with _style():
-        figure = Figure(figsize=(10.6, 3.4), dpi=150, layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        sns.barplot(
-            table,
-            x="student",
-            y="value",
-            hue="what",
-            palette="colorblind",
-            errorbar="sd",
-            ax=left,
-            legend=False,
-        )
+    along = frame.query("n_trajectories > 0 and student == @curve")
+    steered = frame.query("student == 'steered' and what == 'trait score'")["value"].mean()
+    with panels((10.6, 3.4), columns=["students", "trajectories"], sharey=True) as drawn:
+        left, right = drawn.axes[0]
+        table = frame.query("n_trajectories in (0, @most)")
+        sns.barplot(table, x="student", ax=left, legend=False, **_JUDGED)
         left.set(xlabel=f"student ({most} trajectories)", ylabel="judged (points)", ylim=(0, 125))
         sns.lineplot(
             along,
             x="n_trajectories",
-            y="value",
-            hue="what",
             style="what",
             markers=True,
-            palette="colorblind",
-            errorbar="sd",
             err_style="bars",
             ax=right,
+            **_JUDGED,
         )
-        steered = frame[(frame.student == "steered") & (frame.what == "trait score")].value.mean()
         right.axhline(steered, color="0.4", linestyle=":", label="steered, score")
         right.set(xlabel=f"trajectories ({curve})", xscale="log")
-        ticks = sorted(along.n_trajectories.unique())
+        ticks = sorted(along["n_trajectories"].unique())
         right.set_xticks(ticks, [str(tick) for tick in ticks])
         right.minorticks_off()
-        _one_legend(right)
-        title = f"{_trait(results)} · {_models(results)}: held-out questions, mean ± sd"
-        figure.suptitle(title, fontsize="medium")
-    return figure
+        drawn.legend()
+        drawn.title(f"{_subject(results)}: held-out questions, mean ± sd")
+    return drawn.figure
 
 
 def token_kl_figure(results: xr.Dataset) -> Figure:
     """Mean KL to the teacher at each token of its answers, a line a student."""
     most = int(results.n_trajectories.max())
-    shown = results.sel(
-        condition=[
-            str(name)
-            for name, count, student in zip(
-                results.condition.values,
-                results.n_trajectories.values,
-                results.student.values,
-                strict=True,
-            )
-            if count in (0, most) and student != "steered"
-        ]
-    )
-    mean = shown["token_kl"].mean("question").dropna("token", how="all")
-    frame = mean.rename("value").to_dataframe().reset_index().dropna(subset="value")
-    with _style():
-        figure = Figure(figsize=(6.4, 3.2), dpi=150, layout="constrained")
-        axis = figure.subplots()
+    shown = results.n_trajectories.isin([0, most]) & (results.student != "steered")
+    frame = long_form(results["token_kl"].isel(condition=shown.values).mean("question"))
+    with panels((6.4, 3.2)) as drawn:
+        axis = drawn.axes[0, 0]
         sns.lineplot(frame, x="token", y="value", hue="condition", palette="colorblind", ax=axis)
         axis.set(
             xlabel="token of the teacher's answer",
             ylabel="KL(teacher ‖ student) (nat)",
             yscale="log",
-            title=f"{_trait(results)} · {_models(results)}: mean over questions",
+            title=f"{_subject(results)}: mean over questions",
         )
-        _one_legend(axis)
-    return figure
+        drawn.legend("condition")
+    return drawn.figure
 
 
 def _curve_student(results: xr.Dataset) -> str:
@@ -243,47 +169,21 @@ def _curve_student(results: xr.Dataset) -> str:
     return max(dict.fromkeys(trained), key=trained.count)
 
 
-def _scores(results: xr.Dataset, dims: tuple[str, ...]) -> pd.DataFrame:
-    """A long table of scores and coherence, a row an answer."""
-    parts = []
-    for name in _SCORES:
-        frame = results[name].rename("value").to_dataframe().reset_index()
-        frame = frame.dropna(subset="value")[["model", *dims, "value"]]
-        parts.append(frame.assign(what=results[name].attrs["long_name"]))
-    return pd.concat(parts, ignore_index=True)
+def _scores(results: xr.Dataset) -> pd.DataFrame:
+    """A row an answer and judgement, which is named in ``what``."""
+    frames = [
+        long_form(results[name]).assign(what=results[name].attrs["long_name"]) for name in _SCORES
+    ]
+    return pd.concat(frames, ignore_index=True)
 
 
-def _rows(frame: Any, **labels: Any) -> pd.DataFrame:
-    """The rows of a table with these values in these columns."""
-    for name, label in labels.items():
-        frame = frame[frame[name] == label]
-    return frame
+def _labels(results: xr.Dataset, dim: str) -> str:
+    return ", ".join(map(str, results[dim].values.tolist()))
 
 
-def _trait(results: xr.Dataset) -> str:
-    return ", ".join(map(str, results.trait.values.tolist()))
-
-
-def _models(results: xr.Dataset) -> str:
-    return ", ".join(map(str, results.model.values.tolist()))
-
-
-def _one_legend(axis: Any) -> None:
-    """The legend beside its panel."""
-    handles, labels = axis.get_legend_handles_labels()
-    if axis.get_legend() is not None:
-        title = axis.get_legend().get_title().get_text()
-        axis.get_legend().remove()
-        axis.figure.legend(
-            handles, labels, title="" if title == "what" else title, loc="outside right center"
-        )
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    """Seaborn's look for what is drawn inside."""
-    with sns.axes_style("whitegrid"), sns.plotting_context("paper", font_scale=1.1):
-        yield
+def _subject(results: xr.Dataset) -> str:
+    """Which traits of which models."""
+    return f"{_labels(results, 'trait')} · {_labels(results, 'model')}"
 
 
 def correlation(results: xr.Dataset) -> xr.Dataset:

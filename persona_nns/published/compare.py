@@ -6,7 +6,7 @@ one, each layer beside the layer at the nearest depth (layer / n_layers).
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,19 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
-from persona_nns.declarations.variables import FILL
 from persona_nns.errors import UsageError
+from persona_nns.figures.estimates import closures_of_medians
+from persona_nns.figures.style import groups
+from persona_nns.results.measured import measured_values
 from persona_nns.results.reading import RunInfo, list_runs, open_results
 
 #: Site labels that differ between models, and are paired by depth.
 LAYER_DIMS = ("layer", "layer_set")
+#: The closure that the paper's text speaks of, which has no value of a cell.
+OF_MEDIANS = "closure_of_medians"
 _NOT_SITES = ("model", "cell", "statistic")
 _BOOKKEEPING = ("seconds", "completed", "n_eval")
 _SITE_PARAMETERS = ("layers", "positions", "layer_sets")
-
-
-#: A row of a table of results: labels and numbers by column.
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -188,24 +188,12 @@ def compare_results(matched: Sequence[Matched], tolerance: Tolerance | None = No
     """
     beside = pd.concat([side_by_side(results) for results in matched], ignore_index=True)
     if "source" in beside and "closure" in set(beside["variable"]):
-        beside = pd.concat([beside, closures_of_medians(beside)], ignore_index=True)
+        closures = [
+            _beside(results, OF_MEDIANS, *pair) for results in matched for pair in results.pairs()
+        ]
+        beside = pd.concat([beside, *closures], ignore_index=True)
     agreed = pd.concat([agreement(results, tolerance) for results in matched], ignore_index=True)
     return Comparison(beside, agreed)
-
-
-def records(frame: pd.DataFrame) -> list[Row]:
-    """The rows of a table, as dictionaries."""
-    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
-
-
-def where(rows: Iterable[Row], **labels: Any) -> list[Row]:
-    """The rows that have these labels."""
-    return [row for row in rows if all(row[name] == value for name, value in labels.items())]
-
-
-def distinct(rows: Iterable[Row], name: str) -> list[Any]:
-    """The labels in a column, in order of appearance."""
-    return list(dict.fromkeys(row[name] for row in rows))
 
 
 def compared_variables(published: xr.Dataset, measured: xr.Dataset) -> list[str]:
@@ -225,41 +213,28 @@ def summarise(results: xr.Dataset, name: str) -> pd.DataFrame:
         mean of counts), ``q25`` and ``q75`` (of numbers only) and ``n`` cells. Sites without a
         number are left out.
     """
-    array = results[name]
+    if name == OF_MEDIANS:
+        kl = summarise(results, "kl")
+        closures = kl.drop(columns="value").merge(closures_of_medians(results))
+        return closures.assign(q25=np.nan, q75=np.nan).reindex(columns=kl.columns)
+    array, present = results[name], measured_values(results, name).astype(float)
     sites = [str(dim) for dim in array.dims if dim not in _NOT_SITES]
-    present = _present(results, name)
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # sites of NaN only
-        if "statistic" in array.dims:
-            low, middle, high = (present.sel(statistic=s) for s in ("q25", "median", "q75"))
-            n = xr.full_like(middle, float(results.completed.sum()))
-        elif array.dtype.kind == "f":
-            low, middle, high = (present.quantile(q, "cell") for q in (0.25, 0.5, 0.75))
-            n = present.notnull().sum("cell")
-        else:
-            middle = present.mean("cell")
-            low = high = xr.full_like(middle, np.nan)
-            n = present.notnull().sum("cell")
+    known = "statistic" in array.dims
+    if array.dtype.kind == "f":
+        quartiles = ["q25", "median", "q75"]
+        statistics = present if known else _statistics(present, quartiles)
+        low, middle, high = (statistics.sel(statistic=name) for name in quartiles)
+    else:
+        middle = present.mean("cell")
+        low = high = xr.full_like(middle, np.nan)
+    n = results.completed.sum() if known else present.notnull().sum("cell")
     columns = {"value": middle, "q25": low, "q75": high, "n": n}
-    table = xr.Dataset(
-        {
-            key: value.drop_vars(["statistic", "quantile"], errors="ignore")
-            for key, value in columns.items()
-        }
-    )
+    table = xr.Dataset({key: value.reset_coords(drop=True) for key, value in columns.items()})
     # The sets of a source stand together, as in the paper's table 4.
     order = sorted(sites, key=lambda dim: dim == "layer_set")
     frame = table.squeeze("model", drop=True).to_dataframe(dim_order=order).reset_index()
     there = frame["value"].notna()
     return frame.loc[there, [*sites, *columns]].astype({"n": int})
-
-
-def _present(results: xr.Dataset, name: str) -> xr.DataArray:
-    """A variable as float, NaN where nothing was measured."""
-    array = results[name]
-    if "cell" not in array.dims:
-        return array
-    there = array != FILL["int"] if array.dtype.kind == "i" else array.notnull()
-    return array.astype(float).where(results.completed & there)
 
 
 def depth_distance(one: Any, n_layers: int, other: Any, n_other: int) -> float:
@@ -274,9 +249,7 @@ def depth_distance(one: Any, n_layers: int, other: Any, n_other: int) -> float:
     Returns:
         Mean distance of every layer to the nearest of the other set, from both sides.
     """
-    first = np.array([int(layer) / n_layers for layer in str(one).split(",")])
-    second = np.array([int(layer) / n_other for layer in str(other).split(",")])
-    apart = abs(first[:, None] - second[None, :])
+    apart = abs(_depths(one, n_layers)[:, None] - _depths(other, n_other)[None, :])
     return float(apart.min(1).mean() + apart.min(0).mean()) / 2
 
 
@@ -301,10 +274,9 @@ def _beside(
 ) -> pd.DataFrame:
     theirs, ours = summarise(published, name), summarise(measured, name)
     n_theirs, n_ours = int(published.n_layers.item()), int(measured.n_layers.item())
-    sites = [str(column) for column in theirs.columns[:-4]]
-    left = theirs.rename(columns=_renamed("published"))
-    right = ours.rename(columns=_renamed("measured"))
-    for dim in set(sites) & set(LAYER_DIMS):
+    left = _headed(theirs.rename(columns=_of("published")), matched, published, name)
+    left["measured_model"] = label(measured)
+    for dim in set(LAYER_DIMS) & set(ours.columns):
         candidates = ours[dim].unique().tolist()
         if not candidates:
             break
@@ -312,59 +284,35 @@ def _beside(
             here: min(candidates, key=lambda there: depth_distance(here, n_theirs, there, n_ours))
             for here in theirs[dim].unique().tolist()
         }
-        left[f"measured_{dim}"] = [nearest[here] for here in theirs[dim]]
-        left["depth"] = left[dim].map(lambda here: mean_depth(here, n_theirs))
-        left["measured_depth"] = left[f"measured_{dim}"].map(lambda here: mean_depth(here, n_ours))
-        right = right.rename(columns={dim: f"measured_{dim}"})
-    on = [column for column in right.columns if column in left.columns]
-    frame = left.merge(right, on=on, how="inner")
-    constants = {
+        depths = [_depths(here, n_theirs).mean() for here in left[dim]]
+        left.insert(list(left).index("published"), "depth", depths)
+        left[f"measured_{dim}"] = [nearest[here] for here in left[dim]]
+        left["measured_depth"] = [_depths(h, n_ours).mean() for h in left[f"measured_{dim}"]]
+        ours = ours.rename(columns={dim: f"measured_{dim}"})
+    return left.merge(ours.rename(columns=_of("measured")))
+
+
+def _headed(
+    frame: pd.DataFrame, matched: Matched, published: xr.Dataset, name: str
+) -> pd.DataFrame:
+    """The rows of a variable, which begin with what they are about."""
+    head = {
         "experiment": matched.experiment,
         "grid": matched.grid,
         "variable": name,
-        "units": published[name].attrs.get("units", "1"),
+        "units": "1" if name == OF_MEDIANS else published[name].attrs.get("units", "1"),
         "model": label(published),
-        "measured_model": label(measured),
     }
-    columns = _columns_in_order([*constants, *frame.columns], sites)
-    return frame.assign(**constants).loc[:, columns]
+    return pd.DataFrame(head, index=frame.index).join(frame)
 
 
-def _renamed(side: str) -> dict[str, str]:
+def _of(side: str) -> dict[str, str]:
     return {"value": side, "q25": f"{side}_q25", "q75": f"{side}_q75", "n": f"{side}_n"}
 
 
-def _columns_in_order(columns: Sequence[str], sites: Sequence[str]) -> list[str]:
-    head = ["experiment", "grid", "variable", "units", "model", *sites, "depth"]
-    published = list(_renamed("published").values())
-    place = ["measured_model", *(f"measured_{dim}" for dim in LAYER_DIMS), "measured_depth"]
-    wanted = [*head, *published, *place, *_renamed("measured").values()]
-    return [column for column in wanted if column in columns]
-
-
-def mean_depth(layers: Any, n_layers: int) -> float:
-    """Depth of a layer, or the mean depth of a set such as ``10,12,14``."""
-    return float(np.mean([int(layer) / n_layers for layer in str(layers).split(",")]))
-
-
-def closures_of_medians(frame: pd.DataFrame) -> pd.DataFrame:
-    """1 − median KL / median KL of ``none``, of published and measured, at every source and set.
-
-    Args:
-        frame: from `side_by_side`, of an experiment with a dimension ``source``.
-
-    Returns:
-        Rows of the same columns with the variable ``closure_of_medians``.
-    """
-    kl = frame.loc[frame["variable"] == "kl"]
-    place = ["grid", "model", "measured_model", "layer_set"]
-    none = kl.loc[kl["source"] == "none"].set_index(place)
-    medians = {"published": "published_none", "measured": "measured_none"}
-    rows = kl.join(none[list(medians)].rename(columns=medians), on=place)
-    for side in ("published", "measured"):
-        rows[side] = 1 - rows[side] / rows[f"{side}_none"]
-        rows[[f"{side}_q25", f"{side}_q75"]] = np.nan
-    return rows.loc[:, frame.columns].assign(variable="closure_of_medians", units="1")
+def _depths(layers: Any, n_layers: int) -> NDArray[np.float64]:
+    """Depths of a layer, or of the layers of a set such as ``10,12,14``."""
+    return np.array([int(layer) / n_layers for layer in str(layers).split(",")])
 
 
 def agreement(matched: Matched, tolerance: Tolerance | None = None) -> pd.DataFrame:
@@ -389,29 +337,28 @@ def agreement(matched: Matched, tolerance: Tolerance | None = None) -> pd.DataFr
         by_precision = TOLERANCES["float32" if precisions == {"float32"} else "bfloat16"]
         for name in compared_variables(published, measured):
             allowed = (tolerance or by_precision) if published[name].dtype.kind == "f" else EXACT
-            theirs, ours = _aligned(published, measured, name)
-            constants = {
-                "experiment": matched.experiment,
-                "grid": matched.grid,
-                "variable": name,
-                "units": published[name].attrs.get("units", "1"),
-                "model": label(published),
-            }
-            rows += [{**constants, **row} for row in _sites_agreement(theirs, ours, allowed)]
+            both = _aligned(published, measured, name)
+            rows += _sites_agreement(_headed(both, matched, published, name), allowed)
     return pd.DataFrame(rows)
 
 
-def _aligned(
-    published: xr.Dataset, measured: xr.Dataset, name: str
-) -> tuple[xr.DataArray, xr.DataArray]:
+def _aligned(published: xr.Dataset, measured: xr.Dataset, name: str) -> pd.DataFrame:
     """One variable of both at the sites and cells (or statistics) that both have."""
-    theirs, ours = _present(published, name), _present(measured, name)
+    theirs, ours = (
+        measured_values(results, name).astype(float) for results in (published, measured)
+    )
     if "statistic" in theirs.dims and "statistic" not in ours.dims:
         ours = _statistics(ours, theirs.statistic.values.tolist())
     elif "statistic" in ours.dims and "statistic" not in theirs.dims:
         theirs = _statistics(theirs, ours.statistic.values.tolist())
-    theirs, ours = xr.align(theirs, ours, join="inner")
-    return theirs.squeeze("model"), ours.squeeze("model").transpose(*theirs.squeeze("model").dims)
+    sides = {"published": theirs, "measured": ours}
+    both = xr.merge(
+        [side.reset_coords(drop=True).rename(name) for name, side in sides.items()], join="inner"
+    )
+    sites = [str(dim) for dim in theirs.dims if dim not in _NOT_SITES]
+    over = "statistic" if "statistic" in theirs.dims else "cell"
+    frame = both.squeeze("model", drop=True).to_dataframe(dim_order=[*sites, over])
+    return frame.dropna().reset_index()
 
 
 def _statistics(array: xr.DataArray, names: Sequence[str]) -> xr.DataArray:
@@ -422,39 +369,30 @@ def _statistics(array: xr.DataArray, names: Sequence[str]) -> xr.DataArray:
     return summary.rename(quantile="statistic").assign_coords(statistic=list(names))
 
 
-def _sites_agreement(
-    published: xr.DataArray, measured: xr.DataArray, tolerance: Tolerance
-) -> Iterator[dict[str, Any]]:
-    over = "statistic" if "statistic" in published.dims else "cell"
-    sites = [str(dim) for dim in published.dims if dim != over]
-    labels = published[over].values
-    for place in np.ndindex(*(published.sizes[dim] for dim in sites)):
-        at = dict(zip(sites, place, strict=True))
-        theirs, ours = published.isel(at).values, measured.isel(at).values
-        both = ~(np.isnan(theirs) | np.isnan(ours))
-        if not both.any():
-            continue
-        theirs, ours = theirs[both], ours[both]
+def _sites_agreement(both: pd.DataFrame, tolerance: Tolerance) -> Iterator[dict[str, Any]]:
+    over = "statistic" if "statistic" in both else "cell"
+    sites = [name for name in both if name not in (over, "published", "measured")]
+    for labels, rows in groups(both, *sites):
+        theirs, ours = rows["published"], rows["measured"]
         within = tolerance.within(ours, theirs)
-        worst = int(np.argmax(abs(ours - theirs)))
+        worst = rows.loc[(ours - theirs).abs().idxmax()]
         yield {
-            **{dim: published[dim].values[k] for dim, k in at.items()},
+            **dict(zip(sites, labels, strict=True)),
             "over": over,
-            "n": len(theirs),
+            "n": len(rows),
             "within": int(within.sum()),
             "share": float(within.mean()),
-            "worst": str(labels[both][worst]),
-            "published": float(theirs[worst]),
-            "measured": float(ours[worst]),
+            "worst": worst[over],
+            "published": worst["published"],
+            "measured": worst["measured"],
             "rank_correlation": _spearman(theirs, ours) if over == "cell" else np.nan,
             "relative": tolerance.relative,
             "absolute": tolerance.absolute,
         }
 
 
-def _spearman(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+def _spearman(one: Any, other: Any) -> float:
     """Correlation of ranks (ties share theirs); NaN where one side does not vary."""
-    first, second = pd.Series(one).rank(), pd.Series(other).rank()
-    if first.nunique() < 2 or second.nunique() < 2:
+    if one.nunique() < 2 or other.nunique() < 2:
         return float("nan")
-    return float(first.corr(second))
+    return float(one.rank().corr(other.rank()))
