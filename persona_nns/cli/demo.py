@@ -87,15 +87,12 @@ def _additivity(results: xr.Dataset) -> Table:
     table = new_table(
         f"{results.attrs['grid']} grid ({n_cells} cells): median KL in nats after putting "
         "h_BB + ΔX + ΔY in place of h_XY at one site",
+        texts=["model"],
+        numbers=["layer", "depth", *results.position.values, "cos(ΔXY, ΔX+ΔY) at p_last"],
         caption="Below 0.1 nat the substituted run is close to the clean one (the paper's line).",
     )
-    for heading in ("model", "layer", "depth"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for position in results.position.values.tolist():
-        table.add_column(position, justify="right")
     medians = results.kl.median("cell").dropna("layer", how="all")
     cosines = results.cos_additive.median("cell").sel(position="p_last")
-    table.add_column("cos(ΔXY, ΔX+ΔY) at p_last", justify="right")
     for model in results.model.values.tolist():
         layers = medians.sel(model=model).dropna("layer", how="all").layer.values.tolist()
         for layer in layers:
@@ -113,45 +110,39 @@ def _additivity(results: xr.Dataset) -> Table:
 
 def _injection(markers: xr.Dataset, host: xr.Dataset) -> Table:
     """Texts with a marker of the persona by condition, and what injection closes of the gap."""
-    models = host.model.values.tolist()
     table = new_table(
         f"Markers of the persona in 80 tokens, and injection at p_last of one layer "
         f"({host.sizes['cell']} cells)",
+        texts=[""],
+        numbers=host.model.values,
         caption="The host is the prompt with the baseline persona. Closure: the share of the "
         "host's KL to the role prompt that injecting the role prompt's own residual h_XY removes.",
     )
-    for heading in ("", *models):
-        table.add_column(heading, justify="right" if heading else "left")
-
-    def add_share(what: str, said: xr.DataArray) -> None:
-        shares = [100 * float(said.sel(model=model).mean()) for model in models]
-        table.add_row(what, *(f"{share:.0f} %" for share in shares))
-
-    for condition, what in _CONDITIONS.items():
-        said = markers.any_marker.isel(layer=0, drop=True)
-        add_share(f"texts with a marker: {what}", said.sel(condition=condition))
-    injected = host.any_marker.sel(site="p_last", source="oracle")
-    add_share("texts with a marker: the host after injection", injected)
+    found = markers.any_marker.isel(layer=0, drop=True).mean("cell").sel(model=host.model)
+    shares = {what: found.sel(condition=condition) for condition, what in _CONDITIONS.items()}
+    injected = host.any_marker.sel(site="p_last", source="oracle").mean("cell")
+    for what, share in {**shares, "the host after injection": injected}.items():
+        row = (f"{100 * value:.0f} %" for value in share.values)
+        table.add_row(f"texts with a marker: {what}", *row)
     medians = host[["kl", "closure"]].isel(layer_set=0).median("cell")
     for what, values in (
         ("median KL of the host", medians.kl.sel(source="none")),
         ("median KL of the host after injection", medians.kl.sel(source="oracle")),
         ("median closure", medians.closure.sel(source="oracle")),
     ):
-        table.add_row(what, *(number(float(values.sel(model=model))) for model in models))
+        table.add_row(what, *map(number, values.values))
     return table
 
 
 def _grafts(grafts: xr.Dataset, knockout: xr.Dataset) -> Table:
     """What grafted spans of the key-value cache close, and what cutting attention to them does."""
-    models = grafts.model.values.tolist()
     table = new_table(
         "Median closure when spans of the role prompt's key-value cache are grafted into the host",
+        texts=["graft"],
+        numbers=[*grafts.model.values, "kB"],
         caption="Knocked out: no position after the persona attends to its tokens. How much of the "
         "way to the host the run has then gone: 1 − KL(host ‖ knocked out) / KL(host ‖ clean).",
     )
-    for heading in ("graft", *models, "kB"):
-        table.add_column(heading, justify="left" if heading == "graft" else "right")
     closure, size = grafts.closure.median("cell"), grafts.cache_bytes.median(["model", "cell"])
     for graft, band, what in (
         ("persona", "0", "persona, layer 0 only"),
@@ -160,11 +151,11 @@ def _grafts(grafts: xr.Dataset, knockout: xr.Dataset) -> Table:
         ("persona+task", "all", "persona and task"),
         ("all", "all", "all of them"),
     ):
-        closed = closure.sel(graft=graft, layer_band=band)
-        values = [number(float(closed.sel(model=model))) for model in models]
-        table.add_row(what, *values, f"{float(size.sel(graft=graft, layer_band=band)) / 1000:.0f}")
+        site = {"graft": graft, "layer_band": band}
+        kilobytes = f"{float(size.sel(site)) / 1000:.0f}"
+        table.add_row(what, *map(number, closure.sel(site).values), kilobytes)
     table.add_section()
     left = knockout.kl_host.sel(blocked="later", layer_band="all") / knockout.kl_host_clean
-    gone = 1 - left.median("cell")
-    table.add_row("persona knocked out", *(number(float(gone.sel(model=m))) for m in models), "")
+    gone = 1 - left.median("cell").sel(model=grafts.model)
+    table.add_row("persona knocked out", *map(number, gone.values), "")
     return table

@@ -59,7 +59,7 @@ def _age(created: str) -> str:
 
 def hosted_table(deployments: Iterable[Deployment], url: str) -> Table:
     """The models that a server hosts, a row each."""
-    table = new_table(Text(f"Models on {url}"), ("name", "revision", "level", "state"))
+    table = new_table(Text(f"Models on {url}"), texts=["name", "revision", "level", "state"])
     for one in deployments:
         table.add_row(*map(Text, (one.repo_id, one.revision, one.level, one.state)))
     return table
@@ -67,8 +67,8 @@ def hosted_table(deployments: Iterable[Deployment], url: str) -> Table:
 
 def models_table(models: Mapping[str, Path]) -> Table:
     """The bundled models, a row each, read from their configuration files."""
-    headings = ("name", "architecture", "layers", "d_model", "weights")
-    table = new_table("Bundled models", headings)
+    headings = ["name", "architecture", "layers", "d_model", "weights"]
+    table = new_table("Bundled models", texts=headings)
     for name, folder in models.items():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -28,6 +28,8 @@ from persona_nns.figures.style import (
 from persona_nns.results.measured import measured_values
 
 Summary = Literal["mean", "median"]
+#: A row of panels: what its axis says, and what is drawn.
+Row = tuple[str, pd.DataFrame]
 
 _STATISTICS: dict[Summary, Statistic] = {"mean": np.mean, "median": np.median}
 _MARKERS = "osD^vPX*<>"
@@ -98,15 +100,13 @@ def estimates(results: xr.Dataset, summaries: Mapping[str, Summary], *, x: str, 
         x: the dimension along the horizontal axis.
         hue: the dimension that colours and markers stand for.
     """
-    tables = {
-        f"{how} {axis_label(results[name])}"
-        if results[name].dtype.kind != "b"
-        else f"cells with {results[name].attrs.get('long_name', name)} (%)": estimate_table(
-            results, name, how
-        )
-        for name, how in summaries.items()
-    }
-    return _draw_tables(results, tables, x=x, hue=hue)
+    rows: list[Row] = []
+    for name, how in summaries.items():
+        is_share = results[name].dtype.kind == "b"
+        shared = f"cells with {results[name].attrs.get('long_name', name)} (%)"
+        label = shared if is_share else f"{how} {axis_label(results[name])}"
+        rows.append((label, estimate_table(results, name, how)))
+    return _draw_tables(results, rows, x=x, hue=hue)
 
 
 def closure_figure(results: xr.Dataset) -> Figure:
@@ -115,8 +115,8 @@ def closure_figure(results: xr.Dataset) -> Figure:
         "closure, median over cells": estimate_table(results, "closure", "median"),
         "closure, of the medians": closures_of_medians(results),
     }
-    tables = {label: table.query("source != 'none'") for label, table in tables.items()}
-    figure = _draw_tables(results, tables, x="layer_set", hue="source")
+    rows = [(label, table.query("source != 'none'")) for label, table in tables.items()]
+    figure = _draw_tables(results, rows, x="layer_set", hue="source")
     for axis in figure.axes:
         axis.axhline(0, color="0.4", linewidth=0.8)
         axis.axhline(1, **DOTTED)
@@ -129,12 +129,13 @@ def host_markers(results: xr.Dataset) -> Figure:
         "any_marker": "cells with any persona marker (%)",
         "distinct_markers": "mean distinct persona markers",
     }
-    tables: dict[str, pd.DataFrame] = {}
+    rows: list[Row] = []
     for name, label in labels.items():
         host = estimate_table(results, name, "mean")
         clean = estimate_table(results, f"clean_{name}", "mean")
-        tables[label] = pd.concat([host, clean.assign(site="no injection", source="long persona")])
-    return _draw_tables(results, tables, x="source", hue="site")
+        clean = clean.assign(site="no injection", source="long persona")
+        rows.append((label, pd.concat([host, clean])))
+    return _draw_tables(results, rows, x="source", hue="site")
 
 
 def shares_heatmap(results: xr.Dataset, name: str, by: str, across: str) -> Figure:
@@ -169,16 +170,14 @@ def shares_heatmap(results: xr.Dataset, name: str, by: str, across: str) -> Figu
     return drawn.figure
 
 
-def _draw_tables(
-    results: xr.Dataset, tables: Mapping[str, pd.DataFrame], *, x: str, hue: str
-) -> Figure:
-    """A row of panels for each table, by what its axis says, a column for each model."""
+def _draw_tables(results: xr.Dataset, rows: list[Row], *, x: str, hue: str) -> Figure:
+    """A row of panels for each table, a column for each model."""
     models = results.model.values.tolist()
-    series = list(dict.fromkeys(label for table in tables.values() for label in table[hue]))
-    size = (1.8 + 3.6 * len(models), 0.8 + 2.6 * len(tables))
-    with panels(size, list(tables), models, sharey="row") as drawn:
-        for label, model, axis in drawn:
-            _draw_points(axis, tables[label].loc[tables[label]["model"] == model], x, hue, series)
+    series = list(dict.fromkeys(label for _, table in rows for label in table[hue]))
+    size = (1.8 + 3.6 * len(models), 0.8 + 2.6 * len(rows))
+    with panels(size, rows, models, sharey="row") as drawn:
+        for (label, table), model, axis in drawn:
+            _draw_points(axis, table.loc[table["model"] == model], x, hue, series)
             axis.set(title=panel_title(results, model), xlabel=x.replace("_", " "), ylabel=label)
         drawn.label_outer()
         drawn.legend(hue.replace("_", " "))

@@ -10,7 +10,7 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from persona_nns.errors import UsageError
@@ -28,11 +28,23 @@ _DOWN = ("layer", "layer_band", "control", "layer_set", "site", "condition")
 
 
 def new_table(
-    title: str | Text, headings: Sequence[str] = (), *, caption: str | Text | None = None
+    title: str | Text,
+    *,
+    texts: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+    caption: str | Text | None = None,
 ) -> Table:
-    """A table without rows; what has not to be read as markup is given as `Text`."""
+    """A table without rows; what has not to be read as markup is given as `Text`.
+
+    Args:
+        title: above the table.
+        texts: headings of columns that are set at the left.
+        numbers: headings of columns that are set at the right.
+        caption: below the table.
+    """
     return Table(
-        *headings,
+        *texts,
+        *(Column(heading, justify="right") for heading in numbers),
         title=title,
         caption=caption,
         title_justify="left",

@@ -20,6 +20,7 @@ import xarray as xr
 import zarr
 from numpy.typing import NDArray
 
+from persona_nns.declarations.plans import content_digest
 from persona_nns.prompts.grids import Grid, load_grid
 from persona_nns.published.store import published_store
 from persona_nns.results.reading import PUBLISHED_VERSION
@@ -123,12 +124,7 @@ def _localized_positions(file: str, model: _Model, grid: Grid) -> xr.Dataset:
         )
         description = "Summary over the cells of the grid; the files hold no value of a cell."
         variables[name] = _variable("statistic layer position", values, long_name, description)
-    coords = {
-        "layer": ("layer", layers),
-        "depth": (("model", "layer"), [[layer / model.n_layers for layer in layers]]),
-        "position": ("position", positions),
-        "statistic": ("statistic", list(STATISTICS)),
-    }
+    coords = {"layer": layers, "position": positions, "statistic": STATISTICS}
     parameters = {"layers": published["layers_to_test"], "positions": positions, "n_eval": 10}
     return _run("localized_positions", model, grid, variables, coords, parameters, (file,), done=kl)
 
@@ -142,11 +138,9 @@ def _behavioral_markers(file: str, grid: Grid) -> xr.Dataset:
         of_cell = published["results"][cell.replace("/", "__")]
         return of_cell[_PUBLISHED_CONDITION.get(condition, condition)]
 
-    each = [
-        [[found(c, condition) for condition in CONDITIONS] for _ in layers] for c in _labels(grid)
-    ]
-    count = np.array([[[x["count"] for x in site] for site in cell] for cell in each])
-    present = np.array([[[x["any"] for x in site] for site in cell] for cell in each])
+    axes = (_labels(grid), layers, CONDITIONS)
+    count = _numbers(axes, lambda cell, _, condition: found(cell, condition)["count"]).astype(int)
+    present = _numbers(axes, lambda cell, _, condition: found(cell, condition)["any"]).astype(bool)
     dims = "cell layer condition"
     variables = {
         "any_marker": _variable(
@@ -156,22 +150,10 @@ def _behavioral_markers(file: str, grid: Grid) -> xr.Dataset:
             dims, count, "distinct markers", "Different markers of the persona in the text."
         ),
     }
-    coords = {
-        "layer": ("layer", layers),
-        "depth": (("model", "layer"), [[layer / _GEMMA.n_layers for layer in layers]]),
-        "condition": ("condition", list(CONDITIONS)),
-    }
+    coords = {"layer": layers, "condition": CONDITIONS}
     parameters = {"layers": layers, "n_tokens": published["n_gen_tokens"]}
-    return _run(
-        "behavioral_markers",
-        _GEMMA,
-        grid,
-        variables,
-        coords,
-        parameters,
-        (file,),
-        done=count.astype(float),
-    )
+    name = "behavioral_markers"
+    return _run(name, _GEMMA, grid, variables, coords, parameters, (file,), done=count)
 
 
 def _host_injection(single: str, sets: str, grid: Grid) -> xr.Dataset:
@@ -197,11 +179,10 @@ def _host_injection(single: str, sets: str, grid: Grid) -> xr.Dataset:
             dims, closure, "closure", "1 − KL / KL(none), per cell; from the published KL."
         ),
     }
-    coords = {"layer_set": ("layer_set", list(labels)), "source": ("source", list(SOURCES))}
+    coords = {"layer_set": list(labels), "source": SOURCES}
     parameters = {"layer_sets": list(labels), "n_eval": 10}
-    return _run(
-        "host_injection", _GEMMA, grid, variables, coords, parameters, (single, sets), done=kl
-    )
+    files = (single, sets)
+    return _run("host_injection", _GEMMA, grid, variables, coords, parameters, files, done=kl)
 
 
 def _run(
@@ -209,7 +190,7 @@ def _run(
     model: _Model,
     grid: Grid,
     variables: Mapping[str, Any],
-    coords: Mapping[str, Any],
+    coords: Mapping[str, Sequence[Any]],
     parameters: Mapping[str, Any],
     files: Sequence[str],
     *,
@@ -222,14 +203,14 @@ def _run(
         model: on which model.
         grid: on which grid.
         variables: arrays with ``model`` as leading dimension of size 1.
-        coords: coordinates of the experiment.
+        coords: labels of the experiment's dimensions.
         parameters: what the experiment was asked for.
         files: where the numbers come from.
         done: [cell, …]; a cell is complete if any of its numbers is there.
     """
     complete = np.isfinite(done).reshape(len(done), -1).max(1)
     text = {name: hashlib.sha256((DATA / name).read_bytes()).hexdigest() for name in files}
-    digest = hashlib.sha256(json.dumps([experiment, model.name, text]).encode()).hexdigest()
+    digest = content_digest([experiment, model.name, text])
     cells = grid.cells
     own = {
         "seconds": _variable(
@@ -239,14 +220,17 @@ def _run(
             "cell", complete, "cell is complete", "The files hold numbers of the cell."
         ),
     }
-    shared = {
+    shared: dict[str, tuple[str | tuple[str, ...], Sequence[Any]]] = {
         "model": ("model", [model.name]),
         "cell": ("cell", [cell.label for cell in cells]),
         "persona": ("cell", [cell.persona for cell in cells]),
         "task": ("cell", [cell.task for cell in cells]),
         "n_layers": ("model", [model.n_layers]),
         "precision": ("model", [model.precision]),
+        **{name: (name, labels) for name, labels in coords.items()},
     }
+    if layers := coords.get("layer"):
+        shared["depth"] = (("model", "layer"), [[layer / model.n_layers for layer in layers]])
     attrs = {
         "experiment": experiment,
         "summary": "Published numbers, not measured here.",
@@ -271,10 +255,7 @@ def _run(
         "created": CREATED,
         "variables": list(variables),
     }
-    described = {
-        name: _coordinate(name, dims, values)
-        for name, (dims, values) in {**shared, **coords}.items()
-    }
+    described = {name: _coordinate(name, dims, values) for name, (dims, values) in shared.items()}
     return xr.Dataset({**variables, **own}, described, attrs)
 
 
