@@ -52,7 +52,7 @@ def closure_heatmap(results: xr.Dataset) -> Figure:
                 bands = _persona_bands(of_model).pivot(
                     index="layers", columns="layer k", values="value"
                 )
-                _heat(axis, bands.reindex(FAMILIES))
+                _heat(axis, bands.reindex(FAMILIES, columns=range(n_layers)))
                 axis.set(title=f"{model}: persona in a band of layers", xlabel="layer k")
         drawn.label_outer()
         drawn.colorbar("median closure", extend="min", aspect=40)

@@ -21,7 +21,6 @@ from persona_nns.figures.style import (
     dodge,
     grid_title,
     groups,
-    long_form,
     panel_title,
     panels,
 )
@@ -51,16 +50,7 @@ def estimate_table(results: xr.Dataset, name: str, summary: Summary) -> pd.DataF
     values = measured_values(results, name).astype(float)
     if results[name].dtype.kind == "b":
         values = 100 * values
-    over = [str(dim) for dim in values.dims if dim != "cell"]
-    cells = long_form(values.transpose(*over, "cell"))
-    rows = [
-        {
-            **dict(zip(over, labels, strict=True)),
-            **_estimate(_STATISTICS[summary], of_site["value"].to_numpy()),
-        }
-        for labels, of_site in groups(cells, *over)
-    ]
-    return pd.DataFrame(rows, columns=[*over, "value", "low", "high"])
+    return _estimate(_STATISTICS[summary], values)
 
 
 def closures_of_medians(results: xr.Dataset) -> pd.DataFrame:
@@ -69,26 +59,25 @@ def closures_of_medians(results: xr.Dataset) -> pd.DataFrame:
     The columns are those of `estimate_table`; cells are resampled with both of their KLs.
     """
     kl = measured_values(results, "kl").astype(float)
-    place = [str(dim) for dim in kl.dims if dim not in ("cell", "source")]
-    cells = kl.to_dataset("source").to_dataframe()
-    rows: list[dict[str, Any]] = []
-    for labels, of_place in groups(cells, *place):
-        for source in kl.source.values.tolist():
-            pair = of_place[[source, "none"]].to_numpy()
-            pair = pair[~np.isnan(pair).any(axis=1)]
-            if len(pair):
-                at = {**dict(zip(place, labels, strict=True)), "source": source}
-                rows.append({**at, **_estimate(_closure_of_medians, *pair.T)})
-    return pd.DataFrame(rows)
+    return _estimate(_closure_of_medians, kl, kl.sel(source="none", drop=True))
 
 
 def _closure_of_medians(kl: NDArray[Any], none: NDArray[Any], axis: int = -1) -> Any:
     return 1 - np.median(kl, axis=axis) / np.median(none, axis=axis)
 
 
-def _estimate(statistic: Statistic, *samples: NDArray[Any]) -> dict[str, float]:
-    low, high = interval(*samples, statistic=statistic)
-    return {"value": float(statistic(*samples)), "low": low, "high": high}
+def _estimate(statistic: Statistic, *samples: xr.DataArray) -> pd.DataFrame:
+    """A statistic of samples of the same cells, a row each combination of the first one's labels."""
+    over = [str(dim) for dim in samples[0].dims if dim != "cell"]
+    together = xr.Dataset(dict(enumerate(samples))).reset_coords(drop=True)
+    cells = together.to_dataframe(dim_order=[*over, "cell"]).dropna()
+    rows: list[dict[str, Any]] = []
+    for labels, of_site in groups(cells, *over):
+        columns = of_site.to_numpy().T
+        low, high = interval(*columns, statistic=statistic)
+        estimate = {"value": float(statistic(*columns)), "low": low, "high": high}
+        rows.append({**dict(zip(over, labels, strict=True)), **estimate})
+    return pd.DataFrame(rows, columns=[*over, "value", "low", "high"])
 
 
 def estimates(results: xr.Dataset, summaries: Mapping[str, Summary], *, x: str, hue: str) -> Figure:

@@ -99,10 +99,9 @@ def rank_heads(results: xr.Dataset) -> pd.DataFrame:
     """
     means = results[["attention", "attention_control"]].mean(["persona", "question"])
     means["difference"] = means.attention - means.attention_control
-    frame = means.to_dataframe().reset_index().dropna(subset="difference")
-    columns = ["model", "layer", "head", "attention", "attention_control", "difference"]
-    ranked = pd.DataFrame(frame, columns=columns)
-    return ranked.sort_values("difference", ascending=False, ignore_index=True)
+    heads = means.reset_coords(drop=True).to_dataframe(dim_order=["model", "layer", "head"])
+    ranked = heads.dropna(subset="difference").sort_values("difference", ascending=False)
+    return ranked.reset_index()
 
 
 def head_ranking(results: xr.Dataset) -> Figure:
@@ -168,10 +167,10 @@ def _clearest(results: xr.Dataset, pairs: list[tuple[str, str]]) -> list[tuple[s
     """The pairs to show, in their order: all, or those whose logit differences differ most."""
     if len(pairs) <= _MOST_PAIRS:
         return pairs
-    ld = results.ld
-    gaps = {
-        pair: float(np.abs(ld.sel(persona=pair[0]) - ld.sel(persona=pair[1])).median())
-        for pair in pairs
-    }
-    shown = set(sorted(pairs, key=lambda pair: -gaps[pair])[:_MOST_PAIRS])
+
+    def gap(pair: tuple[str, str]) -> float:
+        clean, corrupt = (results.ld.sel(persona=persona) for persona in pair)
+        return float(np.abs(clean - corrupt).median())
+
+    shown = sorted(pairs, key=gap, reverse=True)[:_MOST_PAIRS]
     return [pair for pair in pairs if pair in shown]

@@ -66,14 +66,15 @@ class Panels:
     def legend(self, title: str = "", **look: Any) -> None:
         """One legend for all panels in place of theirs: every label that one of them has."""
         settings = {"loc": "outside right center", "title": title, **look}
-        shown: dict[str, Any] = {}
+        shown: list[tuple[Any, str]] = []
         for axis in self.axes.flat:
-            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-                shown.setdefault(label, handle)
+            known = {label for _, label in shown}
+            own = zip(*axis.get_legend_handles_labels(), strict=True)
+            shown += [(handle, label) for handle, label in own if label not in known]
             if axis.get_legend() is not None:
                 axis.get_legend().remove()
         if shown:
-            self.figure.legend(list(shown.values()), list(shown), **settings)
+            self.figure.legend(*zip(*shown, strict=True), **settings)
 
     def colorbar(self, label: str, **look: Any) -> None:
         """One colour bar for the heatmaps of all panels, which share their scale."""

@@ -71,6 +71,7 @@ def steering_sweep(results: xr.Dataset) -> Figure:
         for model in results.model.values.tolist()
         for tokens in results.position_set.values.tolist()
     ]
+    layers = results.layer.values
     size = (1.6 + 2.8 * len(columns), 0.6 + 2.6 * len(names))
     with panels(size, names, columns, sharey="row", sharex=True) as drawn:
         for name, (model, tokens), axis in drawn:
@@ -80,6 +81,7 @@ def steering_sweep(results: xr.Dataset) -> Figure:
                 x="alpha",
                 y="value",
                 hue="layer",
+                hue_norm=(layers.min(), layers.max()),
                 palette="viridis",
                 marker="o",
                 legend="full",

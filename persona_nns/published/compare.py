@@ -232,7 +232,7 @@ def summarise(results: xr.Dataset, name: str) -> pd.DataFrame:
     table = xr.Dataset({key: value.reset_coords(drop=True) for key, value in columns.items()})
     # The sets of a source stand together, as in the paper's table 4.
     order = sorted(sites, key=lambda dim: dim == "layer_set")
-    frame = table.squeeze("model", drop=True).to_dataframe(dim_order=order).reset_index()
+    frame = table.to_dataframe(dim_order=["model", *order]).reset_index()
     there = frame["value"].notna()
     return frame.loc[there, [*sites, *columns]].astype({"n": int})
 
@@ -289,7 +289,7 @@ def _beside(
         left[f"measured_{dim}"] = [nearest[here] for here in left[dim]]
         left["measured_depth"] = [_depths(h, n_ours).mean() for h in left[f"measured_{dim}"]]
         ours = ours.rename(columns={dim: f"measured_{dim}"})
-    return left.merge(ours.rename(columns=_of("measured")))
+    return left.merge(ours.rename(columns=_of("measured")).assign(variable=name))
 
 
 def _headed(
