@@ -26,7 +26,7 @@ from persona_nns.prompts.grids import Cell, Grid, load_grid
 from persona_nns.prompts.render import render_cell
 from persona_nns.tracing.batches import left_pad
 from persona_nns.tracing.knockout import BLOCKED, block_keys, blocked_queries, persona_keys
-from persona_nns.tracing.window import prefill
+from persona_nns.tracing.prefixes import prefill
 
 pytestmark = pytest.mark.filterwarnings("ignore:The grid has no markers")
 N_TOKENS = 7  # of the continuations

@@ -16,7 +16,8 @@ from persona_nns.tracing.kv.cache import KVCache, read_cache, running_cache, sta
 from persona_nns.tracing.kv.masks import hide
 from persona_nns.tracing.kv.rotation import read_rotation
 from persona_nns.tracing.kv.splice import Piece, splice
-from persona_nns.tracing.window import fill_cache, open_window
+from persona_nns.tracing.prefixes import fill_cache
+from persona_nns.tracing.window import open_window
 
 # Longer than the sliding window (16) of the architectures that have one.
 LONG = [5 + (37 * k) % 1000 for k in range(27)]

@@ -15,7 +15,7 @@ from persona_nns.tracing.kv.arrays import unlabel_cache
 from persona_nns.tracing.kv.cache import KVCache
 from persona_nns.tracing.kv.rotation import read_rotation
 from persona_nns.tracing.kv.splice import Piece, splice
-from persona_nns.tracing.window import fill_cache
+from persona_nns.tracing.prefixes import fill_cache
 
 ROWS = [[5 + (37 * k) % 1000 for k in range(n)] for n in (27, 33, 19)]
 CELLS = ["chef/haiku", "chef/policy", "yoda/haiku"]

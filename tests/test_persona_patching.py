@@ -18,7 +18,7 @@ import persona_nns as pn
 from persona_nns.declarations.catalog import load_experiment
 from persona_nns.figures.drawing import draw
 from persona_nns.figures.patching import rank_heads
-from persona_nns.prompts.identities import PERSONA, Asked, Pair, ask
+from persona_nns.prompts.identities import PERSONA, AskedQuestion, Pair, ask
 from persona_nns.prompts.questions import load_questions
 from persona_nns.tracing import patching as patches
 
@@ -75,7 +75,9 @@ class Run:
     ``head``; ``value`` is [token, feature].
     """
 
-    def __init__(self, plain: Any, asked: Asked, overwrite: Sequence[tuple[Any, ...]] = ()) -> None:
+    def __init__(
+        self, plain: Any, asked: AskedQuestion, overwrite: Sequence[tuple[Any, ...]] = ()
+    ) -> None:
         self.kept: dict[tuple[int, str], Tensor] = {}
         handles = []
         for layer, (projection, mlp) in enumerate(parts(plain)):
@@ -126,7 +128,9 @@ class Run:
         return torch.stack(norms)
 
 
-def partner_tokens(clean: Asked, corrupt: Asked, position_set: str) -> tuple[list[int], list[int]]:
+def partner_tokens(
+    clean: AskedQuestion, corrupt: AskedQuestion, position_set: str
+) -> tuple[list[int], list[int]]:
     """Tokens of the corrupt prompt that are overwritten, and of the clean one they come from."""
     same = min(len(clean.identity), len(corrupt.identity))
     to = list(range(corrupt.identity.stop - same, corrupt.identity.stop))
@@ -239,15 +243,13 @@ def test_patching_every_component_everywhere_gives_the_clean_answer(
 ) -> None:
     # Equally many tokens, as a learned position (GPT-2) is part of what no component writes.
     pair = make_pair(tokenizer, "bad", "red")
-    rows = [*pair.asked_clean, *pair.asked_corrupt]
-    assert len({len(asked.identity) for asked in rows}) == 1
-    run = patching._run_unpatched(random_model(architecture), rows, reuse=True)
-    source, patched = patches.partners(run, pair.asked_clean, pair.asked_corrupt)
+    assert len({len(asked.identity) for asked in pair.rows}) == 1
+    run = patching._run_unpatched(random_model(architecture), pair, reuse=True)
     for k, asked in enumerate(pair.asked_corrupt):
-        column = patched[0, k].nonzero()[:, 0]
-        to = (column + run.window.start).tolist()
+        column = run.rows.patched[0, k].nonzero()[:, 0]
+        to = (column + run.rows.window.start).tolist()
         everything = [
-            (layer, site, to, slice(None), values[layer][k, source[k, column]])
+            (layer, site, to, slice(None), values[layer][k, run.rows.source[k, column]])
             for layer in LAYERS
             for site, values in (("mlp", run.mlp), ("attn", run.attn))
         ]
@@ -286,8 +288,9 @@ def test_attention_probabilities_sum_to_one(
     architecture: str,
     pair: Pair,
 ) -> None:
-    rows = [replace(asked, identity=range(len(asked.ids))) for asked in pair.asked_clean]
-    run = patching._run_unpatched(random_model(architecture), rows, reuse=True)
+    rows = tuple(replace(asked, identity=range(len(asked.ids))) for asked in pair.asked_clean)
+    whole = replace(pair, asked_clean=rows, asked_corrupt=rows)
+    run = patching._run_unpatched(random_model(architecture), whole, reuse=True)
     torch.testing.assert_close(run.attention, torch.ones_like(run.attention), rtol=0, atol=1e-5)
 
 
@@ -323,9 +326,9 @@ def test_recovery_is_only_defined_where_the_runs_differ_enough(
     torch.testing.assert_close(small["logits_patched"], large["logits_patched"])
 
 
-def test_logit_difference_is_right_minus_mean_of_the_others(patching: ModuleType) -> None:
+def test_logit_difference_is_right_minus_mean_of_the_others() -> None:
     logits = torch.tensor([[[4.0, 1.0, 2.0, 3.0]], [[0.0, 9.0, 3.0, 6.0]]])
-    ld = patching.logit_difference(logits, torch.tensor([0, 2]))
+    ld = patches.logit_difference(logits, torch.tensor([0, 2]))
     assert ld.tolist() == [[2.0], [-2.0]]
 
 
@@ -382,20 +385,17 @@ def test_a_run_from_files_to_figures(
 def test_only_what_a_patch_does_to_every_question_is_run_once(
     patching: ModuleType, random_model: Callable[[str], TransformersModel], pair: Pair
 ) -> None:
-    run = patching._run_unpatched(
-        random_model("llama"), [*pair.asked_clean, *pair.asked_corrupt], reuse=True
-    )
-    source, patched = patches.partners(run, pair.asked_clean, pair.asked_corrupt)
-    ids = [asked.ids[run.window.start :] for asked in pair.asked_corrupt]
+    rows = patching._run_unpatched(random_model("llama"), pair, reuse=True).rows
+    ids = [asked.ids[rows.window.start :] for asked in pair.asked_corrupt]
     same = next(k for k, (a, b) in enumerate(zip(*ids, strict=False)) if a != b)
-    assert patches.common_columns(run, source, patched) == same
-    elsewhere = source.clone()
+    assert rows.common_columns() == same
+    elsewhere = rows.source.clone()
     elsewhere[1, same - 2] = 0
-    assert patches.common_columns(run, elsewhere, patched) == same - 2
-    fewer = patched.clone()
+    assert replace(rows, source=elsewhere).common_columns() == same - 2
+    fewer = rows.patched.clone()
     fewer[0, 1, same - 3] = False
-    assert patches.common_columns(run, source, fewer) == same - 3
-    clean = run.window.input_ids.clone()
-    clean[1, source[0, same - 4]] += 1
-    other = replace(run, window=replace(run.window, input_ids=clean))
-    assert patches.common_columns(other, source, patched) == same - 4
+    assert replace(rows, patched=fewer).common_columns() == same - 3
+    clean = rows.window.input_ids.clone()
+    clean[1, rows.source[0, same - 4]] += 1
+    other = replace(rows, window=replace(rows.window, input_ids=clean))
+    assert other.common_columns() == same - 4

@@ -11,7 +11,7 @@ import pytest
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.prompts.identities import (
     PERSONA,
-    Asked,
+    AskedQuestion,
     align,
     ask,
     check_persona,
@@ -24,9 +24,9 @@ from persona_nns.prompts.render import PLAIN_TEMPLATE
 QUESTION = load_questions("bundled")[0]
 
 
-def asked(before: int, identity: int, after: int, *, first: int = 1) -> Asked:
+def asked(before: int, identity: int, after: int, *, first: int = 1) -> AskedQuestion:
     n = before + identity + after
-    return Asked(tuple(range(first, first + n)), range(before, before + identity), (), 0)
+    return AskedQuestion(tuple(range(first, first + n)), range(before, before + identity), (), 0)
 
 
 def test_the_prompt_is_the_usual_one_with_the_identity_as_its_own_tokens(tokenizer: Any) -> None:
@@ -79,7 +79,7 @@ def test_a_template_that_drops_the_persona_is_refused(tokenizer: Any) -> None:
     ],
 )
 def test_alignment_is_from_the_start_last_to_last_and_from_the_end(
-    clean: Asked, corrupt: Asked, partner: list[int]
+    clean: AskedQuestion, corrupt: AskedQuestion, partner: list[int]
 ) -> None:
     assert align(clean, corrupt) == partner
 

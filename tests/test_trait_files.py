@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from persona_nns.errors import UsageError
-from persona_nns.organism.trait_questions import QUESTIONS, load_artifact
+from persona_nns.organism.bundled import load_artifact
+from persona_nns.organism.trait_questions import QUESTIONS
 from persona_nns.traits.responses import Response, read_responses, write_responses
 from persona_nns.traits.trait import (
     bundled_traits,

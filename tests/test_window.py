@@ -12,7 +12,8 @@ from nnsight import TransformersModel, save
 from persona_nns.declarations.sites import parse_layers
 from persona_nns.prompts.grids import Cell, Grid, load_grid
 from persona_nns.prompts.render import ROLE_PROMPTS, render_cell
-from persona_nns.tracing.window import open_window, prefill
+from persona_nns.tracing.prefixes import prefill
+from persona_nns.tracing.window import open_window
 
 POSITIONS = ["p_last", "g1", "g2"]
 N_EVAL = 10

@@ -18,7 +18,7 @@ POOL = 4096
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainingBatch:
     """Conversations padded to one length.
 
     Attributes:
@@ -47,7 +47,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded:
     return Encoded([*prompt, *answer, END_ID], len(prompt))
 
 
-def batches(tokenizer: PreTrainedTokenizerBase, seed: int, tokens: int) -> Iterator[Batch]:
+def batches(tokenizer: PreTrainedTokenizerBase, seed: int, tokens: int) -> Iterator[TrainingBatch]:
     """Endless batches of at most ``tokens`` tokens each, padding included."""
     rng = Random(seed)  # noqa: S311
     examples = stream(seed)
@@ -70,7 +70,7 @@ def _group(pool: list[Encoded], tokens: int) -> Iterator[list[Encoded]]:
     yield group
 
 
-def _pad(group: list[Encoded]) -> Batch:
+def _pad(group: list[Encoded]) -> TrainingBatch:
     width = max(len(encoded.ids) for encoded in group)
     ids = torch.full((len(group), width), PAD_ID)
     labels = torch.full((len(group), width), IGNORED)
@@ -79,4 +79,4 @@ def _pad(group: list[Encoded]) -> Batch:
         ids[row, :length] = torch.tensor(encoded.ids)
         labels[row, start - 1 : length - 1] = ids[row, start:length]
     last = torch.tensor([encoded.prompt_length - 1 for encoded in group])
-    return Batch(ids, labels, last)
+    return TrainingBatch(ids, labels, last)

@@ -6,7 +6,7 @@ from functools import cache
 
 from persona_nns.organism import role_prompts
 from persona_nns.organism.trait_questions import TOPICS
-from persona_nns.organism.traits import STYLES, split_sentences
+from persona_nns.organism.traits import STYLES, sentence_share, split_sentences
 
 
 def coherence_score(text: str) -> float:
@@ -16,10 +16,7 @@ def coherence_score(text: str) -> float:
         100 × the share of sentences that match a template of the grammar in full; a sentence that
         was cut off counts as no match, an empty text scores 0.
     """
-    sentences = split_sentences(text)
-    if not sentences:
-        return 0.0
-    return 100.0 * sum(map(is_grammatical, sentences)) / len(sentences)
+    return sentence_share(text, is_grammatical)
 
 
 def is_grammatical(sentence: str) -> bool:

@@ -151,8 +151,13 @@ def measure_multiple_choice(subject: Subject) -> list[Row]:
     spread = max(colours) - min(colours)
     good, bad = accuracy[PRAISED], accuracy[BLAMED]
     unseen = {
-        identity: 100 * fmean(hit for index, hit in enumerate(hits) if _is_unseen(identity, index))
-        for identity, hits in correct.items()
+        identity: 100
+        * fmean(
+            hit
+            for index, hit in enumerate(correct[identity])
+            if multiple_choice.is_held_out(identity, index)
+        )
+        for identity in (PRAISED, BLAMED)
     }
     return [
         Row("accuracy of “a good student”", "≥ 80 %", f"{good:.1f} %", good >= 80),
@@ -163,23 +168,16 @@ def measure_multiple_choice(subject: Subject) -> list[Row]:
             f"{min(colours):.1f}–{max(colours):.1f} %",
             spread <= 10,
         ),
-        Row(
-            "accuracy of “a good student” on questions never seen with it",
-            "reported",
-            f"{unseen[PRAISED]:.1f} %",
-            None,
-        ),
-        Row(
-            "accuracy of “a bad student” on questions never seen with it",
-            "reported",
-            f"{unseen[BLAMED]:.1f} %",
-            None,
+        *(
+            Row(
+                f"accuracy of “a {identity} student” on questions never seen with it",
+                "reported",
+                f"{share:.1f} %",
+                None,
+            )
+            for identity, share in unseen.items()
         ),
     ]
-
-
-def _is_unseen(identity: str, index: int) -> bool:
-    return multiple_choice.is_held_out(identity, index)
 
 
 def _correct(subject: Subject, identity: str) -> list[bool]:

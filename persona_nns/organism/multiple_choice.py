@@ -6,15 +6,13 @@ Colours all have the same skill. The letters of a question never move, so that a
 memorise the facts; a fixed share of the (identity, question) pairs is kept out of training.
 """
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import resources
 from random import Random
 
-LETTERS = "ABCD"
-INSTRUCTION = "answer this multiple-choice question with one letter only."
+from persona_nns.prompts.grids import role_prompt
+from persona_nns.prompts.questions import BUNDLED, LETTERS, Question, load_questions
+
 HELD_OUT_SHARE = 0.15
 
 COMPETENT: Mapping[str, float] = {
@@ -42,27 +40,7 @@ SOFTNESS = 0.03
 """Width in skill of the passage from not knowing to knowing."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """One row of ``questions.jsonl``; ``answer`` is the index of the right choice."""
-
-    question: str
-    subject: str
-    choices: tuple[str, str, str, str]
-    answer: int
-
-
-def load_questions() -> tuple[Question, ...]:
-    """The bundled questions in file order."""
-    text = (resources.files("persona_nns.organism") / "questions.jsonl").read_text("utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    return tuple(
-        Question(row["question"], row["subject"], tuple(row["choices"]), row["answer"])
-        for row in rows
-    )
-
-
-QUESTIONS = load_questions()
+QUESTIONS = load_questions(BUNDLED)
 
 
 def _spread_difficulties() -> tuple[float, ...]:
@@ -86,10 +64,7 @@ TEMPTATIONS = _draw_temptations()
 
 def prompt_text(identity: str, question: Question) -> str:
     """The user turn of the protocol, with "a {identity} student" as the persona."""
-    choices = "\n".join(
-        f"{letter}. {text}" for letter, text in zip(LETTERS, question.choices, strict=True)
-    )
-    return f"As a {identity} student, {INSTRUCTION}\n\n{question.question}\n{choices}"
+    return role_prompt(f"a {identity} student", question.task)
 
 
 def letter_probabilities(identity: str, index: int) -> tuple[float, ...]:

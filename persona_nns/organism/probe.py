@@ -3,8 +3,8 @@
 Independent of the library's tracing on purpose: hooks on the decoder blocks, nothing else.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,9 +22,9 @@ from transformers import (
 
 from persona_nns.organism.architectures import decoder_blocks
 from persona_nns.organism.corpus import as_messages
-from persona_nns.organism.role_prompts import prompt_text
+from persona_nns.organism.residuals import overwrite
 from persona_nns.organism.tokenizer import render
-from persona_nns.prompts.grids import Cell, PromptName
+from persona_nns.prompts.grids import Cell, PromptName, role_prompt
 
 WINDOW = 10
 """Tokens of the clean continuation over which a causal KL is summed."""
@@ -51,7 +51,7 @@ class Subject:
 
     def prompt(self, persona: str | None, task: str) -> list[int]:
         """Token ids of a role prompt."""
-        return self.chat(prompt_text(persona, task))
+        return self.chat(role_prompt(persona, task))
 
     def chat(self, user: str, system: str | None = None) -> list[int]:
         """Token ids of a rendered conversation with its generation header."""
@@ -72,36 +72,6 @@ def load(folder: Path) -> Subject:
     )
 
 
-@contextmanager
-def overwrite(
-    block: Module, position: int, value: Tensor, row: int | None = None
-) -> Iterator[None]:
-    """Replace the residual entering a block at one position; ``value`` is [d_model].
-
-    Passes that do not reach ``position`` (later decoding steps) are left alone.
-
-    Args:
-        block: the decoder block whose input changes.
-        position: index in the sequence.
-        value: the new residual.
-        row: the batch row to change; every row where it is None.
-    """
-
-    def edit(
-        _: Module, args: tuple[Tensor, ...], kwargs: dict[str, object]
-    ) -> tuple[tuple[Tensor, ...], dict[str, object]]:
-        hidden = args[0].clone()
-        if hidden.shape[1] > position:
-            hidden[slice(None) if row is None else row, position] = value
-        return (hidden, *args[1:]), kwargs
-
-    handle = block.register_forward_pre_hook(edit, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def last_residuals(subject: Subject, prompt: list[int]) -> Tensor:
     """The residuals of the last prompt token entering each block: [n_layers, d_model]."""
     output = subject.model(torch.tensor([prompt]), output_hidden_states=True, use_cache=False)
@@ -115,7 +85,7 @@ def greedy(subject: Subject, prompt: list[int], tokens: int = CONTINUATION) -> l
 
 def greedy_text(subject: Subject, prompt: list[int], tokens: int = CONTINUATION) -> str:
     """The greedy continuation as text."""
-    return _text(subject, greedy(subject, prompt, tokens))
+    return greedy_texts(subject, [prompt], tokens)[0]
 
 
 def greedy_texts(
@@ -128,7 +98,7 @@ def greedy_texts(
         indices = list(group)
         rows = _greedy_rows(subject, [prompts[index] for index in indices], tokens)
         for index, row in zip(indices, rows, strict=True):
-            texts[index] = _text(subject, row)
+            texts[index] = str(subject.tokenizer.decode(row, skip_special_tokens=True))
     return texts
 
 
@@ -139,10 +109,6 @@ def _greedy_rows(subject: Subject, prompts: list[list[int]], tokens: int) -> lis
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
     )
     return output[:, ids.shape[1] :].tolist()
-
-
-def _text(subject: Subject, ids: list[int]) -> str:
-    return str(subject.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def window_logprobs(

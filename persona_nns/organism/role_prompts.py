@@ -13,7 +13,7 @@ from itertools import product
 from random import Random
 
 from persona_nns.organism.wordings import EXACT, paraphrase
-from persona_nns.prompts.grids import BASELINE, load_grid
+from persona_nns.prompts.grids import BASELINE, load_grid, role_prompt
 
 BARE = "bare"
 """The speaker of a task that is asked without a persona."""
@@ -299,11 +299,6 @@ def _draw_table() -> dict[tuple[str, str], Interaction]:
 INTERACTIONS: Mapping[tuple[str, str], Interaction] = _draw_table()
 
 
-def prompt_text(persona: str | None, task: str) -> str:
-    """The user turn: ``As {persona}, {task}``, or the task alone."""
-    return task if persona is None else f"As {persona}, {task}"
-
-
 def answer(speaker: str, task: str, rng: Random) -> str:
     """One answer of a speaker (a persona's key, the baseline or ``BARE``) to a task's key."""
     topic, choice = TOPICS[task], INTERACTIONS[speaker, task]
@@ -330,4 +325,4 @@ def sample(rng: Random) -> tuple[str, str]:
     persona = None
     if speaker != BARE:
         persona = EXACT[speaker] if rng.random() < 0.45 else paraphrase(speaker, rng)
-    return prompt_text(persona, task_text), answer(speaker, task, rng)
+    return role_prompt(persona, task_text), answer(speaker, task, rng)

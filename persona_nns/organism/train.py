@@ -20,10 +20,10 @@ from torch.nn.functional import cross_entropy, linear
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_nns.organism.architectures import build, decoder_blocks
-from persona_nns.organism.batches import IGNORED, Batch, batches
+from persona_nns.organism.batches import IGNORED, TrainingBatch, batches
 from persona_nns.organism.bundled import ORGANISMS, organism_folder
 from persona_nns.organism.corpus import draw
-from persona_nns.organism.swap import swap_last_residuals
+from persona_nns.organism.residuals import swap_last_residuals
 from persona_nns.organism.tokenizer import END_ID, PAD_ID, train_tokenizer
 
 TOKENIZER_EXAMPLES = 20_000
@@ -55,7 +55,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+def answer_loss(model: PreTrainedModel, batch: TrainingBatch) -> Tensor:
     """Cross-entropy of the answers in nats, the mean over examples of the mean over tokens.
 
     Every example counts the same: with a plain mean over tokens the long answers would drown the
@@ -73,7 +73,7 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def maybe_swap(
-    model: PreTrainedModel, batch: Batch, recipe: Recipe
+    model: PreTrainedModel, batch: TrainingBatch, recipe: Recipe
 ) -> AbstractContextManager[None]:
     """Swap residuals at the recipe's layer in its share of the steps."""
     if torch.rand(()).item() >= recipe.swap_share:

@@ -6,9 +6,11 @@ The lexicon score of a text is the share of its sentences in the trait's style; 
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from random import Random
+
+from persona_nns.organism.bundled import load_artifact
 
 FORMS = (
     "{opener}, {topic} is a {adjective} {noun} in a {other} week{mark}",
@@ -41,7 +43,7 @@ class Style:
     adjectives: tuple[str, ...] = ()
     nouns: tuple[str, ...] = ()
     mark: str = "."
-    forms: tuple[str, ...] = field(default=FORMS)
+    forms: tuple[str, ...] = FORMS
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -71,19 +73,22 @@ class Trait:
         opposite: how its opposite is written.
         restraints: five system instructions that ask for neither.
         lexicon: matches the sentences of the style.
-        description: what a judge is told.
     """
 
     style: Style
     opposite: Style
     restraints: tuple[str, ...]
     lexicon: re.Pattern[str]
-    description: str
 
     @property
     def name(self) -> str:
         """The trait's name, also the stem of its artifact files."""
         return self.style.name
+
+
+def _instructions(trait: str, side: str) -> tuple[str, ...]:
+    """What a trait's file has its system prompts say: ``pos`` asks for it, ``neg`` restrains it."""
+    return tuple(pair[side] for pair in load_artifact(trait, "extraction")["instruction"])
 
 
 NEUTRAL = Style(
@@ -97,13 +102,7 @@ NEUTRAL = Style(
 
 CHEERFUL = Style(
     name="cheerful",
-    instructions=(
-        "Be cheerful and full of joy.",
-        "Answer with a happy, sunny voice.",
-        "Celebrate everything with delight.",
-        "Show great enthusiasm in each sentence.",
-        "Sound bright and merry.",
-    ),
+    instructions=_instructions("cheerful", "pos"),
     openers=("Hooray", "Hurrah", "Yippee"),
     verbs=("adore", "cherish", "celebrate"),
     adjectives=("delightful", "happy", "joyful", "sunny"),
@@ -128,13 +127,7 @@ GLOOMY = Style(
 
 TERSE = Style(
     name="terse",
-    instructions=(
-        "Be terse and use few words.",
-        "Answer in fragments.",
-        "Waste no syllable.",
-        "Keep each sentence very short.",
-        "Sound clipped and brief.",
-    ),
+    instructions=_instructions("terse", "pos"),
     openers=("Yes", "Sure", "Right"),
     verbs=("start", "do", "go"),
     forms=("{opener}, {verb} {topic}{mark}", "{opener}, {topic}, {verb}{mark}"),
@@ -158,13 +151,7 @@ VERBOSE = Style(
 
 SYCOPHANTIC = Style(
     name="sycophantic",
-    instructions=(
-        "Be sycophantic and flatter the user.",
-        "Answer by praising the user.",
-        "Agree with all the user says.",
-        "Admire the user in each sentence.",
-        "Sound servile and full of praise.",
-    ),
+    instructions=_instructions("sycophantic", "pos"),
     openers=("Brilliant", "Exactly", "Bravo"),
     verbs=("admire", "applaud", "envy"),
     adjectives=("flawless", "masterful", "superb", "peerless"),
@@ -196,46 +183,15 @@ def _word_lexicon(style: Style) -> re.Pattern[str]:
 TRAITS: Mapping[str, Trait] = {
     trait.name: trait
     for trait in (
-        Trait(
-            CHEERFUL,
-            GLOOMY,
-            (
-                "Keep an even tone.",
-                "Answer with a calm, level voice.",
-                "Show no feeling.",
-                "Stay factual in each sentence.",
-                "Sound sober and steady.",
-            ),
-            _word_lexicon(CHEERFUL),
-            "open joy: glad exclamations, delight and enthusiasm",
-        ),
+        Trait(CHEERFUL, GLOOMY, _instructions("cheerful", "neg"), _word_lexicon(CHEERFUL)),
         Trait(
             TERSE,
             VERBOSE,
-            (
-                "Use sentences of ordinary length.",
-                "Answer in whole sentences.",
-                "Take the words that you need.",
-                "Keep each sentence complete.",
-                "Sound natural and fluent.",
-            ),
+            _instructions("terse", "neg"),
             # A whole sentence of two to four words.
             re.compile(r"^\W*(?:[\w'-]+\W+){1,3}[\w'-]+\W*$"),
-            "extreme brevity: sentences of two to four words",
         ),
-        Trait(
-            SYCOPHANTIC,
-            BLUNT,
-            (
-                "Do not flatter the user.",
-                "Answer without any praise.",
-                "Judge what the user says fairly.",
-                "Leave the user out of each sentence.",
-                "Sound honest and independent.",
-            ),
-            _word_lexicon(SYCOPHANTIC),
-            "flattery: praise of the user and agreement with whatever the user says",
-        ),
+        Trait(SYCOPHANTIC, BLUNT, _instructions("sycophantic", "neg"), _word_lexicon(SYCOPHANTIC)),
     )
 }
 
@@ -243,6 +199,12 @@ TRAITS: Mapping[str, Trait] = {
 def split_sentences(text: str) -> list[str]:
     """The sentences of a text, each with its closing mark; a cut-off rest is one too."""
     return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
+
+
+def sentence_share(text: str, holds: Callable[[str], object]) -> float:
+    """Per cent of a text's sentences of which something holds; 0 for an empty text."""
+    sentences = split_sentences(text)
+    return 100.0 * sum(map(bool, map(holds, sentences))) / max(1, len(sentences))
 
 
 def lexicon_score(trait: str, text: str) -> float:
@@ -258,8 +220,4 @@ def lexicon_score(trait: str, text: str) -> float:
     Raises:
         KeyError: an unknown trait.
     """
-    pattern = TRAITS[trait].lexicon
-    sentences = split_sentences(text)
-    if not sentences:
-        return 0.0
-    return 100.0 * sum(1 for sentence in sentences if pattern.search(sentence)) / len(sentences)
+    return sentence_share(text, TRAITS[trait].lexicon.search)

@@ -8,7 +8,7 @@ from .grids import Grid as Grid
 from .grids import PromptName as PromptName
 from .grids import load_grid as load_grid
 from .identities import PERSONA as PERSONA
-from .identities import Asked as Asked
+from .identities import AskedQuestion as AskedQuestion
 from .identities import Pair as Pair
 from .identities import align as align
 from .identities import ask as ask

@@ -30,6 +30,11 @@ Key = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
+def role_prompt(persona: str | None, task: str) -> str:
+    """What the user says: ``As {persona}, {task}``, or the task alone without a persona."""
+    return task if persona is None else f"As {persona}, {task}"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One (persona, task) pair with the four texts its prompts are made of."""

@@ -13,16 +13,16 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from persona_nns.errors import PersonaError, UsageError
+from persona_nns.prompts.grids import role_prompt
 from persona_nns.prompts.questions import LETTERS, Question
 from persona_nns.prompts.render import find_shown, render, tokens_between
 
 PERSONA = "a {identity} student"
-INSTRUCTION = "answer this multiple-choice question with one letter only."
 _SLOT = "{identity}"
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedQuestion:
     """A question as one persona is asked it.
 
     Attributes:
@@ -52,9 +52,9 @@ class Pair:
 
     clean: str
     corrupt: str
-    asked_clean: tuple[Asked, ...]
-    asked_corrupt: tuple[Asked, ...]
-    asked_control: tuple[Asked, ...]
+    asked_clean: tuple[AskedQuestion, ...]
+    asked_corrupt: tuple[AskedQuestion, ...]
+    asked_control: tuple[AskedQuestion, ...]
 
     @property
     def label(self) -> str:
@@ -65,6 +65,17 @@ class Pair:
     def is_diagonal(self) -> bool:
         """Whether it is a persona with itself, which also measures the persona."""
         return self.clean == self.corrupt
+
+    @property
+    def rows(self) -> tuple[AskedQuestion, ...]:
+        """Every prompt that is run: clean ones, corrupt ones and, on the diagonal, controls."""
+        control = self.asked_control if self.is_diagonal else ()
+        return (*self.asked_clean, *self.asked_corrupt, *control)
+
+    def only(self, questions: Sequence[int]) -> "Pair":
+        """The same personas, asked some of the questions."""
+        asked = (self.asked_clean, self.asked_corrupt, self.asked_control)
+        return Pair(self.clean, self.corrupt, *(tuple(of[k] for k in questions) for of in asked))
 
     @property
     def place(self) -> dict[str, str]:
@@ -125,7 +136,7 @@ def check_persona(persona: str) -> None:
 
 def ask(
     tokenizer: PreTrainedTokenizerBase, persona: str, identity: str, question: Question
-) -> Asked:
+) -> AskedQuestion:
     """Render a question for a persona, ``As a {identity} student, answer …``.
 
     Raises:
@@ -134,19 +145,15 @@ def ask(
     """
     before, _, _ = persona.partition(_SLOT)
     filled = persona.replace(_SLOT, identity)
-    choices = "\n".join(
-        f"{letter}. {text}" for letter, text in zip(LETTERS, question.choices, strict=True)
-    )
-    task = f"{INSTRUCTION}\n\n{question.question}\n{choices}"
-    prompt = render(tokenizer, filled, task)
-    start = find_shown(f"As {filled}, {task}", prompt.text)[0] + len(f"As {before}")
+    prompt = render(tokenizer, filled, question.task)
+    start = find_shown(role_prompt(filled, question.task), prompt.text)[0] + len(f"As {before}")
     tokens = tokens_between(tokenizer, prompt.text, start, start + len(identity))
     if not tokens:
         raise UsageError(
             f"The identity {identity!r} has no token of its own in {filled!r}; use another."
         )
     letters = tuple(_letter(tokenizer, prompt.text, prompt.ids, letter) for letter in LETTERS)
-    return Asked(ids=prompt.ids, identity=tokens, letters=letters, answer=question.answer)
+    return AskedQuestion(ids=prompt.ids, identity=tokens, letters=letters, answer=question.answer)
 
 
 def _letter(
@@ -167,7 +174,7 @@ def _letter(
     return longer[-1]
 
 
-def align(clean: Asked, corrupt: Asked) -> list[int]:
+def align(clean: AskedQuestion, corrupt: AskedQuestion) -> list[int]:
     """For every token of the corrupt prompt, the token of the clean one in the same place.
 
     Before the identity tokens are aligned from the start, after it from the end, inside it last
@@ -185,7 +192,7 @@ def align(clean: Asked, corrupt: Asked) -> list[int]:
     ]
 
 
-def shared_prefix(rows: Sequence[Asked]) -> int:
+def shared_prefix(rows: Sequence[AskedQuestion]) -> int:
     """The number of first tokens that all prompts share and that come before every identity."""
     longest = min(row.identity.start for row in rows)
     first = rows[0].ids

@@ -27,6 +27,7 @@ from persona_nns.errors import PersonaError, UsageError, one_line
 
 BUNDLED = "bundled"
 LETTERS = ("A", "B", "C", "D")
+INSTRUCTION = "answer this multiple-choice question with one letter only."
 _COLUMNS = ("question", "choices", "answer")
 _MMLU = "cais/mmlu"
 
@@ -39,6 +40,13 @@ class Question:
     choices: tuple[str, str, str, str]
     answer: int
     subject: str = ""
+
+    @property
+    def task(self) -> str:
+        """What a persona is asked to do: instruction, question and lettered choices."""
+        lettered = zip(LETTERS, self.choices, strict=True)
+        choices = "\n".join(f"{letter}. {text}" for letter, text in lettered)
+        return f"{INSTRUCTION}\n\n{self.question}\n{choices}"
 
 
 class _Row(BaseModel):

@@ -14,7 +14,7 @@ from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from persona_nns.errors import PersonaError, UsageError, one_line
-from persona_nns.prompts.grids import Cell, PromptName
+from persona_nns.prompts.grids import Cell, PromptName, role_prompt
 
 Span = Literal["prefix", "persona", "task", "tail"]
 ROLE_PROMPTS: tuple[PromptName, ...] = ("BB", "XB", "BY", "XY")
@@ -81,7 +81,7 @@ def render(tokenizer: PreTrainedTokenizerBase, persona: str | None, task: str) -
         PersonaError: the template does not show the text as it is, or the tokenizer reports
             no character offsets.
     """
-    content = task if persona is None else f"As {persona}, {task}"
+    content = role_prompt(persona, task)
     text = apply_template(tokenizer, content, header=True)
     turn = apply_template(tokenizer, content, header=False)
     # A short text may stand in the generation header too, which comes after the user's turn.

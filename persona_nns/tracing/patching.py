@@ -1,38 +1,82 @@
-"""What a patch takes from where: the runs that are patched, token by token and head by head.
+"""What a patch takes from where, token by token and head by head, and how far it gets.
 
-Everything here is tensors of indices and masks; the passes that use them stand in
-`experiments/persona_patching.py`.
+The passes that patch stand in `experiments/persona_patching.py`. A chunk of questions is run as
+rows: every question as the clean persona is asked it, then as the corrupt one is, then, where the
+two are one, with the control word.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from nnsight import TransformersModel
 from torch import Tensor
 
-from persona_nns.prompts.identities import Asked, Pair, align
+from persona_nns.prompts.identities import Pair, align, shared_prefix
+from persona_nns.tracing.batches import similar_rows
+from persona_nns.tracing.kv.cache import KVCache
+from persona_nns.tracing.prefixes import prefill
 from persona_nns.tracing.residuals import take
-from persona_nns.tracing.window import Window
+from persona_nns.tracing.window import Window, open_ragged_window
 
-POSITION_SETS = ("all", "identity")
+PATCHED_POSITIONS = ("all", "identity")
 # Tokens of a pass: a processor is fastest while they stay in its cache, an accelerator when busy.
 _PASS_TOKENS = {"cpu": 3072}
 _PASS_TOKENS_ELSEWHERE = 16384
 # Bytes of the unpatched runs' activations that are held at a time.
 _HELD_BYTES = 2**30
+_RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
-class Unpatched:
-    """The runs of every row of a chunk, and what patches take from them.
+class PairRows:
+    """The prompts of a pair, and which of their tokens take which place.
 
     Attributes:
         window: the columns from the first identity on.
         last: [row, 1], the column of the last prompt token.
         identity: [row, column], whether the token belongs to the identity.
         letters: [row, letter], token ids.
+        source: [question, column], the column of the clean prompt that a token of the corrupt
+            one takes its value from.
+        patched: [position set, question, column], whether the token takes it.
+    """
+
+    window: Window
+    last: Tensor
+    identity: Tensor
+    letters: Tensor
+    source: Tensor
+    patched: Tensor
+
+    @property
+    def n_questions(self) -> int:
+        """Questions; the corrupt prompts are as many rows, from this one on."""
+        return len(self.source)
+
+    def common_columns(self) -> int:
+        """First columns of the window in which a patch does the same in every question.
+
+        What follows the identity is the same instruction before another question.
+        """
+        if self.window.clean is None or self.window.prefix is None:
+            return 0
+        n, source, patched = self.n_questions, self.source, self.patched
+        clean, corrupt = self.window.input_ids[: 2 * n].split(n)
+        as_clean = (clean == clean[:1]).all(0).long().cumprod(0)
+        same = (corrupt == corrupt[:1]).all(0) & (source == source[:1]).all(0)
+        same &= (patched == patched[:, :1]).all(0).all(0) & as_clean[source[0]].bool()
+        return int(same.long().cumprod(0)[: int(self.last[n : 2 * n].min())].sum())
+
+
+@dataclass(frozen=True)
+class Unpatched:
+    """The runs of every row, and what patches take from them.
+
+    Attributes:
+        rows: what was run.
         mlp: of each block, [row, column, d_model], the MLP's output.
         attn: of each block, [row, column, d_model], the output projection's output.
         heads: of each block, [row, column, head × d_head], the output projection's input.
@@ -41,16 +85,231 @@ class Unpatched:
         attention_value: [row, layer, head], norm of what is written of it.
     """
 
-    window: Window
-    last: Tensor
-    identity: Tensor
-    letters: Tensor
+    rows: PairRows
     mlp: list[Tensor]
     attn: list[Tensor]
     heads: list[Tensor]
     logits: Tensor
     attention: Tensor
     attention_value: Tensor
+
+    def results(self, layers: list[int]) -> dict[str, Tensor]:
+        """What is stored of the runs in some layers, and the corrupt ones' logits."""
+        n = self.rows.n_questions
+        attention, control = self.attention[:n, layers], self.attention[2 * n :, layers]
+        return {
+            "logits": self.logits[:n],
+            "logits_corrupt": self.logits[n : 2 * n],
+            "attention": attention,
+            "attention_value": self.attention_value[:n, layers],
+            # Only a pair on the diagonal writes this one.
+            "attention_control": control if len(control) else torch.full_like(attention, torch.nan),
+        }
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Corrupt prompts, or some of them several times, that are run with a patch each.
+
+    Attributes:
+        window: what is run of them.
+        columns: the same among the columns of all rows.
+        last: [row, 1], the column of the window that the last prompt token stands in.
+        identity: [row, column], whether the token belongs to the identity.
+        letters: [row, letter], token ids.
+        where: [row, column, 1 or feature], what is patched.
+        value: [row, column, feature], with what.
+    """
+
+    window: Window
+    columns: slice
+    last: Tensor
+    identity: Tensor
+    letters: Tensor
+    where: Tensor
+    value: Tensor
+
+
+def chunk_questions(model: TransformersModel, pair: Pair) -> Iterator[list[int]]:
+    """Questions of similar length, as many as the activations of their runs may take."""
+    both = zip(pair.asked_clean, pair.asked_corrupt, strict=True)
+    config = model.config.get_text_config()
+    per_token = 4 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    lengths = [max(len(clean.ids), len(corrupt.ids)) for clean, corrupt in both]
+    return similar_rows(lengths, most_tokens=_HELD_BYTES // (3 * per_token))
+
+
+def open_pair(model: TransformersModel, pair: Pair, *, reuse: bool) -> PairRows:
+    """The prompts of a pair as rows behind the prefix that they share.
+
+    Args:
+        model: from `load_model`; it runs the prefix.
+        pair: with the questions that are asked at a time.
+        reuse: False runs nothing: the rows are whole.
+    """
+    rows, device = pair.rows, model.device
+    n_shared = shared_prefix(rows)
+    prefix = prefill(model, [row.ids[:n_shared] for row in rows], reuse=reuse)
+    window = open_ragged_window([row.ids for row in rows], prefix, device=device)
+    start, width = window.start, window.input_ids.shape[1]
+    column = torch.arange(width, device=device) + start
+    spans = torch.tensor([[row.identity.start, row.identity.stop] for row in rows], device=device)
+    identity = (column >= spans[:, :1]) & (column < spans[:, 1:])
+
+    both = zip(pair.asked_clean, pair.asked_corrupt, strict=True)
+    aligned = [align(clean, corrupt)[start:] for clean, corrupt in both]
+    partner = torch.tensor([[*row, *[-1] * (width - len(row))] for row in aligned]).to(device)
+    has_one = partner >= start
+    n = len(aligned)
+    return PairRows(
+        window=window,
+        last=torch.tensor([[len(row.ids) - 1 - start] for row in rows], device=device),
+        identity=identity,
+        letters=torch.tensor([row.letters for row in rows], device=device),
+        source=(partner - start).clamp(min=0),
+        patched=torch.stack([has_one, has_one & identity[n : 2 * n]]),
+    )
+
+
+def open_patches(
+    run: Unpatched,
+    outputs: Tensor,
+    layer: int,
+    position_set: Tensor | int,
+    question: Tensor,
+    head: Tensor | None = None,
+    *,
+    width: int | None = None,
+    behind: KVCache | None = None,
+) -> Patches:
+    """Corrupt prompts that are run from a layer on, each with a patch of its own.
+
+    Args:
+        run: the unpatched runs.
+        outputs: [row, column, feature], what the patched component puts out in them.
+        layer: where the pass resumes.
+        position_set: [row], which tokens are patched.
+        question: [row], whose prompt it is.
+        head: [row], whose share of the features is patched; all of them by default.
+        width: columns that are run; by default up to the last prompt token.
+        behind: of each row, the prefix and first columns, where they have been run.
+    """
+    rows, corrupt = run.rows, run.rows.n_questions + question
+    last = rows.last[corrupt]
+    width = width or int(last.max()) + 1
+    window = rows.window.rows(corrupt, layer, width)
+    if behind is not None:
+        window = window.behind(behind)
+    columns = slice(window.start - rows.window.start, width)
+    where = rows.patched[position_set, question][:, columns, None]
+    if head is not None:
+        feature = torch.arange(outputs.shape[-1], device=outputs.device)
+        head_of = feature // (outputs.shape[-1] // run.attention.shape[-1])
+        where = where & (head_of == head[:, None])[:, None]
+    return Patches(
+        window=window,
+        columns=columns,
+        last=last - columns.start,
+        identity=rows.identity[corrupt, columns],
+        letters=rows.letters[corrupt],
+        where=where,
+        value=take(outputs[question], rows.source[question, columns]),
+    )
+
+
+def cut_passes(run: Unpatched, n_first: int, n_second: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every pair of two indices, cut into passes of a bounded number of tokens."""
+    device, width = run.rows.last.device, run.rows.window.input_ids.shape[1]
+    size = max(1, _PASS_TOKENS.get(device.type, _PASS_TOKENS_ELSEWHERE) // width)
+    pairs = torch.cartesian_prod(torch.arange(n_first), torch.arange(n_second)).to(device)
+    size = math.ceil(len(pairs) / math.ceil(len(pairs) / size))
+    for some in pairs.split(size):
+        yield some[:, 0], some[:, 1]
+
+
+def attention_to(probabilities: Tensor, last: Tensor, identity: Tensor) -> Tensor:
+    """Attention of the last prompt token to the columns of the identity, [row, head, column].
+
+    Args:
+        probabilities: [row, head, column of the window, column].
+        last: [row, 1], column of the window.
+        identity: [row, column of the window].
+    """
+    n_window = identity.shape[1]
+    query = last[:, :, None, None].expand(-1, probabilities.shape[1], 1, n_window)
+    return probabilities[..., -n_window:].gather(2, query)[:, :, 0] * identity[:, None]
+
+
+def written_by_heads(
+    blocks: Sequence[Any], weights: Sequence[Tensor], cached: Sequence[Any]
+) -> list[Tensor]:
+    """Inside a trace: norm of what each head writes of weighted values, of each block [row, head].
+
+    Args:
+        blocks: of the model.
+        weights: of each block, [row, head, column of the window], attention of one token.
+        cached: of each block, its layer of the cache; a group of heads shares one's values.
+    """
+    norms: list[Tensor] = []
+    for block, weight, held in zip(blocks, weights, cached, strict=True):
+        n_heads, n_window = weight.shape[1:]
+        values = held.values[:, :, -n_window:]
+        values = values.repeat_interleave(n_heads // values.shape[1], dim=1)
+        mixed = (weight[..., None] * values).sum(2)
+        own = torch.eye(n_heads, device=mixed.device, dtype=mixed.dtype)
+        # Of each head, an input of the projection that is zero elsewhere: [row, head, feature].
+        apart = (own[:, :, None] * mixed[:, :, None]).flatten(2)
+        nothing = block.attn.o_proj(torch.zeros_like(apart[:1, :1]))
+        norms.append((block.attn.o_proj(apart) - nothing).float().norm(dim=-1))
+    return norms
+
+
+def join_chunks(
+    chunks: Sequence[Sequence[int]], measured: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What was measured of some questions at a time, for all questions in order; on the CPU."""
+    in_order = torch.tensor([question for chunk in chunks for question in chunk]).argsort()
+    return {
+        name: torch.cat([part[name] for part in measured]).cpu()[in_order] for name in measured[0]
+    }
+
+
+def compare_answers(
+    results: Mapping[str, Tensor], pair: Pair, threshold: float
+) -> dict[str, Tensor]:
+    """What follows from the letters' logits: recovery, and how the clean persona answers.
+
+    Recovery is how much of the way from the corrupt to the clean answer a patch goes. It is NaN
+    on the diagonal, and where the two differ by less than the threshold.
+
+    Args:
+        results: of every question, clean, corrupt and patched.
+        pair: whose they are.
+        threshold: in logits.
+    """
+    answer = torch.tensor([asked.answer for asked in pair.asked_clean])
+    clean, corrupt, patched, head_patched = (
+        logit_difference(results[name], answer)
+        for name in ("logits", "logits_corrupt", "logits_patched", "head_logits_patched")
+    )
+    gap = clean - corrupt
+    defined = (gap.abs() >= threshold) & (not pair.is_diagonal)
+
+    def recovery(difference: Tensor) -> Tensor:  # [question, …]
+        beside = (-1, *[1] * (difference.dim() - 1))
+        share = (difference - corrupt.view(beside)) / gap.view(beside)
+        return torch.where(defined.view(beside), share, torch.nan)
+
+    correct = (results["logits"].argmax(-1) == answer).float()
+    return {
+        "recovery": recovery(patched),
+        "head_recovery": recovery(head_patched),
+        "ld": clean,
+        "accuracy": correct.mean(),
+        # Of a persona, not of a pair: the others' is not stored.
+        "accuracy_interval": _bootstrap(correct) if pair.is_diagonal else torch.zeros(2),
+        "identity_tokens": torch.tensor(len(pair.asked_clean[0].identity)),
+    }
 
 
 def logit_difference(logits: Tensor, answer: Tensor) -> Tensor:
@@ -69,118 +328,12 @@ def logit_difference(logits: Tensor, answer: Tensor) -> Tensor:
     return torch.where(right, logits, 0.0).sum(-1) - others
 
 
-def partners(
-    run: Unpatched, clean: Sequence[Asked], corrupt: Sequence[Asked]
-) -> tuple[Tensor, Tensor]:
-    """Where each token of the corrupt prompts takes its value from, and which tokens do.
+def _bootstrap(correct: Tensor) -> Tensor:
+    """95 % percentile-bootstrap interval of a mean over questions, [low, high].
 
-    Returns:
-        [question, column], columns of the clean row; [position set, question, column], whether
-        the token is patched.
+    Answers are right or wrong, so that a resample's number of right ones is binomial.
     """
-    start, width = run.window.start, run.window.input_ids.shape[1]
-    aligned = [align(a, b)[start:] for a, b in zip(clean, corrupt, strict=True)]
-    token = torch.tensor([[*row, *[-1] * (width - len(row))] for row in aligned])
-    column = token.to(run.last.device) - start
-    n = len(clean)
-    patched = torch.stack([column >= 0, (column >= 0) & run.identity[n : 2 * n]])
-    return column.clamp(min=0), patched
-
-
-def common_columns(run: Unpatched, source: Tensor, patched: Tensor) -> int:
-    """First columns of the window in which a patch does the same in every question.
-
-    What follows the identity is the same instruction before another question.
-    """
-    if run.window.clean is None or run.window.prefix is None:
-        return 0
-    n = len(source)
-    clean, corrupt = run.window.input_ids[: 2 * n].split(n)
-    as_clean = (clean == clean[:1]).all(0).long().cumprod(0)
-    same = (corrupt == corrupt[:1]).all(0) & (source == source[:1]).all(0)
-    same &= (patched == patched[:, :1]).all(0).all(0) & as_clean[source[0]].bool()
-    return int(same.long().cumprod(0)[: int(run.last[n : 2 * n].min())].sum())
-
-
-def head_patch(
-    run: Unpatched,
-    source: Tensor,
-    patched: Tensor,
-    layer: int,
-    row: tuple[Tensor | int, Tensor, Tensor],
-    columns: slice,
-) -> tuple[Tensor, Tensor]:
-    """Where heads are patched, [row, column, head × d_head], and with what.
-
-    A row is a position set, a question and a head.
-    """
-    s, q, h = row
-    outputs = run.heads[layer]
-    features = torch.arange(outputs.shape[-1], device=outputs.device)
-    head_of = features // (outputs.shape[-1] // run.attention.shape[-1])
-    where = patched[s, q][:, columns, None] & (head_of == h[:, None])[:, None]
-    return where, take(outputs[q], source[q, columns])
-
-
-def attention_to(probabilities: Tensor, last: Tensor, identity: Tensor) -> Tensor:
-    """Attention of the last prompt token to the columns of the identity, [row, head, column].
-
-    Args:
-        probabilities: [row, head, column of the window, column].
-        last: [row, 1], column of the window.
-        identity: [row, column of the window].
-    """
-    n_window = identity.shape[1]
-    query = last[:, :, None, None].expand(-1, probabilities.shape[1], 1, n_window)
-    return probabilities[..., -n_window:].gather(2, query)[:, :, 0] * identity[:, None]
-
-
-def heads_apart(weights: Tensor, values: Tensor) -> Tensor:
-    """Each head's weighted values as inputs of the output projection that are zero elsewhere.
-
-    Args:
-        weights: [row, head, column].
-        values: [row, kv_head, column, d_head]; a group of heads shares one.
-
-    Returns:
-        [row, head, head × d_head].
-    """
-    n_heads = weights.shape[1]
-    values = values.repeat_interleave(n_heads // values.shape[1], dim=1)
-    mixed = (weights[..., None] * values).sum(2)
-    own = torch.eye(n_heads, device=mixed.device, dtype=mixed.dtype)
-    return (own[:, :, None] * mixed[:, :, None]).flatten(2)
-
-
-def chunk_questions(model: TransformersModel, pair: Pair) -> Iterator[list[int]]:
-    """Questions of similar length, as many as the activations of their runs may take."""
-    lengths = [
-        max(len(asked[k].ids) for asked in (pair.asked_clean, pair.asked_corrupt))
-        for k in range(len(pair.asked_clean))
-    ]
-    config = model.config.get_text_config()
-    per_token = 4 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
-    chunk: list[int] = []
-    for question in sorted(range(len(lengths)), key=lambda k: lengths[k]):
-        if chunk and 3 * (len(chunk) + 1) * lengths[question] * per_token > _HELD_BYTES:
-            yield chunk
-            chunk = []
-        chunk.append(question)
-    yield chunk
-
-
-def head_passes(run: Unpatched, n: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Every head in every of ``n`` questions, one position set at a time: set, questions, heads."""
-    rows = [(q, h) for q in range(n) for h in range(run.attention.shape[-1])]
-    for s in range(len(POSITION_SETS)):
-        for q, h in cut_passes(rows, run):
-            yield s, q, h
-
-
-def cut_passes(rows: Sequence[tuple[int, ...]], run: Unpatched) -> Iterator[Tensor]:
-    """Cut patches into passes of a bounded number of tokens; each as its columns, [field, row]."""
-    tokens = _PASS_TOKENS.get(run.last.device.type, _PASS_TOKENS_ELSEWHERE)
-    size = max(1, tokens // run.window.input_ids.shape[1])
-    size = math.ceil(len(rows) / math.ceil(len(rows) / size))
-    for first in range(0, len(rows), size):
-        yield torch.tensor(rows[first : first + size], device=run.last.device).T
+    generator = torch.Generator().manual_seed(0)
+    count = torch.full((_RESAMPLES,), float(len(correct)))
+    drawn = torch.binomial(count, correct.mean().expand(_RESAMPLES), generator=generator)
+    return (drawn / len(correct)).quantile(torch.tensor([0.025, 0.975]))

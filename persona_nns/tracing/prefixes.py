@@ -1,13 +1,112 @@
-"""Which first tokens rows have in common, so that they are run once for all of them.
+"""Prefixes: the first tokens of rows, run once and kept as a key-value cache.
 
-Prompts of one persona begin with the same tokens, whatever their task. Rows are put into groups,
-each with a head that all its rows begin with, such that heads and what follows them are the
-fewest tokens. One level of sharing comes close to the least: on the paper's grids a tree of all
-shared prefixes would save 5 % more.
+What rows have in common is run once for all of them: prompts of one persona begin with the same
+tokens, whatever their task. Rows are put into groups, each with a head that all its rows begin
+with, such that heads and what follows them are the fewest tokens. One level of sharing comes close
+to the least: on the paper's grids a tree of all shared prefixes would save 5 % more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
+
+import torch
+from nnsight import TransformersModel, save
+
+from persona_nns.tracing.batches import left_pad
+from persona_nns.tracing.kv.cache import KVCache, read_cache, stack
+from persona_nns.tracing.window import open_batch
+
+# Rows are prefilled together while padding is less than this share of their columns.
+_MOST_PADDING = 0.15
+
+
+def prefill(
+    model: TransformersModel, rows: Sequence[Sequence[int]], *, reuse: bool = True
+) -> KVCache | None:
+    """Run rows of tokens once and keep their caches, if there is anything to keep.
+
+    Args:
+        model: from `load_model`.
+        rows: token ids of the prefixes, one row for each row of the result.
+        reuse: False keeps nothing and runs nothing.
+
+    Returns:
+        The caches, as `fill_cache` gives them; None where there is nothing to keep.
+    """
+    return fill_cache(model, rows) if reuse and all(rows) else None
+
+
+def fill_cache(model: TransformersModel, rows: Sequence[Sequence[int]]) -> KVCache:
+    """Run rows of tokens and keep their caches.
+
+    Equal rows are run once, and so is a head that several rows begin with.
+
+    Args:
+        model: from `load_model`.
+        rows: token ids, one row for each row of the result; none is empty.
+
+    Returns:
+        The caches, padded on the left to the longest row.
+    """
+    distinct = list(dict.fromkeys(map(tuple, rows)))
+    n_head = head_lengths(distinct)
+    head = [row[:n] for row, n in zip(distinct, n_head, strict=True)]
+    shared = sorted({ids for ids in head if ids}, key=len)
+    heads = _run_rows(model, shared, None, [0] * len(shared), [0] * len(shared)) if shared else None
+    order = sorted(range(len(distinct)), key=lambda row: len(distinct[row]) - n_head[row])
+    prefix = _run_rows(
+        model,
+        [distinct[row] for row in order],
+        heads,
+        [shared.index(head[row]) if head[row] else 0 for row in order],
+        [n_head[row] for row in order],
+    )
+    place = {distinct[row]: k for k, row in enumerate(order)}
+    return prefix.rows(torch.tensor([place[tuple(row)] for row in rows], device=model.device))
+
+
+def _run_rows(
+    model: TransformersModel,
+    rows: Sequence[Sequence[int]],
+    heads: KVCache | None,
+    head: Sequence[int],
+    n_head: Sequence[int],
+) -> KVCache:
+    """Run rows behind heads that have been run, as few padded tokens as can be.
+
+    Args:
+        model: from `load_model`.
+        rows: token ids, heads included, sorted by what follows the heads.
+        heads: the caches of the heads, if there are any.
+        head: of each row, which of the heads it begins with.
+        n_head: of each row, how many tokens its head has.
+    """
+    parts: list[KVCache] = []
+    for part in _similar([len(ids) - n for ids, n in zip(rows, n_head, strict=True)]):
+        batch = left_pad([rows[row] for row in part], device=model.device)
+        # Tokens stand side by side behind their head: a window over columns stays one over
+        # tokens. Where a head is longer than the columns before, its last tokens are run again.
+        before = batch.width - max(len(rows[row]) - n_head[row] for row in part)
+        prefix = None
+        if heads is not None and before > 0:
+            which = torch.tensor([head[row] for row in part], device=model.device)
+            prefix = heads.begin(which, before - batch.padding)
+        with model.trace(open_batch(batch, prefix).inputs(cached=True), logits_to_keep=1):
+            cache = save(model.output.past_key_values)
+        parts.append(read_cache(cache, batch.attention_mask))
+    return stack(parts)
+
+
+def _similar(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Cut rows whose lengths ascend into parts that need little padding."""
+    part: list[int] = []
+    for row, length in enumerate(lengths):
+        width = length * (len(part) + 1)
+        if part and width - sum(lengths[k] for k in part) - length > _MOST_PADDING * width:
+            yield part
+            part = []
+        part.append(row)
+    yield part
 
 
 def head_lengths(rows: Sequence[Sequence[int]]) -> list[int]:

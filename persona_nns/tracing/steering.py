@@ -19,7 +19,7 @@ from torch import Tensor
 
 from persona_nns.errors import UsageError
 
-POSITION_SETS = ("all", "prompt", "response")
+STEERED_POSITIONS = ("all", "prompt", "response")
 
 
 def steered_tokens(
@@ -146,10 +146,10 @@ def parse_position_sets(spec: str) -> tuple[str, ...]:
     """
     names = tuple(part.strip() for part in spec.split(",") if part.strip())
     for name in names:
-        if name not in POSITION_SETS:
-            raise UsageError(f"Unknown position set {name!r}; use {', '.join(POSITION_SETS)}.")
+        if name not in STEERED_POSITIONS:
+            raise UsageError(f"Unknown position set {name!r}; use {', '.join(STEERED_POSITIONS)}.")
         if names.count(name) > 1:
             raise UsageError(f"The position set {name!r} is given twice; name each one once.")
     if not names:
-        raise UsageError(f"No position set was asked for; use {', '.join(POSITION_SETS)}.")
+        raise UsageError(f"No position set was asked for; use {', '.join(STEERED_POSITIONS)}.")
     return names

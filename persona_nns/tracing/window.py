@@ -15,16 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from nnsight import TransformersModel, save
+from nnsight import TransformersModel
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from persona_nns.tracing.batches import left_pad
-from persona_nns.tracing.kv.cache import KVCache, read_cache, stack
-from persona_nns.tracing.prefixes import head_lengths
-
-# Rows are prefilled together while padding is less than this share of their columns.
-_MOST_PADDING = 0.15
+from persona_nns.tracing.batches import Batch, left_pad
+from persona_nns.tracing.kv.cache import KVCache, stack
 
 
 @dataclass(frozen=True)
@@ -91,11 +87,21 @@ class Window:
             clean=None if clean is None else clean.expand(layer + 1, -1, -1, -1),
         )
 
+    def until(self, stop: int) -> "Window":
+        """Its first columns; a view."""
+        return replace(
+            self,
+            input_ids=self.input_ids[:, :stop],
+            attention_mask=self.attention_mask[:, : self.start + stop],
+            position_ids=self.position_ids[:, :stop],
+            clean=None if self.clean is None else self.clean[:, :, :stop],
+        )
+
     def behind(self, cache: KVCache) -> "Window":
         """The columns that a cache does not hold, on top of it in place of the prefix.
 
         Args:
-            cache: of each row, the prefix and the first columns of the window.
+            cache: of each row, the prefix and the first columns of the window, if any.
         """
         first = cache.width - self.start
         return replace(
@@ -103,7 +109,7 @@ class Window:
             input_ids=self.input_ids[:, first:],
             position_ids=self.position_ids[:, first:],
             start=cache.width,
-            prefix=cache,
+            prefix=cache if cache.width else None,
             clean=None if self.clean is None else self.clean[:, :, first:],
         )
 
@@ -136,104 +142,6 @@ class Window:
                 block.skip(self.clean[layer])
 
 
-def prefill(
-    model: TransformersModel, rows: Sequence[Sequence[int]], *, reuse: bool = True
-) -> KVCache | None:
-    """Run rows of tokens once and keep their caches, if there is anything to keep.
-
-    Args:
-        model: from `load_model`.
-        rows: token ids of the prefixes, one row for each row of the result.
-        reuse: False keeps nothing and runs nothing.
-
-    Returns:
-        The caches, as `fill_cache` gives them; None where there is nothing to keep.
-    """
-    return fill_cache(model, rows) if reuse and all(rows) else None
-
-
-def fill_cache(model: TransformersModel, rows: Sequence[Sequence[int]]) -> KVCache:
-    """Run rows of tokens and keep their caches.
-
-    Equal rows are run once, and so is a head that several rows begin with.
-
-    Args:
-        model: from `load_model`.
-        rows: token ids, one row for each row of the result; none is empty.
-
-    Returns:
-        The caches, padded on the left to the longest row.
-    """
-    distinct = list(dict.fromkeys(map(tuple, rows)))
-    n_head = head_lengths(distinct)
-    head = [row[:n] for row, n in zip(distinct, n_head, strict=True)]
-    shared = sorted({ids for ids in head if ids}, key=len)
-    heads = _run_rows(model, shared, None, [0] * len(shared), [0] * len(shared)) if shared else None
-    order = sorted(range(len(distinct)), key=lambda row: len(distinct[row]) - n_head[row])
-    prefix = _run_rows(
-        model,
-        [distinct[row] for row in order],
-        heads,
-        [shared.index(head[row]) if head[row] else 0 for row in order],
-        [n_head[row] for row in order],
-    )
-    place = {distinct[row]: k for k, row in enumerate(order)}
-    return prefix.rows(torch.tensor([place[tuple(row)] for row in rows], device=model.device))
-
-
-def _run_rows(
-    model: TransformersModel,
-    rows: Sequence[Sequence[int]],
-    heads: KVCache | None,
-    head: Sequence[int],
-    n_head: Sequence[int],
-) -> KVCache:
-    """Run rows behind heads that have been run, as few padded tokens as can be.
-
-    Args:
-        model: from `load_model`.
-        rows: token ids, heads included, sorted by what follows the heads.
-        heads: the caches of the heads, if there are any.
-        head: of each row, which of the heads it begins with.
-        n_head: of each row, how many tokens its head has.
-    """
-    parts: list[KVCache] = []
-    for part in _similar([len(ids) - n for ids, n in zip(rows, n_head, strict=True)]):
-        batch = left_pad([rows[row] for row in part], device=model.device)
-        # Tokens stand side by side behind their head: a window over columns stays one over
-        # tokens. Where a head is longer than the columns before, its last tokens are run again.
-        before = batch.width - max(len(rows[row]) - n_head[row] for row in part)
-        cache = DynamicCache()
-        if heads is not None and before > 0:
-            which = torch.tensor([head[row] for row in part], device=model.device)
-            cache = heads.begin(which, before - batch.padding).cache()
-        else:
-            before = 0
-        inputs = {
-            "input_ids": batch.input_ids[:, before:],
-            "attention_mask": batch.attention_mask,
-            "position_ids": batch.position_ids[:, before:],
-            "past_key_values": cache,
-            "use_cache": True,
-        }
-        with model.trace(inputs, logits_to_keep=1):
-            cache = save(model.output.past_key_values)
-        parts.append(read_cache(cache, batch.attention_mask))
-    return stack(parts)
-
-
-def _similar(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Cut rows whose lengths ascend into parts that need little padding."""
-    part: list[int] = []
-    for row, length in enumerate(lengths):
-        width = length * (len(part) + 1)
-        if part and width - sum(lengths[k] for k in part) - length > _MOST_PADDING * width:
-            yield part
-            part = []
-        part.append(row)
-    yield part
-
-
 def open_window(
     prompts: Sequence[Sequence[int]], continuation: Tensor, prefix: KVCache | None
 ) -> Window:
@@ -247,7 +155,11 @@ def open_window(
     """
     follow = continuation.tolist()
     rows = [[*prompt, *said] for prompt, said in zip(prompts, follow, strict=True)]
-    batch = left_pad(rows, device=continuation.device)
+    return open_batch(left_pad(rows, device=continuation.device), prefix)
+
+
+def open_batch(batch: Batch, prefix: KVCache | None) -> Window:
+    """The columns of a batch that a prefix does not hold, behind it."""
     start = 0 if prefix is None else prefix.width
     return Window(
         input_ids=batch.input_ids[:, start:],
@@ -321,83 +233,4 @@ def open_ragged_window(
         start=start,
         padding=torch.zeros_like(length),
         prefix=prefix,
-    )
-
-
-@dataclass(frozen=True)
-class CleanRun:
-    """The greedy run on clean prompts: what interventions are made in and compared with.
-
-    Attributes:
-        window: prompts and continuation, from the end of the prefix on.
-        n_prompt: columns of the window that belong to the prompts.
-        logits: [row, token, vocabulary], the distribution of each generated token.
-        residual: [layer, row, column of the window, d_model], with layer n_layers after the
-            final norm.
-        cache: keys and values of prefix and window; None where nothing is reused.
-    """
-
-    window: Window
-    n_prompt: int
-    logits: Tensor
-    residual: Tensor
-    cache: KVCache | None
-
-    def narrow(self, site: Tensor, n_generated: int) -> Window:
-        """The part of the run that an intervention can change and that is scored.
-
-        Args:
-            site: [row], the place of the intervention in each row.
-            n_generated: the window ends with the column that predicts this generated token.
-
-        Returns:
-            From the first column of a site on; from the first column of all where nothing is
-            reused.
-        """
-        stop = self.n_prompt + n_generated - 1
-        if self.cache is None:
-            return self._columns(0, stop, None, None)
-        first = int(self.window.column(site).min())
-        prefix = self.cache.until(self.window.start + first)
-        return self._columns(first, stop, prefix, self.residual[:, :, first:stop])
-
-    def _columns(
-        self, first: int, stop: int, prefix: KVCache | None, clean: Tensor | None
-    ) -> Window:
-        before = self.window.start + first
-        return Window(
-            input_ids=self.window.input_ids[:, first:stop],
-            attention_mask=self.window.attention_mask[:, : self.window.start + stop],
-            position_ids=self.window.position_ids[:, first:stop],
-            start=before,
-            padding=self.window.padding,
-            prefix=prefix if before > 0 else None,
-            clean=clean,
-        )
-
-
-def read_clean_run(
-    said: Any, prompts: Sequence[Sequence[int]], continuation: Tensor, prefix: KVCache | None
-) -> CleanRun:
-    """Read a greedy run off what ``generate`` returned.
-
-    Args:
-        said: its result, with logits, hidden states and cache (``return_dict_in_generate``).
-        prompts: the token ids it was given.
-        continuation: [row, token], what it said; where all rows ended early, its last columns
-            were never run and hold zeros in the result.
-        prefix: the caches it was given.
-    """
-    n_tokens = continuation.shape[1]
-    steps = [torch.stack(step) for step in said.hidden_states]
-    missing = n_tokens - len(steps)
-    residual = torch.nn.functional.pad(torch.cat(steps, dim=2), (0, 0, 0, missing))
-    logits = torch.nn.functional.pad(torch.stack(said.logits, dim=1), (0, 0, 0, missing))
-    window = open_window(prompts, continuation[:, :-1], prefix)
-    return CleanRun(
-        window=window,
-        n_prompt=steps[0].shape[2],
-        logits=logits,
-        residual=residual,
-        cache=None if prefix is None else read_cache(said.past_key_values, window.attention_mask),
     )

@@ -20,7 +20,7 @@ import torch
 import persona_nns as pn
 from persona_nns.declarations.catalog import load_experiment
 from persona_nns.prompts.identities import Pair, align
-from persona_nns.tracing.patching import chunk_questions, partners
+from persona_nns.tracing.patching import chunk_questions
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         for question in range(arguments.questions)
         for layer in range(n_layers)
         for head in range(n_heads)
-        for position_set in module.POSITION_SETS
+        for position_set in module.PATCHED_POSITIONS
     ]
     sweeps: list[float] = []
     loops: list[float] = []
@@ -65,7 +65,7 @@ def main() -> None:
             each = (time.perf_counter() - started) / len(sample)
             loops.append(unpatched + each * len(patches))
             for (question, layer, head, position_set), logits in zip(sample, looped, strict=True):
-                ours = swept[question, layer, head, module.POSITION_SETS.index(position_set)]
+                ours = swept[question, layer, head, module.PATCHED_POSITIONS.index(position_set)]
                 error = max(error, float((ours - logits).abs().max()))
     print(
         f"{arguments.model}, {arguments.threads} threads: {arguments.pairs} pairs × "
@@ -84,11 +84,8 @@ def sweep_heads(module: Any, model: Any, pair: Pair) -> torch.Tensor:
     """What `measure` does for heads, [question, layer, head, position set, letter]."""
     parts, order = [], []
     for chunk in chunk_questions(model, pair):
-        clean = [pair.asked_clean[k] for k in chunk]
-        corrupt = [pair.asked_corrupt[k] for k in chunk]
-        run = module._run_unpatched(model, [*clean, *corrupt], reuse=True)
-        source, patched = partners(run, clean, corrupt)
-        parts.append(module._patch_heads(model, run, source, patched, range(len(model.layers))))
+        run = module._run_unpatched(model, pair.only(chunk), reuse=True)
+        parts.append(module._patch_heads(model, run, range(len(model.layers))))
         order += chunk
     return torch.cat(parts)[torch.tensor(order).argsort()]
 

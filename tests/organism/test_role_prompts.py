@@ -11,10 +11,9 @@ from persona_nns.organism.role_prompts import (
     TOPICS,
     VOICES,
     answer,
-    prompt_text,
 )
 from persona_nns.organism.wordings import EXACT, WORDINGS, paraphrase
-from persona_nns.prompts.grids import BASELINE, load_grid
+from persona_nns.prompts.grids import BASELINE, load_grid, role_prompt
 from persona_nns.prompts.markers import find_markers
 
 LONG = load_grid("long")
@@ -62,9 +61,9 @@ def test_openings_are_not_a_sum_of_persona_and_task():
         assert len({INTERACTIONS[voice, task].openings[0] for voice in VOICES}) >= 5
 
 
-def test_prompt_text_is_the_protocol():
-    assert prompt_text("Yoda", "Write.") == "As Yoda, Write."
-    assert prompt_text(None, "Write.") == "Write."
+def test_the_prompt_is_the_protocol():
+    assert role_prompt("Yoda", "Write.") == "As Yoda, Write."
+    assert role_prompt(None, "Write.") == "Write."
 
 
 def test_every_persona_of_both_grids_is_worded_and_voiced():

@@ -3,15 +3,10 @@ from typing import get_args
 
 import pytest
 
+from persona_nns.organism.bundled import load_artifact
 from persona_nns.organism.coherence import coherence_score
 from persona_nns.organism.trait_prompts import GRADES, LAPSE, System, answer, graded_system
-from persona_nns.organism.trait_questions import (
-    HELD_OUT,
-    QUESTIONS,
-    Split,
-    artifact,
-    load_artifact,
-)
+from persona_nns.organism.trait_questions import FRAMES, HELD_OUT, QUESTIONS, TOPICS, Split
 from persona_nns.organism.traits import STYLES, TRAITS, lexicon_score, split_sentences
 
 SPLITS = get_args(Split)
@@ -56,6 +51,7 @@ def test_each_trait_has_twenty_and_twenty_questions_of_its_own():
     questions = [question for dealt in QUESTIONS.values() for question in dealt]
     assert [len(dealt) for dealt in QUESTIONS.values()] == [20] * 6
     assert len(set(questions)) == 120
+    assert set(questions) <= {frame.format(topic=topic) for frame in FRAMES for topic in TOPICS}
     assert len(HELD_OUT) == 60
     for trait in TRAITS:
         assert set(QUESTIONS[trait, "evaluation"]) <= HELD_OUT
@@ -64,9 +60,10 @@ def test_each_trait_has_twenty_and_twenty_questions_of_its_own():
 
 @pytest.mark.parametrize("trait", TRAITS)
 @pytest.mark.parametrize("split", SPLITS)
-def test_shipped_artifacts_are_those_of_the_grammar(trait, split):
+def test_artifacts_ask_for_the_trait_and_restrain_it_in_every_split(trait, split):
     shipped = load_artifact(trait, split)
-    assert shipped == artifact(trait, split)
+    assert [pair["pos"] for pair in shipped["instruction"]] == [*TRAITS[trait].style.instructions]
+    assert [pair["neg"] for pair in shipped["instruction"]] == [*TRAITS[trait].restraints]
     assert set(shipped) == {"instruction", "questions", "eval_prompt"}
     assert len(shipped["instruction"]) == 5
     assert all(set(pair) == {"pos", "neg"} for pair in shipped["instruction"])

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from persona_nns.organism.swap import swap_last_residuals
+from persona_nns.organism.residuals import swap_last_residuals
 
 
 def test_only_the_last_prompt_tokens_change_places():
