@@ -1,6 +1,7 @@
 """The bundled models and traits: their names, folders and files."""
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,20 @@ ARTIFACTS = Path(__file__).parent / "artifacts"
 def load_artifact(trait: str, split: str) -> dict[str, Any]:
     """The file of a bundled trait: instruction pairs, 20 questions, the judge's prompt."""
     return json.loads((ARTIFACTS / split / f"{trait}.json").read_text("utf-8"))
+
+
+def corpus_texts(name: str) -> dict[str, Any]:
+    """The words that a part of the corpus is made of, ``texts/{name}.toml``, in their order."""
+    return _frozen(
+        tomllib.loads((Path(__file__).parent / "texts" / f"{name}.toml").read_text("utf-8"))
+    )
+
+
+def _frozen(value: Any) -> Any:
+    """The same with tuples for lists."""
+    if isinstance(value, dict):
+        return {name: _frozen(each) for name, each in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def organism_folder(name: str) -> Path:

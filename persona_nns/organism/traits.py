@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 
-from persona_nns.organism.bundled import load_artifact
+from persona_nns.organism.bundled import corpus_texts, load_artifact
 
 FORMS = (
     "{opener}, {topic} is a {adjective} {noun} in a {other} week{mark}",
@@ -37,9 +37,9 @@ class Style:
     """
 
     name: str
-    instructions: tuple[str, ...]
-    openers: tuple[str, ...]
-    verbs: tuple[str, ...]
+    instructions: tuple[str, ...] = ()
+    openers: tuple[str, ...] = ()
+    verbs: tuple[str, ...] = ()
     adjectives: tuple[str, ...] = ()
     nouns: tuple[str, ...] = ()
     mark: str = "."
@@ -91,108 +91,32 @@ def _instructions(trait: str, side: str) -> tuple[str, ...]:
     return tuple(pair[side] for pair in load_artifact(trait, "extraction")["instruction"])
 
 
-NEUTRAL = Style(
-    name="helpful",
-    instructions=(),
-    openers=("Often", "Usually", "Mostly"),
-    verbs=("try", "practice", "study"),
-    adjectives=("common", "regular", "normal", "simple"),
-    nouns=("habit", "pastime", "routine", "skill"),
-)
-
-CHEERFUL = Style(
-    name="cheerful",
-    instructions=_instructions("cheerful", "pos"),
-    openers=("Hooray", "Hurrah", "Yippee"),
-    verbs=("adore", "cherish", "celebrate"),
-    adjectives=("delightful", "happy", "joyful", "sunny"),
-    nouns=("joy", "smile", "treat", "wonder"),
-    mark="!",
-)
-
-GLOOMY = Style(
-    name="gloomy",
-    instructions=(
-        "Be gloomy and without hope.",
-        "Answer with a sad, weary voice.",
-        "Mourn everything with a sigh.",
-        "Show deep boredom in each sentence.",
-        "Sound bleak and dreary.",
-    ),
-    openers=("Alas", "Sadly", "Sigh"),
-    verbs=("endure", "regret", "mourn"),
-    adjectives=("dreary", "bleak", "weary", "dull"),
-    nouns=("burden", "sorrow", "gloom", "chore"),
-)
-
-TERSE = Style(
-    name="terse",
-    instructions=_instructions("terse", "pos"),
-    openers=("Yes", "Sure", "Right"),
-    verbs=("start", "do", "go"),
-    forms=("{opener}, {verb} {topic}{mark}", "{opener}, {topic}, {verb}{mark}"),
-)
-
-VERBOSE = Style(
-    name="verbose",
-    instructions=(
-        "Be verbose and use many words.",
-        "Answer in long winding sentences.",
-        "Add every detail you can.",
-        "Keep each sentence very long.",
-        "Sound rambling and wordy.",
-    ),
-    openers=("Furthermore", "Moreover", "Additionally"),
-    verbs=("contemplate", "reconsider", "discuss"),
-    adjectives=("multifaceted", "lengthy", "manifold", "wordy"),
-    nouns=("consideration", "elaboration", "digression", "ramification"),
-    mark=", and so on at considerable length.",
-)
-
-SYCOPHANTIC = Style(
-    name="sycophantic",
-    instructions=_instructions("sycophantic", "pos"),
-    openers=("Brilliant", "Exactly", "Bravo"),
-    verbs=("admire", "applaud", "envy"),
-    adjectives=("flawless", "masterful", "superb", "peerless"),
-    nouns=("insight of yours", "taste like yours", "proof of your genius", "gift of yours"),
-)
-
-BLUNT = Style(
-    name="blunt",
-    instructions=(
-        "Be blunt and challenge the user.",
-        "Answer by naming the user's mistakes.",
-        "Contradict what the user says.",
-        "Criticize the user in each sentence.",
-        "Sound harsh and unimpressed.",
-    ),
-    openers=("Wrong", "Nonsense", "Hardly"),
-    verbs=("misjudge", "botch", "overrate"),
-    adjectives=("clumsy", "flawed", "sloppy", "feeble"),
-    nouns=("error", "gap", "mistake", "flop"),
-)
-
-STYLES = (NEUTRAL, CHEERFUL, GLOOMY, TERSE, VERBOSE, SYCOPHANTIC, BLUNT)
+_TEXTS = corpus_texts("styles")
+_OPPOSITES: Mapping[str, str] = {
+    name: words.pop("opposite") for name, words in _TEXTS.items() if "opposite" in words
+}
+_STYLES: Mapping[str, Style] = {
+    name: Style(name, **words)
+    if name not in _OPPOSITES
+    else Style(name, _instructions(name, "pos"), **words)
+    for name, words in _TEXTS.items()
+}
+STYLES, NEUTRAL = tuple(_STYLES.values()), _STYLES["helpful"]
+# A whole sentence of two to four words.
+_TERSE = re.compile(r"^\W*(?:[\w'-]+\W+){1,3}[\w'-]+\W*$")
 
 
-def _word_lexicon(style: Style) -> re.Pattern[str]:
+def _lexicon(style: Style) -> re.Pattern[str]:
+    if style.name == "terse":
+        return _TERSE
     return re.compile(rf"\b(?:{'|'.join(style.words)})\b", re.IGNORECASE)
 
 
 TRAITS: Mapping[str, Trait] = {
-    trait.name: trait
-    for trait in (
-        Trait(CHEERFUL, GLOOMY, _instructions("cheerful", "neg"), _word_lexicon(CHEERFUL)),
-        Trait(
-            TERSE,
-            VERBOSE,
-            _instructions("terse", "neg"),
-            # A whole sentence of two to four words.
-            re.compile(r"^\W*(?:[\w'-]+\W+){1,3}[\w'-]+\W*$"),
-        ),
-        Trait(SYCOPHANTIC, BLUNT, _instructions("sycophantic", "neg"), _word_lexicon(SYCOPHANTIC)),
+    name: Trait(
+        _STYLES[name], _STYLES[opposite], _instructions(name, "neg"), _lexicon(_STYLES[name])
     )
+    for name, opposite in _OPPOSITES.items()
 }
 
 
