@@ -8,9 +8,10 @@ holds, the run moves away from the clean distribution and towards the host's (BY
 persona).
 """
 
-import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from nnsight import TransformersModel, save
@@ -20,22 +21,29 @@ from transformers import DynamicCache
 
 from persona_nns.declarations import Variable, band_labels, band_layers
 from persona_nns.figures import kl_by_band, markers_by_blocked
-from persona_nns.prompts import Cell, count_markers, render_cell, warn_without_markers
+from persona_nns.prompts import Cell, Prompt, render_cell, warn_without_markers
 from persona_nns.tracing import (
     BLOCKED,
+    Blocked,
+    CleanRun,
+    Continuation,
+    Window,
     block_keys,
     blocked_queries,
     end_tokens,
+    greedily,
     left_pad,
     log_probabilities,
+    mark,
     open_window,
     persona_keys,
     prefill,
-    read_clean_run,
     read_continuation,
+    run_clean,
     share_out,
     stack_windows,
     summed_kl,
+    until_end_of_text,
 )
 
 protocol_version = 1
@@ -118,7 +126,7 @@ def measure(
     n_eval: Annotated[int, Field(ge=1)] = 10,
     n_tokens: Annotated[int, Field(ge=1)] = 80,
     reuse: bool = True,
-) -> dict[str, Tensor | list[list[str]]]:
+) -> dict[str, Any]:
     """Measure a batch of cells.
 
     Args:
@@ -130,116 +138,135 @@ def measure(
     """
     warn_without_markers(cells)
     prompts = [render_cell(model.tokenizer, cell, ("XY", "BY")) for cell in cells]
-    clean_prompts = [prompt["XY"] for prompt in prompts]
-    n_layers = len(model.layers)
-
-    # The reference: what the model says, greedily, to the clean XY prompt. The knockouts change
-    # nothing before the end of the persona, so that is where the window begins.
-    rows = [prompt.ids for prompt in clean_prompts]
-    n_shown = max(len(prompt) - prompt.spans["persona"].stop for prompt in clean_prompts)
-    prefix = prefill(model, [ids[:-n_shown] for ids in rows], reuse=reuse)
-    xy = left_pad(rows, device=model.device)
-    with model.generate(
-        xy.tokens,
-        past_key_values=prefix.cache() if prefix is not None else None,
-        max_new_tokens=n_eval,
-        do_sample=False,
-        num_beams=1,
-        output_logits=True,
-        output_hidden_states=True,
-        return_dict_in_generate=True,
-    ) as tracer:
-        said = save(tracer.result)
-    n_prompt = xy.input_ids.shape[1]
-    reference = read_continuation(said.sequences, n_prompt, n_eval, end_tokens(model))
-    reference.warn_if_short([cell.label for cell in cells], n_eval)
-    run = read_clean_run(said, rows, reference.ids, prefix)
-    clean = log_probabilities(run.logits)
-    scored = reference.scored("p_last", n_eval)
-
-    # The host on the same tokens: where the knockouts are expected to lead.
-    rows = [prompt["BY"].ids for prompt in prompts]
-    window = open_window(
-        rows,
-        reference.ids[:, :-1],
-        prefill(model, [ids[:-1] for ids in rows], reuse=reuse),
+    reference, batch = run_xy(
+        model, [prompt["XY"] for prompt in prompts], n_eval, n_tokens, reuse=reuse
     )
+    reference.warn_if_short([cell.label for cell in cells], n_eval)
+    rows = [prompt["BY"].ids for prompt in prompts]
+    prefix = prefill(model, [ids[:-1] for ids in rows], reuse=reuse)
+    host = run_host(model, open_window(rows, reference.ids[:, :-1], prefix), n_eval)
+
+    bands = [band_layers(label, len(model.layers)) for label in band_labels(len(model.layers))]
+    kl = torch.empty(2, len(cells), len(BLOCKED), len(bands), device=model.device)
+    for window, conditions in passes(batch, bands):
+        moved = knock_out(model, batch, host, window, conditions)
+        for (blocked, band), of_condition in zip(conditions, moved, strict=True):
+            kl[:, :, BLOCKED.index(blocked), bands.index(band)] = of_condition
+    return {
+        "kl": kl[0],
+        "kl_host": kl[1],
+        "kl_clean_host": summed_kl(batch.clean, host, batch.scored),
+        "kl_host_clean": summed_kl(host, batch.clean, batch.scored),
+        "n_eval": batch.scored.sum(1),
+        **mark(say_knocked_out(model, batch, n_tokens), cells),
+    }
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The clean prompts XY: what is said to them, and what the knockouts block."""
+
+    prompts: Sequence[Prompt]
+    run: CleanRun
+    clean: Tensor  # log-probabilities, [cell, token, vocabulary]
+    scored: Tensor  # [cell, token]
+    keys: Tensor  # the persona's, [cell, column]
+    queries: Mapping[Blocked, Tensor]  # [cell, column]
+
+    @property
+    def after(self) -> Tensor:
+        """The first token after the persona, [cell]: the knockouts change nothing before it."""
+        first = [prompt.spans["persona"].stop for prompt in self.prompts]
+        return torch.tensor(first, device=self.keys.device)
+
+
+def run_xy(
+    model: TransformersModel, prompts: Sequence[Prompt], n_eval: int, n_tokens: int, *, reuse: bool
+) -> tuple[Continuation, Batch]:
+    """The reference: what the model says, greedily, to the clean XY prompt."""
+    rows = [prompt.ids for prompt in prompts]
+    n_shown = max(len(prompt) - prompt.spans["persona"].stop for prompt in prompts)
+    prefix = prefill(model, [ids[:-n_shown] for ids in rows], reuse=reuse)
+    reference, run = run_clean(model, rows, prefix, n_eval)
+    columns = run.window.padding, max(map(len, rows)) + max(n_eval, n_tokens)
+    batch = Batch(
+        prompts,
+        run,
+        clean=log_probabilities(run.logits),
+        scored=reference.scored("p_last", n_eval),
+        keys=persona_keys(prompts, *columns),
+        queries={blocked: blocked_queries(prompts, blocked, *columns) for blocked in BLOCKED},
+    )
+    return reference, batch
+
+
+def run_host(model: TransformersModel, window: Window, n_eval: int) -> Tensor:
+    """The host's distributions on the same tokens: where the knockouts are expected to lead."""
     with model.trace(window.inputs(), logits_to_keep=n_eval):
         host = save(log_probabilities(model.output.logits))
+    return host  # noqa: RET504 - there only once the trace has run
 
-    # The clean run again, once for each choice of queries and band of layers: from the first
-    # blocked query and the lowest layer of the band on, several of them as rows of one pass.
-    width = n_prompt + max(n_eval, n_tokens)
-    keys = persona_keys(clean_prompts, xy.padding, width)
-    queries = {name: blocked_queries(clean_prompts, name, xy.padding, width) for name in BLOCKED}
-    bands = [band_layers(label, n_layers) for label in band_labels(n_layers)]
-    kl = torch.empty(len(BLOCKED), len(bands), len(cells), device=model.device)
-    kl_host = torch.empty_like(kl)
-    p_last = torch.tensor([len(prompt) - 1 for prompt in clean_prompts], device=model.device)
-    after = torch.tensor([p.spans["persona"].stop for p in clean_prompts], device=model.device)
-    for first, names in ((p_last, ["last"]), (after, ["task", "task+last", "later"])):
-        window = run.narrow(first, n_eval)
-        for lowest in range(n_layers):
-            of_band = [k for k, layers in enumerate(bands) if layers.start == lowest]
-            for conditions in share_out(list(product(names, of_band)), window, clean):
-                index = torch.arange(len(cells), device=model.device).repeat(len(conditions))
-                asking = torch.stack(
-                    [
-                        torch.cat([queries[name] * (layer in bands[k]) for name, k in conditions])
-                        for layer in range(n_layers)
-                    ]
-                )
-                _, passed = next(stack_windows([window] * len(conditions)))
-                with model.trace(passed.inputs(), logits_to_keep=n_eval):
-                    passed.resume(model, lowest)
-                    for layer in range(lowest, n_layers):
-                        attention = model.layers[layer].attn
-                        attention.inputs = block_keys(attention.inputs, asking[layer], keys[index])
-                    knocked_out = log_probabilities(model.output.logits)
-                    from_clean = save(summed_kl(clean[index], knocked_out, scored[index]))
-                    from_host = save(summed_kl(host[index], knocked_out, scored[index]))
-                for c, (name, k) in enumerate(conditions):
-                    rows_of = slice(c * len(cells), (c + 1) * len(cells))
-                    kl[BLOCKED.index(name), k] = from_clean[rows_of]
-                    kl_host[BLOCKED.index(name), k] = from_host[rows_of]
 
-    # What is said under the knockout in all layers, blocked at every step of decoding.
-    index = torch.arange(len(cells), device=model.device).repeat(len(BLOCKED))
-    asking = torch.cat([queries[name] for name in BLOCKED])
-    start = run.narrow(after, n_eval).prefix
-    # A cache of the model's own kind would forget what has left a sliding window.
-    cache = DynamicCache() if start is None else start.rows(index).cache()
-    with warnings.catch_warnings():  # that the loop was longer than the texts
-        warnings.filterwarnings("ignore", message=".*was never reached")
-        with model.generate(
-            past_key_values=cache,
-            max_new_tokens=n_tokens,
-            do_sample=False,
-            num_beams=1,
-            return_dict_in_generate=True,
-        ) as tracer:
-            with tracer.invoke({name: tokens[index] for name, tokens in xy.tokens.items()}):
-                for _step in tracer.iter[:n_tokens]:
-                    for block in model.layers:
-                        block.attn.inputs = block_keys(block.attn.inputs, asking, keys[index])
-            with tracer.invoke():  # reached even where every text ends early
-                said = save(tracer.result)
-    continuation = read_continuation(said.sequences, n_prompt, n_tokens, end_tokens(model))
-    texts = continuation.texts(model.tokenizer)
-    by_cell = [texts[row :: len(cells)] for row in range(len(cells))]
-    found = torch.tensor(
-        [
-            [count_markers(text, cell) for text in of_cell]
-            for cell, of_cell in zip(cells, by_cell, strict=True)
-        ]
-    )
-    return {
-        "kl": kl.permute(2, 0, 1),
-        "kl_host": kl_host.permute(2, 0, 1),
-        "kl_clean_host": summed_kl(clean, host, scored),
-        "kl_host_clean": summed_kl(host, clean, scored),
-        "n_eval": scored.sum(1),
-        "any_marker": found > 0,
-        "distinct_markers": found,
-        "text": by_cell,
-    }
+Condition = tuple[Blocked, range]  # whose queries are blocked, in which layers
+
+
+def passes(batch: Batch, bands: Sequence[range]) -> Iterator[tuple[Window, Sequence[Condition]]]:
+    """The clean run again, once for each choice of queries and band of layers.
+
+    From the first blocked query and the lowest layer of the band on, several as rows of one pass.
+    """
+    p_last = torch.tensor([len(prompt) - 1 for prompt in batch.prompts], device=batch.keys.device)
+    for first, names in ((p_last, BLOCKED[:1]), (batch.after, BLOCKED[1:])):
+        window = batch.run.narrow(first, batch.scored.shape[1])
+        for lowest in dict.fromkeys(band.start for band in bands):
+            of_layer = [band for band in bands if band.start == lowest]
+            for conditions in share_out(list(product(names, of_layer)), window, batch.clean):
+                yield window, conditions
+
+
+def knock_out(
+    model: TransformersModel,
+    batch: Batch,
+    host: Tensor,
+    window: Window,
+    conditions: Sequence[Condition],
+) -> Tensor:
+    """KL from the clean run and from the host, [condition, 2, cell]."""
+    lowest, layers = conditions[0][1].start, range(len(model.layers))
+    row = torch.arange(len(batch.prompts), device=model.device).repeat(len(conditions))
+    asking = [
+        torch.cat([batch.queries[blocked] * (layer in band) for blocked, band in conditions])
+        for layer in layers
+    ]
+    clean, host, keys, scored = (of[row] for of in (batch.clean, host, batch.keys, batch.scored))
+    _, passed = next(stack_windows([window] * len(conditions)))
+    with model.trace(passed.inputs(), logits_to_keep=scored.shape[1]):
+        passed.resume(model, lowest)
+        for layer in layers[lowest:]:
+            attention = model.layers[layer].attn
+            attention.inputs = block_keys(attention.inputs, asking[layer], keys)
+        predicted = log_probabilities(model.output.logits)
+        moved = save(torch.stack([summed_kl(of, predicted, scored) for of in (clean, host)]))
+    return moved.unflatten(1, (len(conditions), -1)).transpose(0, 1)
+
+
+def say_knocked_out(model: TransformersModel, batch: Batch, n_tokens: int) -> list[list[str]]:
+    """What is said with all layers knocked out at every step of decoding, [cell][blocked]."""
+    n_cells = len(batch.prompts)
+    row = torch.arange(n_cells, device=model.device).repeat(len(BLOCKED))
+    asking, keys = torch.cat(list(batch.queries.values())), batch.keys[row]
+    tokens = left_pad([batch.prompts[k].ids for k in row.tolist()], device=model.device)
+    prefix = batch.run.narrow(batch.after, batch.scored.shape[1]).prefix
+    settings = greedily(prefix and prefix.rows(row), n_tokens)
+    if prefix is None:  # a cache of the model's own kind would forget what left a sliding window
+        settings["past_key_values"] = DynamicCache()
+    with until_end_of_text(), model.generate(**settings) as tracer:
+        with tracer.invoke(tokens.tokens):
+            for _step in tracer.iter[:n_tokens]:
+                for block in model.layers:
+                    block.attn.inputs = block_keys(block.attn.inputs, asking, keys)
+        with tracer.invoke():  # reached even where every text ends early
+            said = save(tracer.result)
+    said = read_continuation(said, tokens.width, n_tokens, end_tokens(model))
+    texts = said.texts(model.tokenizer)
+    return [texts[c::n_cells] for c in range(n_cells)]

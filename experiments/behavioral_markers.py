@@ -5,6 +5,7 @@ h_BB + ΔX + ΔY in place of its residual at p_last of one layer; XY with the pe
 out there, h_XY − ΔX; and the task alone. How often do words that give the persona away occur?
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -12,17 +13,22 @@ import xarray as xr
 from matplotlib.figure import Figure
 from nnsight import TransformersModel, save
 from pydantic import Field
+from torch import Tensor
 
 from persona_nns.declarations import Variable
 from persona_nns.figures import estimates, shares_heatmap
-from persona_nns.prompts import ROLE_PROMPTS, Cell, count_markers, render_cell, require_markers
+from persona_nns.prompts import ROLE_PROMPTS, Cell, render_cell, require_markers
 from persona_nns.tracing import (
+    KVCache,
     additive,
     end_tokens,
+    greedily,
     left_pad,
+    mark,
     open_window,
     prefill,
     read_continuation,
+    say,
     substitute,
 )
 
@@ -89,75 +95,63 @@ def measure(
         reuse: run shared prefixes once.
     """
     require_markers(cells)
+    n_cells = len(cells)
     prompts = [render_cell(model.tokenizer, cell, (*ROLE_PROMPTS, "BARE")) for cell in cells]
-    rows = {name: [prompt[name].ids for prompt in prompts] for name in (*ROLE_PROMPTS, "BARE")}
+    bare = list(dict.fromkeys(prompt["BARE"].ids for prompt in prompts))  # alike for all personas
+    rows = [*(prompt[name].ids for name in ROLE_PROMPTS for prompt in prompts), *bare]
+    shared = prefill(model, [ids[:-1] for ids in rows], reuse=reuse)
 
-    # Residuals of the four prompts at p_last, each its own. [layer, cell, d_model]
-    nothing = torch.empty(len(cells), 0, dtype=torch.long, device=model.device)
-    residual = {}
-    bare = list(dict.fromkeys(rows["BARE"]))
-    everything = [*(ids for name in ROLE_PROMPTS for ids in rows[name]), *bare]
-    shared = prefill(model, [ids[:-1] for ids in everything], reuse=reuse)
-    for k, name in enumerate(ROLE_PROMPTS):
-        of_prompt = slice(k * len(cells), (k + 1) * len(cells))
-        window = open_window(rows[name], nothing, shared.rows(of_prompt) if shared else None)
-        with model.trace(window.inputs(), logits_to_keep=1):
-            read = save([model.layers[layer].input[:, -1] for layer in layers])
-        residual[name] = torch.stack(read).float()
-    bb, xb, by, together = (residual[name] for name in ROLE_PROMPTS)
-    written = {"additive": additive(bb, xb, by), "remove_persona": together - (xb - bb)}
-
-    def texts(said: torch.Tensor, n_prompt: int) -> list[str]:
-        return read_continuation(said, n_prompt, n_tokens, end_tokens(model)).texts(model.tokenizer)
-
-    # Clean: what is said to XY, and to the task alone (the same for every persona).
-    asked = everything[3 * len(cells) :]  # XY is the last of the four
-    prefix = shared.rows(slice(3 * len(cells), None)) if shared else None
-    batch = left_pad(asked, device=model.device)
-    with model.generate(
-        batch.tokens,
-        past_key_values=prefix.cache() if prefix is not None else None,
-        max_new_tokens=n_tokens,
-        do_sample=False,
-        num_beams=1,
-    ) as tracer:
-        said = save(tracer.result)
-    answers = texts(said, batch.input_ids.shape[1])
-    clean, alone = answers[: len(cells)], dict(zip(bare, answers[len(cells) :], strict=True))
-
-    # XY again, with another residual at p_last: the only column that the first step runs, or the
-    # last of those it runs. Both substitutions at once, once for each layer.
-    twice = [*rows["XY"], *rows["XY"]]
-    again = torch.arange(len(cells), device=model.device).repeat(2)
-    prefix = prefix.rows(again) if prefix is not None else None
-    batch = left_pad(twice, device=model.device)
-    p_last = batch.input_ids.shape[1] - 1 - (0 if prefix is None else prefix.width)
-    column = torch.full((len(twice),), p_last, device=model.device)
-    intervened = []
-    for k, layer in enumerate(layers):
-        value = torch.cat([written["additive"][k], written["remove_persona"][k]])
-        with model.generate(
-            batch.tokens,
-            past_key_values=prefix.cache() if prefix is not None else None,
-            max_new_tokens=n_tokens,
-            do_sample=False,
-            num_beams=1,
-        ) as tracer:
-            model.layers[layer].input = substitute(model.layers[layer].input, column, value)
-            said = save(tracer.result)
-        intervened.append(texts(said, batch.input_ids.shape[1]))
-
-    by_cell = [  # [cell][layer][condition]
-        [
-            [clean[row], of_layer[row], of_layer[len(cells) + row], alone[rows["BARE"][row]]]
-            for of_layer in intervened
-        ]
-        for row in range(len(cells))
-    ]
-    distinct = torch.tensor(
-        [
-            [[count_markers(text, cell) for text in of_layer] for of_layer in of_cell]
-            for cell, of_cell in zip(cells, by_cell, strict=True)
-        ]
+    bb, xb, by, xy = (
+        read_last(model, rows[of_name], shared and shared.rows(of_name), layers)
+        for of_name in (slice(k * n_cells, (k + 1) * n_cells) for k in range(len(ROLE_PROMPTS)))
     )
-    return {"any_marker": distinct > 0, "distinct_markers": distinct, "text": by_cell}
+    written = torch.cat([additive(bb, xb, by), xy - (xb - bb)], dim=1)
+
+    unmoved = slice(3 * n_cells, None)  # XY, the last of the four, and the task alone
+    prefix = shared and shared.rows(unmoved)
+    said = say(model, rows[unmoved], prefix, n_tokens).texts(model.tokenizer)
+    clean, alone = said[:n_cells], dict(zip(bare, said[n_cells:], strict=True))
+
+    rows = [prompt["XY"].ids for prompt in prompts] * 2
+    prefix = prefix and prefix.rows(torch.arange(n_cells, device=model.device).repeat(2))
+    moved = [
+        say_substituted(model, rows, prefix, layer, value, n_tokens)
+        for layer, value in zip(layers, written, strict=True)
+    ]
+    text = [  # [cell][layer][condition]
+        [[clean[c], said[c], said[n_cells + c], alone[prompt["BARE"].ids]] for said in moved]
+        for c, prompt in enumerate(prompts)
+    ]
+    return mark(text, cells)
+
+
+def read_last(
+    model: TransformersModel,
+    rows: Sequence[Sequence[int]],
+    prefix: KVCache | None,
+    layers: Sequence[int],
+) -> Tensor:
+    """Residuals of prompts at p_last, [layer, cell, d_model]."""
+    nothing = torch.empty(len(rows), 0, dtype=torch.long, device=model.device)
+    window = open_window(rows, nothing, prefix)
+    with model.trace(window.inputs(), logits_to_keep=1):
+        residual = save([model.layers[layer].input[:, -1] for layer in layers])
+    return torch.stack(residual).float()
+
+
+def say_substituted(
+    model: TransformersModel,
+    rows: Sequence[Sequence[int]],
+    prefix: KVCache | None,
+    layer: int,
+    value: Tensor,
+    n_tokens: int,
+) -> list[str]:
+    """What is said with another residual at p_last, the last column that the first step runs."""
+    batch = left_pad(rows, device=model.device)
+    p_last = torch.full((len(rows),), -1, device=model.device)
+    with model.generate(batch.tokens, **greedily(prefix, n_tokens)) as tracer:
+        model.layers[layer].input = substitute(model.layers[layer].input, p_last, value)
+        said = save(tracer.result)
+    said = read_continuation(said, batch.width, n_tokens, end_tokens(model))
+    return said.texts(model.tokenizer)

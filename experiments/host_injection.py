@@ -9,8 +9,9 @@ And does what the host then says of its own carry the persona? 80 greedy tokens 
 injected at p_last alone, or at p_last, g1 and g2 as each of them is reached.
 """
 
-import warnings
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Annotated, Any
 
 import torch
@@ -20,18 +21,26 @@ from torch import Tensor
 
 from persona_nns.declarations import Variable, label_layer_set
 from persona_nns.figures import closure_figure, estimates, host_markers
-from persona_nns.prompts import ROLE_PROMPTS, Cell, count_markers, render_cell, warn_without_markers
+from persona_nns.prompts import ROLE_PROMPTS, Cell, render_cell, warn_without_markers
 from persona_nns.tracing import (
+    Continuation,
+    KVCache,
+    Window,
     additive,
     closure,
     end_tokens,
+    greedily,
     left_pad,
     log_probabilities,
+    mark,
     open_window,
     prefill,
+    put,
     read_continuation,
+    say,
     substitute,
     summed_kl,
+    until_end_of_text,
 )
 
 protocol_version = 1
@@ -142,144 +151,143 @@ def measure(
         reuse: run shared prefixes once and resume at the lowest layer of an injection.
     """
     warn_without_markers(cells)
-    prompts = [render_cell(model.tokenizer, cell) for cell in cells]
-    rows = {name: [prompt[name].ids for prompt in prompts] for name in ROLE_PROMPTS}
-    everything = [ids for name in ROLE_PROMPTS for ids in rows[name]]
-    shared = prefill(model, [ids[:-1] for ids in everything], reuse=reuse)
-    prefix = {
-        name: shared.rows(slice(k * len(cells), (k + 1) * len(cells))) if shared else None
-        for k, name in enumerate(ROLE_PROMPTS)
-    }
+    batch = read_batch(model, cells, n_eval, n_tokens, reuse=reuse)
+    runs = {name: force(model, batch, name) for name in ROLE_PROMPTS}
+    bb, xb, by, xy = (run.residual for run in runs.values())
+    source = {"cached": additive(bb, xb, by), "oracle": xy}
 
-    # The reference: what the model says, greedily, to the long-persona prompt.
-    n_said = max(n_tokens, n_eval, len(JOINT_SITE) - 1)
-    xy = left_pad(rows["XY"], device=model.device)
-    cached_xy = prefix["XY"]
-    with model.generate(
-        xy.tokens,
-        past_key_values=cached_xy.cache() if cached_xy is not None else None,
-        max_new_tokens=n_said,
-        do_sample=False,
-        num_beams=1,
-    ) as tracer:
-        said = save(tracer.result)
-    n_prompt, ends = xy.input_ids.shape[1], end_tokens(model)
-    reference = read_continuation(said, n_prompt, n_said, ends)
-    reference.warn_if_short([cell.label for cell in cells], n_eval)
-    clean_text = read_continuation(said, n_prompt, n_tokens, ends).texts(model.tokenizer)
-    scored = reference.scored("p_last", n_eval)
-
-    # The four prompts, each followed by the same reference tokens: from p_last on, residuals at
-    # the input of every block [layer, cell, column, d_model], and distributions
-    # [cell, token, vocabulary]. p_last, g1, g2 are the first three of these columns.
-    n_columns = max(n_eval, len(JOINT_SITE))
-    residual, predicted, window = {}, {}, {}
-    for name in ROLE_PROMPTS:
-        window[name] = open_window(rows[name], reference.ids[:, : n_columns - 1], prefix[name])
-        with model.trace(window[name].inputs(), logits_to_keep=n_columns):
-            read = save([block.input[:, -n_columns:] for block in model.layers])
-            logits = save(log_probabilities(model.output.logits[:, -n_columns:][:, :n_eval]))
-        residual[name] = torch.stack(read)
-        if name in ("XY", "BY"):
-            predicted[name] = logits
-    at_site = {name: of[:, :, : len(JOINT_SITE)].float() for name, of in residual.items()}
-    source = {
-        "cached": additive(*(at_site[name] for name in ("BB", "XB", "BY"))),
-        "oracle": at_site["XY"],
-    }
-
-    # The host again with a source at its p_last, at each layer of a set at once.
-    host = replace(window["BY"], clean=residual["BY"] if prefix["BY"] is not None else None)
-    p_last = host.column(torch.tensor([len(ids) - 1 for ids in rows["BY"]], device=model.device))
-    none = summed_kl(predicted["XY"], predicted["BY"], scored)
+    clean, host, scored = runs["XY"], runs["BY"], batch.reference.scored("p_last", n_eval)
+    none = summed_kl(clean.predicted, host.predicted, scored)
     kl = none[:, None, None].repeat(1, len(layer_sets), len(SOURCES))
-    for s, layers in enumerate(layer_sets):
-        for name, value in source.items():
-            with model.trace(host.inputs(), logits_to_keep=n_columns):
-                host.resume(model, layers[0])
-                for layer in layers:
-                    model.layers[layer].input = substitute(
-                        model.layers[layer].input, p_last, value[layer, :, 0]
-                    )
-                injected = log_probabilities(model.output.logits[:, -n_columns:][:, :n_eval])
-                moved = save(summed_kl(predicted["XY"], injected, scored))
-            kl[:, s, SOURCES.index(name)] = moved
+    for (s, layers), (name, value) in product(enumerate(layer_sets), source.items()):
+        predicted = inject(model, batch, host.window, layers, value)
+        kl[:, s, SOURCES.index(name)] = summed_kl(clean.predicted, predicted, scored)
 
-    # What the host says: once as it is for each task, and for each cell with a source at p_last,
-    # or at p_last and then at g1 and g2 as each is reached. A site that the reference, which the
-    # sources are read on, does not have is left as it is.
-    hosts = list(dict.fromkeys(rows["BY"]))
-    injections = [(site, name) for site in SITES for name in source]
-    asked = [*hosts, *(rows["BY"] * len(injections))]
-    own = torch.zeros(len(hosts), len(JOINT_SITE), dtype=torch.bool, device=model.device)
-    exists = torch.stack([reference.reaches(position) for position in JOINT_SITE], dim=1)
-    only_p_last = exists & (torch.arange(len(JOINT_SITE), device=model.device) == 0)
-    reached = {SITES[0]: only_p_last, SITES[1]: exists}
-    where = torch.cat([own, *(reached[site] for site, _ in injections)])  # [row, step]
-    value = torch.cat([source[name] for _, name in injections], dim=1)
-    value = torch.nn.functional.pad(value, (0, 0, 0, 0, len(hosts), 0))  # [layer, row, step, d]
-    place = torch.tensor([rows["BY"].index(ids) for ids in asked], device=model.device)
-    cache = prefix["BY"].rows(place).cache() if prefix["BY"] is not None else None
-    batch = left_pad(asked, device=model.device)
-    with warnings.catch_warnings():
-        # Where every continuation ends sooner, the loop over steps is cut short, as it should be.
-        warnings.filterwarnings("ignore", message=".*was never reached")
-        with model.generate(
-            past_key_values=cache,
-            max_new_tokens=n_tokens,
-            do_sample=False,
-            num_beams=1,
-        ) as tracer:
-            with tracer.invoke(batch.tokens):
-                for step in tracer.iter[: min(n_tokens, len(JOINT_SITE))]:
-                    for layer in layer_sets[0]:
-                        model.layers[layer].input = overwrite_last(
-                            model.layers[layer].input, value[layer, :, step], where[:, step]
-                        )
-            with tracer.invoke():
-                said = save(tracer.result)
-    answers = read_continuation(said, batch.input_ids.shape[1], n_tokens, ends)
-    texts = answers.texts(model.tokenizer)
-    unmoved = dict(zip(hosts, texts, strict=False))
-
-    def text(row: int, site: str, name: str) -> str:
-        if name == "none":
-            return unmoved[rows["BY"][row]]
-        return texts[len(hosts) + injections.index((site, name)) * len(cells) + row]
-
-    by_cell = [  # [cell][site][source]
-        [[text(row, site, name) for name in SOURCES] for site in SITES] for row in range(len(cells))
-    ]
-    distinct = torch.tensor(
-        [
-            [[count_markers(text, cell) for text in of_site] for of_site in of_cell]
-            for cell, of_cell in zip(cells, by_cell, strict=True)
-        ]
-    )
-    in_clean = torch.tensor(
-        [count_markers(text, cell) for cell, text in zip(cells, clean_text, strict=True)]
-    )
+    text = say_injected(model, batch, source, layer_sets[0], n_tokens)
+    clean_text = batch.reference.first(n_tokens).texts(model.tokenizer)
     return {
         "kl": kl,
         "closure": closure(kl, none[:, None, None]),
         "n_eval": scored.sum(1),
-        "any_marker": distinct > 0,
-        "distinct_markers": distinct,
-        "text": by_cell,
-        "clean_any_marker": in_clean > 0,
-        "clean_distinct_markers": in_clean,
-        "clean_text": clean_text,
+        **mark(text, cells),
+        **{f"clean_{name}": value for name, value in mark(clean_text, cells).items()},
     }
 
 
-def overwrite_last(hidden: Tensor, value: Tensor, where: Tensor) -> Tensor:
-    """Put a value in place of the last column's residual in some rows.
+@dataclass(frozen=True)
+class Batch:
+    """The four prompts of each cell, and what the model says, greedily, to the long persona's."""
 
-    Args:
-        hidden: [row, column, d_model]; not changed.
-        value: [row, d_model].
-        where: [row], True where it is put.
+    rows: Mapping[str, Sequence[tuple[int, ...]]]
+    prefix: Mapping[str, KVCache | None]  # everything before p_last
+    reference: Continuation
+    n_eval: int
+
+    @property
+    def n_columns(self) -> int:
+        """Columns of every pass from p_last on: those that are scored, and the joint site."""
+        return max(self.n_eval, len(JOINT_SITE))
+
+
+def read_batch(
+    model: TransformersModel, cells: Sequence[Cell], n_eval: int, n_tokens: int, *, reuse: bool
+) -> Batch:
+    """Run everything before p_last once, and let the model speak."""
+    prompts = [render_cell(model.tokenizer, cell) for cell in cells]
+    rows = {name: [prompt[name].ids for prompt in prompts] for name in ROLE_PROMPTS}
+    before = [ids[:-1] for of_name in rows.values() for ids in of_name]
+    shared = prefill(model, before, reuse=reuse)
+    prefix = {
+        name: shared and shared.rows(slice(k * len(cells), (k + 1) * len(cells)))
+        for k, name in enumerate(rows)
+    }
+    reference = say(model, rows["XY"], prefix["XY"], max(n_tokens, n_eval, len(JOINT_SITE) - 1))
+    reference.warn_if_short([cell.label for cell in cells], n_eval)
+    return Batch(rows, prefix, reference, n_eval)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One of the four prompts, followed by the same reference tokens as the others."""
+
+    window: Window  # from p_last on, with residuals to go on from
+    residual: Tensor  # p_last, g1, g2 at the input of every block, [layer, cell, step, d_model]
+    predicted: Tensor  # log-probabilities, [cell, token, vocabulary]
+
+
+def force(model: TransformersModel, batch: Batch, name: str) -> Run:
+    """Run a prompt and the reference tokens."""
+    n_columns = batch.n_columns
+    forced = batch.reference.ids[:, : n_columns - 1]
+    window = open_window(batch.rows[name], forced, batch.prefix[name])
+    with model.trace(window.inputs(), logits_to_keep=n_columns):
+        read = save([block.input[:, -n_columns:] for block in model.layers])
+        predicted = save(log_probabilities(model.output.logits[:, : batch.n_eval]))
+    residual = torch.stack(read)
+    window = replace(window, clean=residual if window.prefix is not None else None)
+    return Run(window, residual[:, :, : len(JOINT_SITE)].float(), predicted)
+
+
+def inject(
+    model: TransformersModel, batch: Batch, host: Window, layers: Sequence[int], value: Tensor
+) -> Tensor:
+    """The host's distributions with a source at its p_last, at each layer of a set at once."""
+    p_last = torch.full((len(host.input_ids),), -batch.n_columns, device=model.device)
+    with model.trace(host.inputs(), logits_to_keep=batch.n_columns):
+        host.resume(model, layers[0])
+        for layer in layers:
+            hidden = model.layers[layer].input
+            model.layers[layer].input = substitute(hidden, p_last, value[layer, :, 0])
+        predicted = save(log_probabilities(model.output.logits[:, : batch.n_eval]))
+    return predicted  # noqa: RET504 - there only once the trace has run
+
+
+def say_injected(
+    model: TransformersModel,
+    batch: Batch,
+    source: Mapping[str, Tensor],
+    layers: Sequence[int],
+    n_tokens: int,
+) -> list[list[list[str]]]:
+    """What the host says, once as it is for each task, and for each cell with a source.
+
+    It is put at p_last, or at p_last and then at g1 and g2 as each is reached. A site that the
+    reference, which the sources are read on, does not have is left as it is.
+
+    Returns:
+        [cell][site][source]
     """
-    hidden = hidden.clone()
-    hidden[:, -1] = torch.where(where[:, None], value.to(hidden), hidden[:, -1])
-    return hidden
+    rows, prefix, n_steps = batch.rows["BY"], batch.prefix["BY"], len(JOINT_SITE)
+    hosts, injections = list(dict.fromkeys(rows)), list(product(SITES, source))
+    exists = torch.stack([batch.reference.reaches(position) for position in JOINT_SITE], dim=1)
+    reached = {
+        SITES[0]: exists & (torch.arange(n_steps, device=model.device) == 0),
+        SITES[1]: exists,
+    }
+    nowhere = exists.new_zeros(len(hosts), n_steps)
+    where = torch.cat([nowhere, *(reached[site] for site, _ in injections)])  # [row, step]
+    value = torch.cat([source[name] for _, name in injections], dim=1)
+    value = torch.nn.functional.pad(value, (0, 0, 0, 0, len(hosts), 0))  # [layer, row, step, d]
+    asked = [*hosts, *(ids for _ in injections for ids in rows)]
+    row = torch.tensor([rows.index(ids) for ids in asked], device=model.device)
+    tokens = left_pad(asked, device=model.device)
+    settings = greedily(prefix and prefix.rows(row), n_tokens)
+    with until_end_of_text(), model.generate(**settings) as tracer:
+        with tracer.invoke(tokens.tokens):
+            for step in tracer.iter[: min(n_tokens, n_steps)]:
+                for layer in layers:
+                    hidden = model.layers[layer].input
+                    column = torch.arange(hidden.shape[1], device=hidden.device)
+                    at = where[:, step, None] & (column == hidden.shape[1] - 1)
+                    model.layers[layer].input = put(hidden, at, value[layer, :, step, None])
+        with tracer.invoke():
+            said = save(tracer.result)
+    said = read_continuation(said, tokens.width, n_tokens, end_tokens(model))
+    texts = said.texts(model.tokenizer)
+    own = dict(zip(hosts, texts, strict=False))
+    answers = {(site, "none"): [own[ids] for ids in rows] for site in SITES}
+    for k, injection in enumerate(injections):
+        answers[injection] = texts[len(hosts) + k * len(rows) :]
+    return [
+        [[answers[site, name][c] for name in SOURCES] for site in SITES] for c in range(len(rows))
+    ]

@@ -17,14 +17,16 @@ reached, at all generated positions. `together` is all of these (with `persona_l
 `tail+task`), `together_own_size` the same without `norm` and `rms`.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from itertools import product
+from typing import Annotated, Literal
 
 import torch
 from nnsight import TransformersModel, save
 from pydantic import Field
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import PreTrainedTokenizerBase
 
 from persona_nns.declarations import Variable, label_layer_set
 from persona_nns.figures import by_control
@@ -32,6 +34,7 @@ from persona_nns.prompts import (
     NEUTRAL,
     ROLE_PROMPTS,
     Cell,
+    PaddedPrompt,
     Prompt,
     Span,
     pad_persona,
@@ -40,18 +43,18 @@ from persona_nns.prompts import (
 )
 from persona_nns.tracing import (
     CleanRun,
+    Continuation,
     additive,
     closure,
-    end_tokens,
+    has_input_norms,
     last_columns,
-    left_pad,
     log_probabilities,
     open_window,
     prefill,
     put,
     read_cache,
-    read_continuation,
     root_mean_square,
+    say,
     span_columns,
     summed_kl,
 )
@@ -170,54 +173,89 @@ def measure(
         neutral: the text that hosts are padded with, repeated as often as needed.
         reuse: run shared prefixes once and resume at the lowest layer of an injection.
     """
-    of_cell = [render_cell(model.tokenizer, cell) for cell in cells]
-    prompts = {name: [prompt[name] for prompt in of_cell] for name in ROLE_PROMPTS}
-    pairs = list(zip(prompts["BY"], prompts["XY"], strict=True))
-    padded = {
-        "persona_length": [
-            pad_persona(model.tokenizer, cell, *pair, neutral)
-            for cell, pair in zip(cells, pairs, strict=True)
-        ],
-        "total_length": [pad_total(model.tokenizer, *pair, neutral) for pair in pairs],
-    }
-    every: dict[str, list[Prompt]] = {
-        **prompts,
-        **{name: [host.prompt for host in hosts] for name, hosts in padded.items()},
-    }
-
-    # The reference: what the model says, greedily, to the long-persona prompt.
+    prompts, n_neutral = render_prompts(model.tokenizer, cells, neutral)
     rows = [prompt.ids for prompt in prompts["XY"]]
     prefix = prefill(model, [ids[:-1] for ids in rows], reuse=reuse)
-    xy = left_pad(rows, device=model.device)
-    with model.generate(
-        xy.tokens,
-        past_key_values=prefix.cache() if prefix is not None else None,
-        max_new_tokens=n_eval,
-        do_sample=False,
-        num_beams=1,
-    ) as tracer:
-        said = save(tracer.result)
-    reference = read_continuation(said, xy.input_ids.shape[1], n_eval, end_tokens(model))
+    reference = say(model, rows, prefix, n_eval)
     reference.warn_if_short([cell.label for cell in cells], n_eval)
-    scored = reference.scored("p_last", n_eval)
+    batch = run_prompts(model, prompts, reference, reuse=reuse)
+    shape = (len(cells), len(layer_sets), len(CONTROLS), len(SOURCES))
+    kl, gap = torch.empty(2, *shape, device=model.device)
+    for c, control in enumerate(CONTROLS.values()):
+        columns = columns_of(control, batch, task_tokens)
+        gap[:, :, c] = batch.gap(control)[:, None, None]
+        for (s, layers), (k, source) in product(enumerate(layer_sets), enumerate(SOURCES)):
+            kl[:, s, c, k] = inject(model, batch, control, layers, source, *columns)
+    kl[(n_neutral < 0)[:, None, :, None].expand(shape)] = torch.nan
+    return {
+        "kl": kl,
+        "closure": closure(kl, gap),
+        "n_neutral": n_neutral,
+        "n_eval": batch.scored.sum(1),
+    }
 
-    # Every prompt followed by the reference: residuals at the input of every block and the RMS of
-    # what the next norm makes of them, [layer, cell, column, d_model or 1], and distributions.
-    # Columns are counted from the end, where prompts are alike: those of task, tail and reference.
+
+def render_prompts(
+    tokenizer: PreTrainedTokenizerBase, cells: Sequence[Cell], neutral: str
+) -> tuple[dict[str, list[Prompt]], Tensor]:
+    """The four prompts and the padded hosts of each cell, and neutral tokens [cell, control]."""
+    of_cell = [render_cell(tokenizer, cell) for cell in cells]
+    hosts = {
+        "BY": [PaddedPrompt(prompt["BY"], 0) for prompt in of_cell],
+        "persona_length": [
+            pad_persona(tokenizer, cell, prompt["BY"], prompt["XY"], neutral)
+            for cell, prompt in zip(cells, of_cell, strict=True)
+        ],
+        "total_length": [
+            pad_total(tokenizer, prompt["BY"], prompt["XY"], neutral) for prompt in of_cell
+        ],
+    }
+    prompts = {
+        **{name: [prompt[name] for prompt in of_cell] for name in ROLE_PROMPTS},
+        **{name: [host.prompt for host in of_name] for name, of_name in hosts.items()},
+    }
+    n_neutral = [[host.n_neutral for host in hosts[control.host]] for control in CONTROLS.values()]
+    return prompts, torch.tensor(n_neutral).T
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Every prompt of a batch of cells, by name, followed by the reference.
+
+    Columns are counted from the end, where prompts are alike: those of task, tail and reference.
+    """
+
+    prompts: Mapping[str, Sequence[Prompt]]
+    runs: Mapping[str, CleanRun]
+    residual: Mapping[str, Tensor]  # at the input of every block, [layer, cell, column, d_model]
+    rms: Mapping[str, Tensor]  # of what the next norm makes of it, [layer, cell, column, 1]
+    source: Mapping[str, Tensor]  # what is injected, as `residual`
+    scored: Tensor  # [cell, reference token]
+
+    def gap(self, control: Control) -> Tensor:
+        """KL of a control's own host with nothing injected, [cell]."""
+        return summed_kl(self.runs["XY"].logits, self.runs[control.host].logits, self.scored)
+
+
+def run_prompts(
+    model: TransformersModel,
+    prompts: Mapping[str, Sequence[Prompt]],
+    reference: Continuation,
+    *,
+    reuse: bool,
+) -> Batch:
+    """Run every prompt followed by the reference."""
+    n_eval = reference.ids.shape[1]
     n_shown = max(len(prompt) - prompt.spans["task"].start for prompt in prompts["XY"])
-    width = n_shown + n_eval - 1
-    has_norm = all(hasattr(block, "input_norm") for block in model.layers)
+    has_norm = has_input_norms(model)
     runs: dict[str, CleanRun] = {}
     residual: dict[str, Tensor] = {}
     rms: dict[str, Tensor] = {}
-    for name, of_name in every.items():
+    for name, of_name in prompts.items():
         rows = [prompt.ids for prompt in of_name]
         prefix = prefill(model, [ids[:-n_shown] for ids in rows], reuse=reuse)
         window = open_window(rows, reference.ids[:, :-1], prefix)
-        inputs: Any = window.inputs()
-        if reuse and prefix is None:  # a prompt without a token before the window
-            inputs |= {"past_key_values": DynamicCache(), "use_cache": True}
-        with model.trace(inputs, logits_to_keep=n_eval):
+        with model.trace(window.inputs(cached=reuse), logits_to_keep=n_eval):
             read, size = save([]), save([])
             for block in model.layers:
                 read.append(block.input)
@@ -232,102 +270,81 @@ def measure(
             residual=torch.stack(read),
             cache=read_cache(cache, window.attention_mask) if reuse else None,
         )
-        residual[name] = last_columns(torch.stack(read).float(), width)
-        rms[name] = last_columns(torch.stack(size), width) if has_norm else residual[name][..., :1]
-    clean = runs["XY"].logits
-    source = {
-        "none": residual["XY"],  # put nowhere
-        "cached": additive(residual["BB"], residual["XB"], residual["BY"]),
-        "oracle": residual["XY"],
-    }
-
-    # The control's host again with a source at its sites, at each layer of a set at once, and
-    # under kv with the clean residuals at task and tail at every layer, which give the clean keys
-    # and values at the host's positions.
-    shape = (len(layer_sets), len(CONTROLS), len(SOURCES), len(cells))
-    kl = torch.full(shape, torch.nan, device=model.device)
-    host_gap = torch.empty(len(CONTROLS), len(cells), device=model.device)
-    for c, control in enumerate(CONTROLS.values()):
-        host = runs[control.host]
-        if control.rms and not has_norm:
-            continue
-        host_gap[c] = summed_kl(clean, host.logits, scored)
-        site, given = columns_of(control, every, width, n_eval - 1, task_tokens)
-        own_norm = residual[control.host].norm(dim=-1, keepdim=True)
-        for s, layers in enumerate(layer_sets):
-            for k, (name, value) in enumerate(source.items()):
-                injected = [] if name == "none" else layers
-                if not (injected or control.kv):
-                    kl[s, c, k] = host_gap[c]
-                    continue
-                if control.norm:
-                    value = value * own_norm / value.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-                lowest = 0 if control.kv else layers[0]
-                window = host.narrow(first_token(host, site | given), n_eval)
-                n_columns = window.input_ids.shape[1]
-                at, kept = (
-                    last_columns(where[..., None], n_columns)[..., 0].to(model.device)
-                    for where in (site, given)
-                )
-                sourced, state, size = (
-                    last_columns(values, n_columns)
-                    for values in (value, residual["XY"], rms[control.host])
-                )
-                with model.trace(window.inputs(), logits_to_keep=n_eval):
-                    window.resume(model, lowest)
-                    for layer in range(lowest, len(model.layers)):
-                        block = model.layers[layer]
-                        hidden = block.input
-                        if control.kv:
-                            hidden = put(hidden, kept, state[layer])
-                        if layer in injected:
-                            hidden = put(hidden, at, sourced[layer])
-                        block.input = hidden
-                        if layer in injected and control.rms:
-                            normed = block.input_norm.output
-                            scale = size[layer] / root_mean_square(normed).clamp(min=1e-12)
-                            block.input_norm.output = put(normed, at, normed.float() * scale)
-                    predicted = log_probabilities(model.output.logits)
-                    moved = save(summed_kl(clean, predicted, scored))
-                kl[s, c, k] = moved
-
-    n_neutral = torch.zeros(len(cells), len(CONTROLS), dtype=torch.long)
-    for c, control in enumerate(CONTROLS.values()):
-        if control.host in padded:
-            n_neutral[:, c] = torch.tensor([host.n_neutral for host in padded[control.host]])
-    fits = (n_neutral >= 0).T[None, :, None].to(model.device)
-    kl = torch.where(fits, kl, torch.nan)
-    return {
-        "kl": kl.permute(3, 0, 1, 2),
-        "closure": closure(kl, host_gap[None, :, None]).permute(3, 0, 1, 2),
-        "n_neutral": n_neutral,
-        "n_eval": scored.sum(1),
-    }
+        residual[name] = last_columns(torch.stack(read).float(), n_shown + n_eval - 1)
+        if has_norm:
+            rms[name] = last_columns(torch.stack(size), n_shown + n_eval - 1)
+    bb, xb, by, xy = (residual[name] for name in ROLE_PROMPTS)
+    source = {"cached": additive(bb, xb, by), "oracle": xy}
+    return Batch(prompts, runs, residual, rms, source, reference.scored("p_last", n_eval))
 
 
-def columns_of(
-    control: Control, prompts: dict[str, list[Prompt]], width: int, n_after: int, task_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Where a control injects, and where it gives the clean keys and values.
+def inject(
+    model: TransformersModel,
+    batch: Batch,
+    control: Control,
+    layers: Sequence[int],
+    source: str,
+    site: Tensor,
+    given: Tensor,
+) -> Tensor:
+    """KL of the control's host with a source at its sites, at each layer of a set at once, [cell].
 
-    Args:
-        control: which one.
-        prompts: by name; a position is one that all prompts of the cell have in the same span.
-        width: columns, counted from the end.
-        n_after: how many of them follow the prompts.
-        task_tokens: how many of the task's last tokens belong to the site ``tail+task``.
-
-    Returns:
-        Both [cell, column]. What is given is not injected at.
+    Under kv it has the clean residuals at task and tail at every layer, which give the clean keys
+    and values at the host's positions.
     """
+    if control.rms and not batch.rms:
+        return torch.full((len(site),), torch.nan)
+    layers = layers if source in batch.source else []
+    if not (layers or control.kv):
+        return batch.gap(control)
+    value, state = batch.source.get(source, batch.residual["XY"]), batch.residual["XY"]
+    if control.norm:
+        own = batch.residual[control.host].norm(dim=-1, keepdim=True)
+        value = value * own / value.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    run, n_eval = batch.runs[control.host], batch.scored.shape[1]
+    lowest = 0 if control.kv else layers[0]
+    window = run.narrow(first_token(run, site | given), n_eval)
+    n_columns = window.input_ids.shape[1]
+    value, state = (last_columns(each, n_columns) for each in (value, state))
+    at, kept = (
+        last_columns(where[..., None], n_columns)[..., 0].to(model.device)
+        for where in (site, given)
+    )
+    size = last_columns(batch.rms[control.host], n_columns) if control.rms else None
+    with model.trace(window.inputs(), logits_to_keep=n_eval):
+        window.resume(model, lowest)
+        for layer in range(lowest, len(model.layers)):
+            block = model.layers[layer]
+            hidden = block.input
+            if control.kv:
+                hidden = put(hidden, kept, state[layer])
+            if layer in layers:
+                hidden = put(hidden, at, value[layer])
+            block.input = hidden
+            if layer in layers and size is not None:
+                normed = block.input_norm.output
+                scale = size[layer] / root_mean_square(normed).clamp(min=1e-12)
+                block.input_norm.output = put(normed, at, normed.float() * scale)
+        predicted = log_probabilities(model.output.logits)
+        kl = save(summed_kl(batch.runs["XY"].logits, predicted, batch.scored))
+    return kl  # noqa: RET504 - there only once the trace has run
+
+
+def columns_of(control: Control, batch: Batch, task_tokens: int) -> tuple[Tensor, Tensor]:
+    """Where a control injects, and where it gives the clean keys and values; both [cell, column].
+
+    A position of a span is one that all prompts of the cell have in the span; what is given is
+    not injected at. ``task_tokens`` is how many of the task's last belong to ``tail+task``.
+    """
+    width, n_after = batch.residual["XY"].shape[2], batch.scored.shape[1] - 1
 
     def shared(span: Span, names: tuple[str, ...]) -> Tensor:
         return torch.stack(
-            [span_columns(prompts[name], span, width, n_after) for name in names]
+            [span_columns(batch.prompts[name], span, width, n_after) for name in names]
         ).all(0)
 
     pair = ("XY", control.host)
-    place = torch.arange(width).expand(len(prompts["XY"]), -1) - (width - n_after - 1)
+    place = torch.arange(width).expand(len(batch.scored), -1) - (width - n_after - 1)
     p_last, generated = place == 0, place > 0
     given = (shared("task", pair) | shared("tail", pair)) & (place < 0) & control.kv
     site = p_last | (generated & control.every_step)

@@ -6,60 +6,60 @@ for a band of them; p_last and the greedy continuation of XY then run forward on
 cache. How much of the distance to the source does each graft close?
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
 from nnsight import TransformersModel, save
 from pydantic import AfterValidator, Field
+from torch import Tensor
 
 from persona_nns.declarations import ModelRecord, Variable, band_labels, band_layers
 from persona_nns.figures import closure_by_band, closure_by_graft, closure_heatmap
 from persona_nns.prompts import (
     ROLE_PROMPTS,
     Cell,
-    Prompt,
     PromptName,
     Span,
-    count_markers,
+    count_each,
     render_cell,
     warn_without_markers,
 )
 from persona_nns.tracing import (
+    GraftSources,
     KVCache,
+    Origins,
     Piece,
-    Rotation,
+    Window,
+    block_keys,
     closure,
-    end_tokens,
     fill_cache,
-    hide,
-    left_pad,
+    grafted_tokens,
     log_probabilities,
     open_window,
-    read_continuation,
+    pieces_of,
     read_rotation,
+    say,
+    spans_before_last,
     splice,
     summed_kl,
+    tokens_of,
+    warn_about_prefixes,
 )
 
 protocol_version = 1
 defaults = {"grid": "review"}
 
-SPANS: tuple[Span, ...] = ("prefix", "persona", "task", "tail")
-Origins = Mapping[Span, PromptName]
-Spans = Sequence[Mapping[PromptName, Mapping[Span, range]]]  # of each row, by prompt and name
-
 
 def host_with(**grafted: PromptName) -> Origins:
     """Which prompt's cache each span is taken from: the host's, but for those that are named."""
-    origins: dict[Span, PromptName] = dict.fromkeys(SPANS, "BY")
+    origins: dict[Span, PromptName] = dict.fromkeys(("prefix", "persona", "task", "tail"), "BY")
     return {**origins, **grafted}  # type: ignore[dict-item]
 
 
 # Spans of the clean prompt in the host; the prefix is always the host's. `persona_cached` is the
-# persona span as computed once before the baseline task. (`additive` is no splice: see measure.)
+# persona span as computed once before the baseline task. (`additive` is no splice.)
 GRAFTS: dict[str, Origins] = {
     "none": host_with(),
     "persona": host_with(persona="XY"),
@@ -179,206 +179,149 @@ def measure(
         reuse: in a band, go on from the host's residual at its first layer.
     """
     warn_without_markers(cells)
-    asked = grafts.split(",")
-    prompts = [render_cell(model.tokenizer, cell) for cell in cells]
-    n_layers = len(model.layers)
+    sources = fill_sources(model, cells)
+    reference = read_reference(model, cells, sources, n_eval)
+    asked, n_layers = grafts.split(","), len(model.layers)
     bands = [band_layers(label, n_layers) for label in band_labels(n_layers)]
-    spans: Spans = [
+    kl = torch.full((len(cells), len(asked), len(bands)), torch.nan, device=model.device)
+    cache_bytes = torch.full(kl.shape, -1)
+    text, distinct = [[""] * len(cells) for _ in asked], torch.full((len(asked), len(cells)), -1)
+    for g, graft in enumerate(asked):
+        rows, cache, layer_bytes = make_graft(graft, sources)
+        kl[:, g, 0] = score(model, open_window(rows, reference.forced, cache), reference, {})
+        cache_bytes[:, g, 0] = layer_bytes * n_layers
+        if graft in CONTINUED:
+            text[g] = say(model, rows, cache, n_tokens).texts(model.tokenizer)
+            distinct[g] = torch.tensor(count_each(text[g], cells))
+        if graft == "persona":
+            cache_bytes[:, g, 1:] = layer_bytes[:, None] * torch.tensor(list(map(len, bands[1:])))
+            kl[:, g, 1:] = score_in_bands(model, sources, reference, bands[1:], reuse=reuse)
+    return {
+        "kl": kl,
+        "closure": closure(kl, kl[:, asked.index("none"), 0, None, None]),
+        "cache_bytes": cache_bytes,
+        "n_eval": reference.scored.sum(1),
+        "text": [list(of_cell) for of_cell in zip(*text, strict=True)],
+        "any_marker": distinct.T > 0,
+        "distinct_markers": distinct.T,
+    }
+
+
+def fill_sources(model: TransformersModel, cells: Sequence[Cell]) -> GraftSources:
+    """Everything before p_last of each prompt, once; and how this model's keys are moved."""
+    prompts = [render_cell(model.tokenizer, cell) for cell in cells]
+    spans: list[dict[PromptName, dict[Span, range]]] = [
         {name: spans_before_last(prompt[name]) for name in ROLE_PROMPTS} for prompt in prompts
     ]
-
     warn_about_prefixes(cells, prompts, spans)
-
-    # Everything before p_last of each prompt, once; and how this model's keys are moved.
-    source: dict[PromptName, KVCache] = {
+    caches: dict[PromptName, KVCache] = {
         name: fill_cache(model, [prompt[name].ids[:-1] for prompt in prompts])
         for name in ROLE_PROMPTS
     }
-    rotation = read_rotation(model, reach=max(cache.width for cache in source.values()))
+    rotation = read_rotation(model, reach=max(cache.width for cache in caches.values()))
     if rotation.refusal:  # said only if a key has to move
         hint = f"{rotation.refusal} With --grafts none,all no key moves."
         rotation = replace(rotation, refusal=hint)
+    return GraftSources(prompts, spans, caches, rotation)
 
-    # The reference: what the model says, greedily, to the clean XY prompt.
-    rows = [prompt["XY"].ids for prompt in prompts]
-    xy = left_pad(rows, device=model.device)
-    with model.generate(
-        xy.tokens,
-        past_key_values=source["XY"].cache(),
-        max_new_tokens=n_eval,
-        do_sample=False,
-        num_beams=1,
-    ) as tracer:
-        said = save(tracer.result)
-    reference = read_continuation(said, xy.input_ids.shape[1], n_eval, end_tokens(model))
-    reference.warn_if_short([cell.label for cell in cells], n_eval)
-    scored = reference.scored("p_last", n_eval)
-    forced = reference.ids[:, :-1]
-    window = open_window(rows, forced, source["XY"])
+
+@dataclass(frozen=True)
+class Reference:
+    """What the model says, greedily, to the clean XY prompt."""
+
+    forced: Tensor  # the tokens that follow p_last in every pass, [cell, token]
+    clean: Tensor  # log-probabilities, [cell, token, vocabulary]
+    scored: Tensor  # [cell, token]
+
+
+def read_reference(
+    model: TransformersModel, cells: Sequence[Cell], sources: GraftSources, n_eval: int
+) -> Reference:
+    """What is said to XY, and its distributions there."""
+    rows, cache = [prompt["XY"].ids for prompt in sources.prompts], sources.caches["XY"]
+    said = say(model, rows, cache, n_eval)
+    said.warn_if_short([cell.label for cell in cells], n_eval)
+    window = open_window(rows, said.ids[:, :-1], cache)
     with model.trace(window.inputs(), logits_to_keep=n_eval):
         clean = save(log_probabilities(model.output.logits))
-
-    # Each graft in all layers: the spans spliced at their own length, every key that moves rotated
-    # by its distance; p_last and the reference tokens run on it at the positions that follow.
-    kl = torch.full((len(cells), len(asked), len(bands)), torch.nan, device=model.device)
-    cache_bytes = torch.full(kl.shape, -1, dtype=torch.long)
-    grafted: dict[str, tuple[list[list[int]], KVCache]] = {}
-    for g, graft in enumerate(asked):
-        if graft == "additive":
-            rows = tokens_of(GRAFTS["none"], prompts, spans)
-            cache, sizes = add_persona(source, spans, rotation)
-        else:
-            rows = tokens_of(GRAFTS[graft], prompts, spans)
-            cache = splice(pieces_of(GRAFTS[graft], source, spans), rotation)
-            sizes = grafted_tokens(GRAFTS[graft], spans)
-        window = open_window(rows, forced, cache)
-        with model.trace(window.inputs(), logits_to_keep=n_eval):
-            kl[:, g, 0] = save(summed_kl(clean, log_probabilities(model.output.logits), scored))
-        cache_bytes[:, g, 0] = torch.tensor(sizes) * cache.token_bytes * n_layers
-        if graft in CONTINUED:
-            grafted[graft] = rows, cache
-
-    # The persona in a band of layers. Its slot is as long as the longer of the two persona spans;
-    # each layer holds one of them at the slot's end and hides the spare places before it.
-    if "persona" in asked:
-        slots = [max(len(of["XY"]["persona"]), len(of["BY"]["persona"])) for of in spans]
-        host = splice(pieces_of(GRAFTS["none"], source, spans, slots), rotation)
-        persona = splice(pieces_of(GRAFTS["persona"], source, spans, slots), rotation)
-        rows = [
-            max(pair, key=len)
-            for pair in zip(
-                tokens_of(GRAFTS["none"], prompts, spans),
-                tokens_of(GRAFTS["persona"], prompts, spans),
-                strict=True,
-            )
-        ]
-        window = open_window(rows, forced, host)
-        place_is_taken = window.attention_mask[:, : host.width] > 0
-        host_lacks = place_is_taken & (host.attention_mask == 0)
-        persona_lacks = place_is_taken & (persona.attention_mask == 0)
-        if reuse:
-            with model.trace(window.inputs(), logits_to_keep=1):
-                residual = save([])
-                for block in model.layers:
-                    residual.append(block.input)
-                    args, kwargs = block.attn.inputs
-                    mask = hide(kwargs["attention_mask"], host_lacks)
-                    block.attn.inputs = (args, {**kwargs, "attention_mask": mask})
-            window = replace(window, clean=torch.stack(residual))
-        g = asked.index("persona")
-        sizes = torch.tensor(grafted_tokens(GRAFTS["persona"], spans)) * persona.token_bytes
-        for b, band in list(enumerate(bands))[1:]:
-            window = replace(window, prefix=persona.only_in(band, host))
-            with model.trace(window.inputs(), logits_to_keep=n_eval):
-                window.resume(model, band.start)
-                for layer in range(band.start if reuse else 0, n_layers):
-                    block = model.layers[layer]
-                    args, kwargs = block.attn.inputs
-                    lacks = persona_lacks if layer in band else host_lacks
-                    mask = hide(kwargs["attention_mask"], lacks)
-                    block.attn.inputs = (args, {**kwargs, "attention_mask": mask})
-                kl[:, g, b] = save(summed_kl(clean, log_probabilities(model.output.logits), scored))
-            cache_bytes[:, g, b] = sizes * len(band)
-
-    # What the host goes on to say, under three of the grafts.
-    text = [[""] * len(asked) for _ in cells]
-    distinct = torch.full((len(cells), len(asked)), -1)
-    for graft, (rows, cache) in grafted.items():
-        batch = left_pad(rows, device=model.device)
-        with model.generate(
-            batch.tokens,
-            past_key_values=cache.cache(),
-            max_new_tokens=n_tokens,
-            do_sample=False,
-            num_beams=1,
-        ) as tracer:
-            said = save(tracer.result)
-        spoken = read_continuation(said, batch.input_ids.shape[1], n_tokens, end_tokens(model))
-        for c, words in enumerate(spoken.texts(model.tokenizer)):
-            text[c][asked.index(graft)] = words
-            distinct[c, asked.index(graft)] = count_markers(words, cells[c])
-
-    gap = kl[:, asked.index("none"), 0, None, None]
-    return {
-        "kl": kl,
-        "closure": closure(kl, gap),
-        "cache_bytes": cache_bytes,
-        "n_eval": scored.sum(1),
-        "text": text,
-        "any_marker": distinct > 0,
-        "distinct_markers": distinct,
-    }
+    return Reference(said.ids[:, :-1], clean, said.scored("p_last", n_eval))
 
 
-def warn_about_prefixes(
-    cells: Sequence[Cell], prompts: Sequence[Mapping[PromptName, Prompt]], spans: Spans
-) -> None:
-    """Warn of cells in which a token joins what stands before the persona with its first word.
+def make_graft(graft: str, sources: GraftSources) -> tuple[list[list[int]], KVCache, Tensor]:
+    """The spans spliced at their own length, every key that moves rotated by its distance.
 
-    The prefix is the host's, so that there no graft, ``all`` included, gives the clean run.
+    Returns:
+        Token ids, p_last included; their cache; and how many bytes a layer are not the host's.
     """
-    joined = [
-        cell.label
-        for cell, prompt, of in zip(cells, prompts, spans, strict=True)
-        if prompt["XY"].ids[: of["XY"]["prefix"].stop]
-        != prompt["BY"].ids[: of["BY"]["prefix"].stop]
-    ]
-    if joined:
-        warnings.warn(
-            f"In {', '.join(joined)} the tokens before the persona are not the host's (one of "
-            "them takes up a part of it): no graft can give the clean run.",
-            stacklevel=3,
-        )
+    if graft == "additive":
+        cache, sizes = add_persona(sources)
+        return tokens_of(GRAFTS["none"], sources), cache, torch.tensor(sizes) * cache.token_bytes
+    origins = GRAFTS[graft]
+    cache = splice(pieces_of(origins, sources), sources.rotation)
+    sizes = torch.tensor(grafted_tokens(origins, sources))
+    return tokens_of(origins, sources), cache, sizes * cache.token_bytes
 
 
-def spans_before_last(prompt: Prompt) -> dict[Span, range]:
-    """The spans of a prompt without p_last, which runs forward on the cache."""
-    last = len(prompt) - 1
-    return {
-        name: range(prompt.spans[name].start, min(prompt.spans[name].stop, last)) for name in SPANS
-    }
+def score(
+    model: TransformersModel, window: Window, reference: Reference, hidden: Mapping[int, Tensor]
+) -> Tensor:
+    """KL of p_last and the reference tokens, run forward on a grafted cache, [cell].
+
+    ``hidden`` are columns of the cache, [cell, column], that a layer does not see; the pass goes
+    on from the first of these layers, if it can.
+    """
+    with model.trace(window.inputs(), logits_to_keep=reference.scored.shape[1]):
+        window.resume(model, min(hidden, default=0))
+        for layer, columns in hidden.items():
+            attention = model.layers[layer].attn
+            attention.inputs = block_keys(attention.inputs, None, columns)
+        predicted = log_probabilities(model.output.logits)
+        kl = save(summed_kl(reference.clean, predicted, reference.scored))
+    return kl  # noqa: RET504 - there only once the trace has run
 
 
-def tokens_of(
-    origins: Origins, prompts: Sequence[Mapping[PromptName, Prompt]], spans: Spans
-) -> list[list[int]]:
-    """Token ids of the spliced rows, p_last included."""
-    return [
-        [
-            *(
-                token
-                for span, name in origins.items()
-                for token in prompt[name].ids[of[name][span].start : of[name][span].stop]
-            ),
-            prompt["BY"].ids[-1],
-        ]
-        for prompt, of in zip(prompts, spans, strict=True)
-    ]
+def score_in_bands(
+    model: TransformersModel,
+    sources: GraftSources,
+    reference: Reference,
+    bands: Sequence[range],
+    *,
+    reuse: bool,
+) -> Tensor:
+    """KL with the persona in a band of layers and the host in the others, [cell, band].
+
+    The persona's slot is as long as the longer of the two persona spans. Each layer holds one of
+    them at the slot's end, and hides the spare places before it.
+    """
+    spans, origins = sources.spans, (GRAFTS["none"], GRAFTS["persona"])
+    slots = [max(len(of["XY"]["persona"]), len(of["BY"]["persona"])) for of in spans]
+    host, persona = (splice(pieces_of(of, sources, slots), sources.rotation) for of in origins)
+    both = zip(*(tokens_of(of, sources) for of in origins), strict=True)
+    window = open_window([max(pair, key=len) for pair in both], reference.forced, host)
+    is_taken = window.attention_mask[:, : host.width] > 0
+    host_lacks, persona_lacks = (is_taken & (of.attention_mask == 0) for of in (host, persona))
+    if reuse:
+        window = replace(window, clean=read_host(model, window, host_lacks))
+    kl: list[Tensor] = []
+    for band in bands:
+        layers = range(band.start if reuse else 0, len(model.layers))
+        lacks = {layer: persona_lacks if layer in band else host_lacks for layer in layers}
+        window = replace(window, prefix=persona.only_in(band, host))
+        kl.append(score(model, window, reference, lacks))
+    return torch.stack(kl, dim=1)
 
 
-def pieces_of(
-    origins: Origins,
-    source: Mapping[PromptName, KVCache],
-    spans: Spans,
-    slots: Sequence[int] | None = None,
-) -> list[Piece]:
-    """The spans to splice; ``slots`` are the places that the persona takes."""
-    return [
-        Piece(source[name], [of[name][span] for of in spans], slots if span == "persona" else None)
-        for span, name in origins.items()
-    ]
+def read_host(model: TransformersModel, window: Window, lacks: Tensor) -> Tensor:
+    """The host's residuals at the input of every block: what a band goes on from."""
+    with model.trace(window.inputs(), logits_to_keep=1):
+        residual = save([])
+        for block in model.layers:
+            residual.append(block.input)
+            block.attn.inputs = block_keys(block.attn.inputs, None, lacks)
+    return torch.stack(residual)
 
 
-def grafted_tokens(origins: Origins, spans: Spans) -> list[int]:
-    """How many tokens of each row are not the host's."""
-    return [
-        sum(len(of[name][span]) for span, name in origins.items() if name != "BY") for of in spans
-    ]
-
-
-def add_persona(
-    source: Mapping[PromptName, KVCache], spans: Spans, rotation: Rotation
-) -> tuple[KVCache, list[int]]:
+def add_persona(sources: GraftSources) -> tuple[KVCache, list[int]]:
     """KV_BB + ΔX + ΔY on the task and tail spans of the host: KV_BY + (KV_XB − KV_BB).
 
     Tasks differ in length, so the spans are aligned from their ends; the first tokens of the
@@ -388,29 +331,30 @@ def add_persona(
     Returns:
         The cache, and how many tokens of each row are changed.
     """
-    n_task, n_tail = (
-        [min(len(of[name][span]) for name in ("BB", "XB", "BY")) for of in spans]
-        for span in ("task", "tail")
-    )
 
-    def last(name: PromptName, span: Span, lengths: Sequence[int]) -> list[range]:
-        ends = [of[name][span] for of in spans]
-        return [end[len(end) - n :] for end, n in zip(ends, lengths, strict=True)]
+    def last(name: PromptName, span: Span) -> list[range]:
+        """The last tokens of a span, as many as it has in all three prompts."""
+        lengths = [min(len(of[each][span]) for each in ("BB", "XB", "BY")) for of in sources.spans]
+        spans = [of[name][span] for of in sources.spans]
+        return [whole[len(whole) - n :] for whole, n in zip(spans, lengths, strict=True)]
 
     def in_place_of_host(name: PromptName) -> KVCache:
-        task, tail = ([of["BY"][span] for of in spans] for span in ("task", "tail"))
-        before = [range(span.stop - n) for span, n in zip(task, n_task, strict=True)]
-        between = [range(s.start, s.stop - n) for s, n in zip(tail, n_tail, strict=True)]
+        before = [range(task.start) for task in last("BY", "task")]
+        between = [
+            range(of["BY"]["tail"].start, tail.start)
+            for of, tail in zip(sources.spans, last("BY", "tail"), strict=True)
+        ]
+        host, source = sources.caches["BY"], sources.caches[name]
         return splice(
             [
-                Piece(source["BY"], before),
-                Piece(source[name], last(name, "task", n_task)),
-                Piece(source["BY"], between),
-                Piece(source[name], last(name, "tail", n_tail)),
+                Piece(host, before),
+                Piece(source, last(name, "task")),
+                Piece(host, between),
+                Piece(source, last(name, "tail")),
             ],
-            rotation,
+            sources.rotation,
         )
 
-    host = in_place_of_host("BY")
-    changed = [a + b for a, b in zip(n_task, n_tail, strict=True)]
-    return host.plus(in_place_of_host("XB"), in_place_of_host("BB")), changed
+    changed = zip(last("BY", "task"), last("BY", "tail"), strict=True)
+    cache = in_place_of_host("BY").plus(in_place_of_host("XB"), in_place_of_host("BB"))
+    return cache, [len(task) + len(tail) for task, tail in changed]

@@ -10,6 +10,8 @@ size alone put right, or alone put wrong, say.
 """
 
 import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Annotated
 
@@ -21,22 +23,23 @@ from torch import Tensor
 
 from persona_nns.declarations import Variable, generated_index
 from persona_nns.figures import cells_heatmap, compare_by_layer, lines_by_layer
-from persona_nns.prompts import ROLE_PROMPTS, Cell, render_cell, tokens_from_first_site
+from persona_nns.prompts import ROLE_PROMPTS, Cell, Prompt, render_cell, tokens_from_first_site
 from persona_nns.tracing import (
+    CleanRun,
+    Continuation,
+    KVCache,
     additive,
     cos_additive,
     cos_persona_task,
-    end_tokens,
     gap_ratio,
+    has_input_norms,
     index_sites,
     interaction_ratio,
-    left_pad,
     log_probabilities,
     match_rms,
     open_window,
     prefill,
-    read_clean_run,
-    read_continuation,
+    run_clean,
     stack_windows,
     substitute,
     summed_kl,
@@ -164,80 +167,133 @@ def measure(
         reuse: run shared prefixes once and resume at the layer of the intervention.
         keep_residuals: return the residuals too.
     """
+    batch = run_xy(model, cells, positions, n_eval, reuse=reuse)
+    residuals, post_norm = read_sites(model, batch)
+    bb, xb, by, xy = residuals
+    prediction = additive(bb, xb, by)
+    written = {"kl": prediction}
+    if rms:
+        written["kl_rms_matched"] = match_rms(prediction, xy)
+        written["kl_rms_only"] = match_rms(xy, prediction)
+    results = substitute_each(model, batch, written, layers)
+    results["n_eval"] = batch.scored.sum(2).T
+    exists = torch.stack([batch.reference.reaches(position) for position in positions], dim=1)
+    for name, values in measure_geometry(bb, xb, by, xy, post_norm).items():
+        results[name] = torch.where(exists[:, None], values.transpose(0, 1), torch.nan)
+    if keep_residuals:  # [cell, prompt, layer, position, d_model]
+        of_cell = residuals.movedim(2, 0)
+        results["residuals"] = torch.where(exists[:, None, None, :, None], of_cell, torch.nan)
+    return results
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The four prompts of each cell, and the clean run: what the model says, greedily, to XY."""
+
+    rows: Sequence[Prompt]  # BB of every cell, then XB, BY and XY
+    prefix: KVCache | None  # their tokens before the first site
+    positions: Sequence[str]
+    reference: Continuation
+    run: CleanRun
+    scored: Tensor  # [position, cell, token]
+
+
+def run_xy(
+    model: TransformersModel,
+    cells: Sequence[Cell],
+    positions: Sequence[str],
+    n_eval: int,
+    *,
+    reuse: bool,
+) -> Batch:
+    """The clean run, whose distributions the others are compared with.
+
+    Each distinct prompt is run once up to the first site: its keys and values are kept.
+    """
     prompts = [render_cell(model.tokenizer, cell) for cell in cells]
-    n_forced = max(map(generated_index, positions))
-    n_tokens = n_forced + n_eval
-    n_shown = tokens_from_first_site(prompts, positions)
-
-    # Each distinct prompt once, up to the first site: its keys and values are kept.
-    n_cells = len(cells)
     rows = [prompt[name] for name in ROLE_PROMPTS for prompt in prompts]
+    n_shown = tokens_from_first_site(prompts, positions)
     prefix = prefill(model, [row.ids[:-n_shown] for row in rows], reuse=reuse)
-    before_xy = prefix.rows(slice(-n_cells, None)) if prefix is not None else None
-
-    # The reference: what the model says, greedily, to the clean XY prompt. The pass that says it
-    # is the clean run, whose distributions the others are compared with.
-    xy = [prompt["XY"].ids for prompt in prompts]
-    batch = left_pad(xy, device=model.device)
-    with model.generate(
-        batch.tokens,
-        past_key_values=before_xy.cache() if before_xy is not None else None,
-        max_new_tokens=n_tokens,
-        do_sample=False,
-        num_beams=1,
-        output_logits=True,
-        output_hidden_states=True,
-        return_dict_in_generate=True,
-    ) as tracer:
-        said = save(tracer.result)
-    reference = read_continuation(said.sequences, batch.width, n_tokens, end_tokens(model))
+    xy, n_tokens = slice(-len(cells), None), max(map(generated_index, positions)) + n_eval
+    before_xy = prefix and prefix.rows(xy)
+    reference, run = run_clean(model, [row.ids for row in rows[xy]], before_xy, n_tokens)
     reference.warn_if_short([cell.label for cell in cells], n_tokens)
-    run = read_clean_run(said, xy, reference.ids, before_xy)
-    clean = log_probabilities(run.logits)
+    scored = torch.stack([reference.scored(position, n_eval) for position in positions])
+    return Batch(rows, prefix, positions, reference, run, scored)
 
-    # Residuals of the four prompts at every site, each prompt followed by the first reference
-    # tokens and read at its own positions. [layer, cell, position, d_model]
-    window = open_window(
-        [row.ids for row in rows], reference.ids[:, :n_forced].repeat(len(ROLE_PROMPTS), 1), prefix
-    )
-    column = window.column(index_sites(rows, positions).to(model.device))
-    has_norm = all(hasattr(block, "input_norm") for block in model.layers)
+
+def read_sites(model: TransformersModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What stands at every site of the four prompts.
+
+    Each prompt is followed by the first reference tokens and read at its own positions.
+
+    Returns:
+        The residuals, [prompt, layer, cell, position, d_model], and what additivity misses of
+        them after the norm of the block that reads the layer, [layer, cell, position].
+    """
+    n_prompts, n_forced = len(ROLE_PROMPTS), max(map(generated_index, batch.positions))
+    forced = batch.reference.ids[:, :n_forced].repeat(n_prompts, 1)
+    window = open_window([row.ids for row in batch.rows], forced, batch.prefix)
+    column = window.column(index_sites(batch.rows, batch.positions).to(model.device))
+    has_norm = has_input_norms(model)
     if not has_norm:
         warnings.warn(
-            "The blocks of this model have no input norm: gap_ratio_post_norm is NaN.", stacklevel=2
+            "The blocks of this model have no input norm: gap_ratio_post_norm is NaN.", stacklevel=3
         )
     with model.trace(window.inputs(), logits_to_keep=1):
         read = [take(block.input, column) for block in model.layers]
         read = save(torch.stack([*read, take(model.final_norm.output, column)]).float())
         # What the block that reads the layer makes of it, in the model's own precision.
-        bb, xb, by, together = read.split(n_cells, dim=1)
-        residuals = torch.stack([additive(bb, xb, by), together, bb]).to(model.dtype)
-        normed = save(
-            [
-                block.input_norm(residuals[:, layer]) if has_norm else residuals[:, layer]
-                for layer, block in enumerate(model.layers)
-            ]
-        )
-    bb, xb, by, together = read.split(n_cells, dim=1)
-    prediction = additive(bb, xb, by)
-    post_norm = torch.full(prediction.shape[:-1], torch.nan, device=model.device)
+        bb, xb, by, xy = read.chunk(n_prompts, dim=1)
+        residuals = torch.stack([additive(bb, xb, by), xy, bb]).to(model.dtype)
+        normed = save([])
+        if has_norm:
+            for layer, block in enumerate(model.layers):
+                normed.append(block.input_norm(residuals[:, layer]))
+    residuals = torch.stack(read.chunk(n_prompts, dim=1))
+    post_norm = torch.full(residuals.shape[1:-1], torch.nan, device=model.device)
     if has_norm:
         post_norm[:-1] = gap_ratio(*torch.stack(normed, dim=1))
+    return residuals, post_norm
 
-    # The clean run again with another residual at one site, once for each layer; the positions
-    # are rows of one pass, next to each other: [position, cell]. The prediction; the prediction
-    # with the size of the clean residual; and the clean residual with that of the prediction.
-    written = {"kl": prediction}
-    if rms:
-        written["kl_rms_matched"] = match_rms(prediction, together)
-        written["kl_rms_only"] = match_rms(together, prediction)
-    nowhere = torch.full((n_cells, len(layers), len(positions)), torch.nan, device=model.device)
-    kl = {name: nowhere.clone() for name in ("kl", "kl_rms_matched", "kl_rms_only")}
-    site = index_sites([prompt["XY"] for prompt in prompts], positions).to(model.device)
-    scored = [reference.scored(position, n_eval) for position in positions]
-    firsts = [generated_index(position) for position in positions]
-    reached = [p for p in range(len(positions)) if scored[p].any()]
+
+def measure_geometry(
+    bb: Tensor, xb: Tensor, by: Tensor, xy: Tensor, post_norm: Tensor
+) -> dict[str, Tensor]:
+    """How the sum of the two effects compares with the combination, [layer, cell, position]."""
+    return {
+        "cos_additive": cos_additive(bb, xb, by, xy),
+        "cos_persona_task": cos_persona_task(bb, xb, by),
+        "interaction_ratio": interaction_ratio(bb, xb, by, xy),
+        "gap_ratio": gap_ratio(additive(bb, xb, by), xy, bb),
+        "gap_ratio_post_norm": post_norm,
+    }
+
+
+def substitute_each(
+    model: TransformersModel, batch: Batch, written: Mapping[str, Tensor], layers: Sequence[int]
+) -> dict[str, Tensor]:
+    """The clean run again with another residual at one site, once for each layer.
+
+    The positions are rows of one pass, next to each other: [position, cell].
+
+    Args:
+        model: from `load_model`.
+        batch: the clean run.
+        written: the residuals by what is measured with them, [layer, cell, position, d_model].
+        layers: where they are written to.
+
+    Returns:
+        KLs, [cell, layer, position]; NaN where no token is scored.
+    """
+    run, scored, clean = batch.run, batch.scored, log_probabilities(batch.run.logits)
+    n_positions, n_cells, n_eval = scored.shape
+    site = index_sites(batch.rows[-n_cells:], batch.positions).to(model.device)
+    firsts = [generated_index(position) for position in batch.positions]
+    reached = [p for p in range(n_positions) if scored[p].any()]
     windows = [run.narrow(site[:, p], n_generated=firsts[p] + n_eval) for p in reached]
+    nowhere = torch.full((n_cells, len(layers), n_positions), torch.nan, device=model.device)
+    kl = {name: nowhere.clone() for name in ("kl", "kl_rms_matched", "kl_rms_only")}
     for which, window in stack_windows(windows):
         places = [reached[k] for k in which]
         column = window.column(torch.cat([site[:, p] for p in places]))
@@ -248,26 +304,8 @@ def measure(
             with model.trace(window.inputs(), logits_to_keep=n_eval):
                 window.resume(model, layer)
                 model.layers[layer].input = substitute(model.layers[layer].input, column, value)
-                intervened = log_probabilities(model.output.logits)
-                moved = save(summed_kl(expected, intervened, counted))
+                predicted = log_probabilities(model.output.logits)
+                moved = save(summed_kl(expected, predicted, counted))
             moved = torch.where(counted.any(1), moved, torch.nan)
             kl[name][:, k, places] = moved.view(len(places), n_cells).T
-
-    exists = torch.stack([reference.reaches(position) for position in positions], dim=1)
-
-    def by_cell(values: Tensor) -> Tensor:  # [layer, cell, position] -> [cell, layer, position]
-        return torch.where(exists[:, None], values.transpose(0, 1), torch.nan)
-
-    results = {
-        **kl,
-        "n_eval": torch.stack([tokens.sum(1) for tokens in scored], dim=1),
-        "cos_additive": by_cell(cos_additive(bb, xb, by, together)),
-        "cos_persona_task": by_cell(cos_persona_task(bb, xb, by)),
-        "interaction_ratio": by_cell(interaction_ratio(bb, xb, by, together)),
-        "gap_ratio": by_cell(gap_ratio(prediction, together, bb)),
-        "gap_ratio_post_norm": by_cell(post_norm),
-    }
-    if keep_residuals:  # [cell, prompt, layer, position, d_model]
-        by_prompt = torch.stack([bb, xb, by, together]).permute(2, 0, 1, 3, 4)
-        results["residuals"] = torch.where(exists[:, None, None, :, None], by_prompt, torch.nan)
-    return results
+    return kl

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from persona_nns.errors import PersonaError
 from persona_nns.models.load import load_model
 from persona_nns.tracing.batches import left_pad
+from persona_nns.tracing.knockout import block_keys
 from persona_nns.tracing.kv.cache import KVCache, read_cache, running_cache, stack
-from persona_nns.tracing.kv.masks import hide
 from persona_nns.tracing.kv.rotation import read_rotation
 from persona_nns.tracing.kv.splice import Piece, splice
 from persona_nns.tracing.prefixes import fill_cache
@@ -360,9 +360,8 @@ def test_hidden_columns_get_no_attention(random_model: Callable[[str], Transform
     columns = torch.zeros(2, cache.width, dtype=torch.bool)
     columns[0, 20:23] = columns[1, 30] = True
     with model.trace(window.inputs()):
-        args, kwargs = model.layers[1].attn.inputs
-        mask = hide(kwargs["attention_mask"], columns)
-        model.layers[1].attn.inputs = (args, {**kwargs, "attention_mask": mask})
+        attention = model.layers[1].attn
+        attention.inputs = block_keys(attention.inputs, None, columns)
         hidden = save(model.layers[1].attn.output[1])
         other = save(model.layers[3].attn.output[1])
     rest = torch.nn.functional.pad(columns, (0, 4))

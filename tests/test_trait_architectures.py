@@ -22,13 +22,13 @@ from persona_nns.declarations.catalog import load_experiment
 from persona_nns.models.load import load_model
 from persona_nns.tracing.averages import averages, token_weights
 from persona_nns.tracing.batches import left_pad
+from persona_nns.tracing.continuations import until_end_of_text
 from persona_nns.tracing.sampling import RowSampler
 from persona_nns.tracing.steering import (
     ablate,
     steer,
     steered_steps,
     steered_tokens,
-    until_end_of_text,
 )
 from persona_nns.traits.vectors import write_vector
 

@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from persona_nns.errors import UsageError
 from persona_nns.prompts.grids import Cell
@@ -25,6 +26,16 @@ def count_markers(text: str, cell: Cell) -> int:
     if not cell.markers:
         return NOT_COUNTED
     return len({marker.lower() for marker in find_markers(text, cell.markers)})
+
+
+def count_each(texts: Sequence[Any], cells: Sequence[Cell]) -> list[Any]:
+    """`count_markers` of each cell's text, or of all texts in what it has as lists of lists."""
+    return [
+        count_markers(of_cell, cell)
+        if isinstance(of_cell, str)
+        else count_each(of_cell, [cell] * len(of_cell))
+        for of_cell, cell in zip(texts, cells, strict=True)
+    ]
 
 
 def require_markers(cells: Sequence[Cell]) -> None:

@@ -1,15 +1,22 @@
-"""The greedy continuation that every intervention on a prompt is scored on."""
+"""What a model says, greedily: the continuation that every intervention is scored on."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from nnsight import TransformersModel
+from nnsight import TransformersModel, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_nns.declarations.sites import generated_index
+from persona_nns.prompts.grids import Cell
+from persona_nns.prompts.markers import count_each
+from persona_nns.tracing.batches import left_pad
+from persona_nns.tracing.kv.cache import KVCache
+from persona_nns.tracing.window import CleanRun, read_clean_run
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,10 @@ class Continuation:
 
     ids: Tensor
     length: Tensor
+
+    def first(self, n_tokens: int) -> "Continuation":
+        """Its first tokens."""
+        return Continuation(self.ids[:, :n_tokens], self.length.clamp(max=n_tokens))
 
     def scored(self, position: str, n_eval: int) -> Tensor:
         """Which tokens of the window that a position is scored on exist, [row, n_eval].
@@ -61,6 +72,81 @@ class Continuation:
         rows = zip(self.ids.tolist(), self.length.tolist(), strict=True)
         said = [ids[:length] for ids, length in rows]
         return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in said]
+
+
+def say(
+    model: TransformersModel,
+    rows: Sequence[Sequence[int]],
+    prefix: KVCache | None,
+    n_tokens: int,
+) -> Continuation:
+    """What a model says to prompts, greedily.
+
+    Args:
+        model: from `load_model`.
+        rows: token ids of the prompts.
+        prefix: caches of their first tokens, p_last not among them; None runs whole prompts.
+        n_tokens: how many tokens are asked for.
+    """
+    return _generate(model, rows, prefix, n_tokens)[1]
+
+
+def run_clean(
+    model: TransformersModel,
+    rows: Sequence[Sequence[int]],
+    prefix: KVCache | None,
+    n_tokens: int,
+) -> tuple[Continuation, CleanRun]:
+    """What a model says, and the run in which it says it; arguments as for `say`."""
+    kept = {"output_logits": True, "output_hidden_states": True}
+    run, said = _generate(model, rows, prefix, n_tokens, **kept)
+    return said, read_clean_run(run, rows, said.ids, prefix)
+
+
+def _generate(
+    model: TransformersModel,
+    rows: Sequence[Sequence[int]],
+    prefix: KVCache | None,
+    n_tokens: int,
+    **kept: bool,
+) -> tuple[Any, Continuation]:
+    batch = left_pad(rows, device=model.device)
+    settings = {**greedily(prefix, n_tokens), "return_dict_in_generate": True, **kept}
+    with model.generate(batch.tokens, **settings) as tracer:
+        run = save(tracer.result)
+    return run, read_continuation(run.sequences, batch.width, n_tokens, end_tokens(model))
+
+
+def greedily(prefix: KVCache | None, n_tokens: int) -> dict[str, Any]:
+    """How ``generate`` is called for the likeliest tokens; the arguments are those of `say`."""
+    return {
+        "past_key_values": None if prefix is None else prefix.cache(),
+        "max_new_tokens": n_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+    }
+
+
+def mark(texts: Sequence[Any], cells: Sequence[Cell]) -> dict[str, Any]:
+    """Look for the markers of the cells' personas in what was said.
+
+    Args:
+        texts: of each cell, a text, or a list of texts, or a list of such lists, …
+        cells: the cells.
+
+    Returns:
+        The variables ``text``, ``any_marker`` and ``distinct_markers``, nested as the texts are.
+    """
+    distinct = torch.tensor(count_each(texts, cells))
+    return {"text": texts, "any_marker": distinct > 0, "distinct_markers": distinct}
+
+
+@contextmanager
+def until_end_of_text() -> Iterator[None]:
+    """Let a loop over generated tokens end with the text, without being warned of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*was never reached: the loop asked for")
+        yield
 
 
 def read_continuation(

@@ -28,14 +28,15 @@ _Condition = TypeVar("_Condition")
 BLOCKED: tuple[Blocked, ...] = ("last", "task", "task+last", "later")
 
 
-def block_keys(inputs: Any, queries: Tensor, keys: Tensor) -> Any:
+def block_keys(inputs: Any, queries: Tensor | None, keys: Tensor) -> Any:
     """The inputs of an attention module with a mask that keeps queries from keys.
 
     Args:
         inputs: the module's positional and keyword arguments, as ``attn.inputs`` gives them; not
-            changed.
+            changed, since one mask may serve all layers.
         queries: [row, column], True where a query is blocked; columns to come may be among them.
-        keys: [row, column], True where a key is blocked.
+            None blocks all.
+        keys: [row, column], True where a key is blocked; those after its last column are not.
 
     Returns:
         What to assign to ``attn.inputs``.
@@ -43,9 +44,10 @@ def block_keys(inputs: Any, queries: Tensor, keys: Tensor) -> Any:
     positional, named = inputs
     mask = named["attention_mask"]
     n_queries, n_keys = mask.shape[-2:]
-    asking = queries[:, n_keys - n_queries : n_keys]
-    blocked = asking[:, None, :, None] & keys[:, None, None, :n_keys]
-    mask = mask.expand(len(queries), -1, -1, -1)
+    # Columns are added to what is narrower than the mask, and cut off what is wider.
+    blocked = torch.nn.functional.pad(keys, (0, n_keys - keys.shape[1]))[:, None, None]
+    if queries is not None:
+        blocked = blocked & queries[:, None, n_keys - n_queries : n_keys, None]
     mask = mask.masked_fill(blocked.to(mask.device), torch.finfo(mask.dtype).min)
     return positional, {**named, "attention_mask": mask}
 

@@ -8,6 +8,7 @@ left. All of this runs inside tracing contexts, and may run on a server: torch o
 from collections.abc import Sequence
 
 import torch
+from nnsight import TransformersModel
 from torch import Tensor
 
 from persona_nns.prompts.positions import position_index
@@ -47,6 +48,11 @@ def put(hidden: Tensor, where: Tensor, value: Tensor) -> Tensor:
         value: [row, column, d_model].
     """
     return torch.where(where[..., None].to(hidden.device), value.to(hidden), hidden)
+
+
+def has_input_norms(model: TransformersModel) -> bool:
+    """Whether every block normalises what it reads (those of OLMo2 do not)."""
+    return all(hasattr(block, "input_norm") for block in model.layers)
 
 
 def root_mean_square(hidden: Tensor) -> Tensor:

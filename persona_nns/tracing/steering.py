@@ -10,9 +10,7 @@ builtins only.
 """
 
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,14 +48,6 @@ def steered_tokens(
 def steered_steps(position_sets: Sequence[str]) -> Tensor:
     """Which rows are steered at tokens that are generated, [row, 1]."""
     return torch.tensor([[float(name != "prompt")] for name in position_sets])
-
-
-@contextmanager
-def until_end_of_text() -> Iterator[None]:
-    """Let a loop over generated tokens end with the text, without being warned of it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(?s).*was never reached: the loop asked for")
-        yield
 
 
 def steer(hidden: Tensor, direction: Tensor, strength: Tensor) -> Tensor:

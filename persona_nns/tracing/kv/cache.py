@@ -145,7 +145,7 @@ class KVCache:
         """This cache in the layers of a band, another one of the same width in the rest.
 
         What only one of the two holds (a spare place of the other) counts as held: a pass has to
-        hide it in the layers that lack it, through their own attention masks (`hide`).
+        hide it in the layers that lack it, through their own attention masks (`block_keys`).
         """
         check_alike([self, other])
         if self.width != other.width:
