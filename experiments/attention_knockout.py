@@ -19,7 +19,13 @@ from pydantic import Field
 from torch import Tensor
 from transformers import DynamicCache
 
-from persona_nns.declarations import Variable, band_labels, band_layers
+from persona_nns.declarations import (
+    Variable,
+    band_labels,
+    bands_of,
+    marker_variables,
+    scored_tokens,
+)
 from persona_nns.figures import kl_by_band, markers_by_blocked
 from persona_nns.prompts import Cell, Prompt, render_cell, warn_without_markers
 from persona_nns.tracing import (
@@ -84,35 +90,15 @@ variables = {
         description="The gap between the two prompts, measured from the host: what kl_host is "
         "where nothing is knocked out.",
     ),
-    "n_eval": Variable(
-        "cell",
-        "scored tokens",
-        units="token",
-        description="Reference tokens the KLs are summed over; fewer than asked for where the "
-        "continuation ends early.",
-        kind="int",
-    ),
-    "any_marker": Variable(
-        "cell blocked",
-        "any persona marker",
-        description="Whether the greedy continuation under the knockout in all layers, kept up "
-        "at every step, holds a marker of the persona.",
-        kind="bool",
-        coords={"blocked": BLOCKED},
-    ),
-    "distinct_markers": Variable(
-        "cell blocked",
-        "distinct persona markers",
-        description="How many of the persona's markers that continuation holds.",
-        kind="int",
-        coords={"blocked": BLOCKED},
-    ),
-    "text": Variable(
+    "n_eval": scored_tokens(measured="KLs are"),
+    **marker_variables(
         "cell blocked",
         "continuation",
-        description="The greedy continuation under the knockout in all layers.",
-        kind="text",
-        coords={"blocked": BLOCKED},
+        {"blocked": BLOCKED},
+        any_marker="Whether the greedy continuation under the knockout in all layers, kept up at "
+        "every step, holds a marker of the persona.",
+        distinct_markers="How many of the persona's markers that continuation holds.",
+        text="The greedy continuation under the knockout in all layers.",
     ),
 }
 
@@ -146,7 +132,7 @@ def measure(
     prefix = prefill(model, [ids[:-1] for ids in rows], reuse=reuse)
     host = run_host(model, open_window(rows, reference.ids[:, :-1], prefix), n_eval)
 
-    bands = [band_layers(label, len(model.layers)) for label in band_labels(len(model.layers))]
+    bands = bands_of(len(model.layers))
     kl = torch.empty(2, len(cells), len(BLOCKED), len(bands), device=model.device)
     for window, conditions in passes(batch, bands):
         moved = knock_out(model, batch, host, window, conditions)

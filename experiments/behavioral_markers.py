@@ -15,7 +15,7 @@ from nnsight import TransformersModel, save
 from pydantic import Field
 from torch import Tensor
 
-from persona_nns.declarations import Variable
+from persona_nns.declarations import marker_variables
 from persona_nns.figures import estimates, shares_heatmap
 from persona_nns.prompts import ROLE_PROMPTS, Cell, render_cell, require_markers
 from persona_nns.tracing import (
@@ -38,30 +38,15 @@ defaults = {"grid": "review", "layers": "0.5385"}
 
 CONDITIONS = ("clean", "additive", "remove_persona", "bare")
 
-variables = {
-    "any_marker": Variable(
-        "cell layer condition",
-        "any persona marker",
-        description="Whether a marker of the cell's persona occurs in the text; clean and bare do "
-        "not depend on the layer and repeat over it.",
-        kind="bool",
-        coords={"condition": CONDITIONS},
-    ),
-    "distinct_markers": Variable(
-        "cell layer condition",
-        "distinct persona markers",
-        description="How many different markers of the cell's persona occur in the text.",
-        kind="int",
-        coords={"condition": CONDITIONS},
-    ),
-    "text": Variable(
-        "cell layer condition",
-        "greedy continuation",
-        description="What is said, special tokens left out.",
-        kind="text",
-        coords={"condition": CONDITIONS},
-    ),
-}
+variables = marker_variables(
+    "cell layer condition",
+    "greedy continuation",
+    {"condition": CONDITIONS},
+    any_marker="Whether a marker of the cell's persona occurs in the text; clean and bare do not "
+    "depend on the layer and repeat over it.",
+    distinct_markers="How many different markers of the cell's persona occur in the text.",
+    text="What is said, special tokens left out.",
+)
 
 
 def markers_figure(results: xr.Dataset) -> Figure:

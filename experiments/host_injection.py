@@ -19,7 +19,7 @@ from nnsight import TransformersModel, save
 from pydantic import Field
 from torch import Tensor
 
-from persona_nns.declarations import Variable, label_layer_set
+from persona_nns.declarations import Variable, label_layer_set, marker_variables, scored_tokens
 from persona_nns.figures import closure_figure, estimates, host_markers
 from persona_nns.prompts import ROLE_PROMPTS, Cell, render_cell, warn_without_markers
 from persona_nns.tracing import (
@@ -55,7 +55,6 @@ _by_set = {
     "layer_set": lambda _, parameters: [label_layer_set(s) for s in parameters["layer_sets"]],
     "source": SOURCES,
 }
-_by_site = {"site": SITES, "source": SOURCES}
 
 variables = {
     "kl": Variable(
@@ -73,36 +72,16 @@ variables = {
         "1 − KL / KL(none); NaN where there is no gap.",
         coords=_by_set,
     ),
-    "n_eval": Variable(
-        "cell",
-        "scored tokens",
-        units="token",
-        description="Reference tokens the KL is summed over; fewer than asked for where the "
-        "continuation ends early.",
-        kind="int",
-    ),
-    "any_marker": Variable(
-        "cell site source",
-        "any persona marker",
-        description="Whether a marker of the cell's persona occurs in the host's continuation, "
-        "with the source injected at the first layer set; none repeats over sites.",
-        kind="bool",
-        coords=_by_site,
-    ),
-    "distinct_markers": Variable(
-        "cell site source",
-        "distinct persona markers",
-        description="How many different markers of the cell's persona occur in it.",
-        kind="int",
-        coords=_by_site,
-    ),
-    "text": Variable(
+    "n_eval": scored_tokens(),
+    **marker_variables(
         "cell site source",
         "greedy continuation of the host",
-        description="What the host says, special tokens left out, with the source injected at "
-        "the first layer set.",
-        kind="text",
-        coords=_by_site,
+        {"site": SITES, "source": SOURCES},
+        any_marker="Whether a marker of the cell's persona occurs in the host's continuation, with "
+        "the source injected at the first layer set; none repeats over sites.",
+        distinct_markers="How many different markers of the cell's persona occur in it.",
+        text="What the host says, special tokens left out, with the source injected at the first "
+        "layer set.",
     ),
     "clean_any_marker": Variable(
         "cell",

@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations import Variable, label_layer_set
+from persona_nns.declarations import Variable, label_layer_set, scored_tokens
 from persona_nns.figures import by_control
 from persona_nns.prompts import (
     NEUTRAL,
@@ -135,14 +135,7 @@ variables = {
         kind="int",
         coords={"control": tuple(CONTROLS)},
     ),
-    "n_eval": Variable(
-        "cell",
-        "scored tokens",
-        units="token",
-        description="Reference tokens the KL is summed over; fewer than asked for where the "
-        "continuation ends early.",
-        kind="int",
-    ),
+    "n_eval": scored_tokens(),
 }
 
 figures = {

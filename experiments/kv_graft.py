@@ -15,7 +15,14 @@ from nnsight import TransformersModel, save
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from persona_nns.declarations import ModelRecord, Variable, band_labels, band_layers
+from persona_nns.declarations import (
+    ModelRecord,
+    Variable,
+    band_labels,
+    bands_of,
+    marker_variables,
+    scored_tokens,
+)
 from persona_nns.figures import closure_by_band, closure_by_graft, closure_heatmap
 from persona_nns.prompts import (
     ROLE_PROMPTS,
@@ -120,35 +127,15 @@ variables = {
         kind="int",
         coords=_coords,
     ),
-    "n_eval": Variable(
-        "cell",
-        "scored tokens",
-        units="token",
-        description="Reference tokens the KL is summed over; fewer than asked for where the "
-        "continuation ends early.",
-        kind="int",
-    ),
-    "text": Variable(
+    "n_eval": scored_tokens(),
+    **marker_variables(
         "cell graft",
         "continuation",
-        description=f"Greedy continuation of the grafted host. {_ONLY_CONTINUED}",
-        kind="text",
-        coords={"graft": graft_labels},
-    ),
-    "any_marker": Variable(
-        "cell graft",
-        "any persona marker",
-        description=f"Whether a marker of the persona occurs in it. {_ONLY_CONTINUED}",
-        kind="bool",
-        coords={"graft": graft_labels},
-    ),
-    "distinct_markers": Variable(
-        "cell graft",
-        "distinct persona markers",
-        description="How many different markers of the persona occur in it; −1 where nothing was "
-        f"generated. {_ONLY_CONTINUED}",
-        kind="int",
-        coords={"graft": graft_labels},
+        {"graft": graft_labels},
+        text=f"Greedy continuation of the grafted host. {_ONLY_CONTINUED}",
+        any_marker=f"Whether a marker of the persona occurs in it. {_ONLY_CONTINUED}",
+        distinct_markers="How many different markers of the persona occur in it; −1 where nothing "
+        f"was generated. {_ONLY_CONTINUED}",
     ),
 }
 
@@ -181,15 +168,14 @@ def measure(
     warn_without_markers(cells)
     sources = fill_sources(model, cells)
     reference = read_reference(model, cells, sources, n_eval)
-    asked, n_layers = grafts.split(","), len(model.layers)
-    bands = [band_layers(label, n_layers) for label in band_labels(n_layers)]
+    asked, bands = grafts.split(","), bands_of(len(model.layers))
     kl = torch.full((len(cells), len(asked), len(bands)), torch.nan, device=model.device)
     cache_bytes = torch.full(kl.shape, -1)
     text, distinct = [[""] * len(cells) for _ in asked], torch.full((len(asked), len(cells)), -1)
     for g, graft in enumerate(asked):
         rows, cache, layer_bytes = make_graft(graft, sources)
         kl[:, g, 0] = score(model, open_window(rows, reference.forced, cache), reference, {})
-        cache_bytes[:, g, 0] = layer_bytes * n_layers
+        cache_bytes[:, g, 0] = layer_bytes * len(bands[0])
         if graft in CONTINUED:
             text[g] = say(model, rows, cache, n_tokens).texts(model.tokenizer)
             distinct[g] = torch.tensor(count_each(text[g], cells))

@@ -21,7 +21,7 @@ from nnsight import TransformersModel, save
 from pydantic import Field
 from torch import Tensor
 
-from persona_nns.declarations import Variable, generated_index
+from persona_nns.declarations import Variable, generated_index, scored_tokens
 from persona_nns.figures import cells_heatmap, compare_by_layer, lines_by_layer
 from persona_nns.prompts import ROLE_PROMPTS, Cell, Prompt, render_cell, tokens_from_first_site
 from persona_nns.tracing import (
@@ -69,14 +69,7 @@ variables = {
         units="nat",
         description="The same with h_XY rescaled to the root mean square of h_BB + ΔX + ΔY.",
     ),
-    "n_eval": Variable(
-        "cell position",
-        "scored tokens",
-        units="token",
-        description="Reference tokens the KL is summed over; fewer than asked for where the "
-        "continuation ends early.",
-        kind="int",
-    ),
+    "n_eval": scored_tokens("cell position"),
     "cos_additive": Variable(
         "cell layer position",
         "cos(ΔXY, ΔX+ΔY)",

@@ -1,5 +1,6 @@
 from .bands import band_labels as band_labels
 from .bands import band_layers as band_layers
+from .bands import bands_of as bands_of
 from .catalog import Experiment as Experiment
 from .catalog import bundled_experiments as bundled_experiments
 from .catalog import check_axes as check_axes
@@ -20,3 +21,5 @@ from .sites import parse_positions as parse_positions
 from .variables import FILL as FILL
 from .variables import Kind as Kind
 from .variables import Variable as Variable
+from .variables import marker_variables as marker_variables
+from .variables import scored_tokens as scored_tokens

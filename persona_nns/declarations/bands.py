@@ -25,3 +25,8 @@ def band_layers(label: str, n_layers: int) -> range:
         return range(n_layers)
     start, _, stop = label.partition(":")
     return range(int(start), int(stop) if stop else int(start) + 1)
+
+
+def bands_of(n_layers: int) -> list[range]:
+    """The layers of every band of a model, in the order of their labels."""
+    return [band_layers(label, n_layers) for label in band_labels(n_layers)]

@@ -74,3 +74,40 @@ class Variable:
             for axis, labels in self.coords.items()
         }
         return replace(self, coords=labels)
+
+
+def scored_tokens(dims: str = "cell", *, measured: str = "KL is") -> Variable:
+    """How many reference tokens something is summed over."""
+    return Variable(
+        dims,
+        "scored tokens",
+        units="token",
+        description=f"Reference tokens the {measured} summed over; fewer than asked for where the "
+        "continuation ends early.",
+        kind="int",
+    )
+
+
+def marker_variables(
+    dims: str, said: str, coords: Mapping[str, Labels], /, **descriptions: str
+) -> dict[str, Variable]:
+    """What is said in each cell, and which of its persona's markers occur in it.
+
+    Args:
+        dims: of all of them.
+        said: what is said, as a long name.
+        coords: labels of the dimensions.
+        **descriptions: of ``any_marker``, ``distinct_markers`` and ``text``.
+    """
+    named: dict[str, tuple[str, Kind]] = {
+        "any_marker": ("any persona marker", "bool"),
+        "distinct_markers": ("distinct persona markers", "int"),
+        "text": (said, "text"),
+    }
+    variables: dict[str, Variable] = {}
+    for name, description in descriptions.items():
+        long_name, kind = named[name]
+        variables[name] = Variable(
+            dims, long_name, description=description, kind=kind, coords=coords
+        )
+    return variables
