@@ -4,58 +4,57 @@ The teacher is the model with α v_L added at one layer. It answers the extracti
 student, the same model with low-rank adapters or with all its weights free, is trained without
 steering to give the teacher's distribution at every token of those answers. Baseline, teacher and
 students then answer the held-out evaluation questions and are judged, and each student's KL to the
-teacher is measured token by token on what the teacher says to those.
+teacher is measured token by token on what the teacher says to those. Low-rank adapters need peft:
+``pip install 'persona-nns[distill]'``.
 """
 
-import json
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import xarray as xr
-from matplotlib.figure import Figure
 from nnsight import TransformersModel, save
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations import Plan, Variable, content_digest
+from persona_nns.declarations import Count, Plan, Variable, content_digest
 from persona_nns.errors import UsageError
 from persona_nns.figures import distillation_curves, token_kl_figure
-from persona_nns.models import hosted, record_of
+from persona_nns.models import hosted, record_of, require_peft
 from persona_nns.prompts import render_chat
 from persona_nns.tracing import (
-    RowSampler,
-    end_tokens,
-    left_pad,
+    Asked,
+    Average,
+    NucleusSampling,
+    asked_batches,
     parse_position_sets,
-    read_continuation,
+    read_answers,
     row_seed,
-    similar_rows,
     steer,
     steered_steps,
     steered_tokens,
     until_end_of_text,
 )
 from persona_nns.traits import (
-    JudgeChoice,
-    Training,
+    JudgeOptions,
+    TrainingOptions,
+    TraitOptions,
     Trajectory,
+    as_trajectories,
     check_held_out,
-    collate,
-    judge_tokens,
-    load_traits,
+    compare,
+    distil,
+    generate,
+    judge_evaluation,
+    keep_trajectories,
     load_vector,
-    new_student,
     parse_counts,
     parse_students,
-    predicting_logits,
-    token_kl,
-    train,
+    students_folder,
     trained_parameters,
 )
 
@@ -102,19 +101,9 @@ variables = {
         kind="int",
     ),
 }
-
-
-def curves(results: xr.Dataset) -> Figure:
-    """Scores by student, and against the number of trajectories."""
-    return distillation_curves(results)
-
-
-def kl_by_token(results: xr.Dataset) -> Figure:
-    """Where in the answer the students fall short."""
-    return token_kl_figure(results)
-
-
-figures = {"curves": curves, "kl_by_token": kl_by_token}
+figures = {"curves": distillation_curves, "kl_by_token": token_kl_figure}
+finish = judge_evaluation
+_SAMPLING = NucleusSampling(top_p=0.95)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +125,10 @@ class Teacher:
     tokens: str
     seen: tuple[tuple[int, ...], ...]
     held_out: tuple[tuple[int, ...], ...]
+
+    def ask(self, prompt: tuple[int, ...], key: str) -> Asked:
+        """A prompt whose answer's random draws are known by a key."""
+        return Asked(prompt, row_seed(self.trait, key))
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,41 +156,6 @@ class Condition:
         return {"trait": self.teacher.trait, "condition": self.label}
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A prompt, and what its answer's random draws are known by."""
-
-    prompt: tuple[int, ...]
-    key: str
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn.
-
-    Attributes:
-        max_new_tokens: the longest answer.
-        temperature: 0 is greedy.
-        top_p: the most likely tokens that together have this probability.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-
-    def settings(self, trait: str, asked: Sequence[Asked]) -> dict[str, Any]:
-        """What `generate` takes, for a batch."""
-        seeds = [row_seed(trait, each.key) for each in asked]
-        sampler = RowSampler(seeds, self.temperature, self.top_p)
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": False,
-            "num_beams": 1,
-            "use_cache": True,
-            "logits_processor": [sampler] if self.temperature else [],
-        }
-
-
 def prepare(
     model: TransformersModel,
     store: str | Path,  # noqa: ARG001
@@ -220,18 +178,15 @@ def plan(
     alpha: float = 2.0,
     position_set: Literal["all", "prompt", "response"] = "response",
     vector_run: str | None = None,
-    average: Literal["response_avg", "prompt_avg", "prompt_last"] = "response_avg",
-    trait: str = "cheerful",
-    artifacts: str | None = None,
+    average: Average = "response_avg",
+    chosen: TraitOptions,
     students: str = "r8,r16,r32,full",
     trajectories: str = "50,100,200,500,1000",
     curve: str = "r16",
-    n_samples: Annotated[int, Field(ge=1)] = 10,
-    steps: Annotated[int, Field(ge=1)] = 500,
-    max_new_tokens: Annotated[int, Field(ge=1)] = 256,
-    judge: str = "lexicon",
-    judge_model: str = "gpt-4.1-mini",
-    judge_prices: str = "",
+    n_samples: Count = 10,
+    steps: Count = 500,
+    max_new_tokens: Count = 256,
+    judging: JudgeOptions,
 ) -> Plan:
     """Render the questions, and list baseline, teacher and students.
 
@@ -244,23 +199,18 @@ def plan(
         position_set: which tokens are steered.
         vector_run: which run of trait_vectors, where the store has several.
         average: which average of a store's vectors.
-        trait: a bundled trait, or one of the folder `artifacts`.
-        artifacts: folder with extraction/{trait}.json and evaluation/{trait}.json.
+        chosen: the trait.
         students: r8, r16, … (LoRA of that rank) and full, on the most trajectories.
         trajectories: how many; fewer than the most are learnt from by one student only.
         curve: that student.
         n_samples: answers to each evaluation question.
         steps: optimiser steps.
         max_new_tokens: the longest answer.
-        judge: lexicon, none, or the URL of an OpenAI-compatible endpoint.
-        judge_model: the model there; its key is read from OPENAI_API_KEY.
-        judge_prices: dollars for a million tokens sent and received, as 0.40,1.60.
+        judging: the judge.
     """
-    seen = load_traits(trait, "extraction", artifacts)
-    held_out = load_traits(trait, "evaluation", artifacts)
-    check_held_out(seen, held_out)
-    choice = JudgeChoice(judge, judge_model, judge_prices)
-    choice.check(trait)
+    trait, seen, held_out = chosen.trait, chosen.load("extraction"), chosen.load("evaluation")
+    check_held_out([seen], [held_out])
+    judging.check(trait)
     names, counts = parse_students(students), parse_counts(trajectories)
     if len(counts) > 1:
         parse_students(curve)
@@ -271,25 +221,27 @@ def plan(
             f"Layer {layer} is out of range: the vector has layers 0 to {len(whole) - 2}."
         )
     prompts = [
-        tuple(render_chat(tokenizer, question).ids for question in split[0].questions)
+        tuple(render_chat(tokenizer, question).ids for question in split.questions)
         for split in (seen, held_out)
     ]
     teacher = Teacher(trait, alpha * whole[layer], layer, position_set, prompts[0], prompts[1])
     most = max(counts)
     trained = [(curve, count) for count in counts if count < most]
     trained += [(name, most) for name in names]
+    if any(student != "full" for student, _ in trained):
+        require_peft()
     units = [
         Condition(teacher, student, count)
         for student, count in [("baseline", 0), ("steered", 0), *trained]
     ]
     content = {
         "trait": trait,
-        "questions": [seen[0].questions, held_out[0].questions],
-        "eval_prompt": held_out[0].eval_prompt,
+        "questions": [seen.questions, held_out.questions],
+        "eval_prompt": held_out.eval_prompt,
         "layer": layer,
         "alpha": alpha,
         "position_set": position_set,
-        "judge": choice.identity,
+        "judge": judging.identity,
         "conditions": [unit.label for unit in units],
     }
     return Plan(
@@ -298,7 +250,7 @@ def plan(
         axes={
             "trait": [trait],
             "condition": [unit.label for unit in units],
-            "question": list(range(len(held_out[0].questions))),
+            "question": list(range(len(held_out.questions))),
             "sample": list(range(n_samples)),
             "token": list(range(max_new_tokens)),
             "step": list(range(1, steps + 1)),
@@ -313,7 +265,7 @@ def plan(
         coords={
             "student": ("condition", [unit.student for unit in units]),
             "n_trajectories": ("condition", [unit.n_trajectories for unit in units]),
-            "question_text": ("question", list(held_out[0].questions)),
+            "question_text": ("question", list(held_out.questions)),
         },
         attrs={"vector_source": vector, "average": average, "layer": layer, "alpha": alpha},
         width=(len(whole) - 1, whole.shape[1]),
@@ -326,16 +278,9 @@ def measure(
     units: list[Condition],
     *,
     output: str = "stores/students",
-    n_samples: Annotated[int, Field(ge=1)] = 10,
-    max_new_tokens: Annotated[int, Field(ge=1)] = 256,
-    temperature: Annotated[float, Field(ge=0)] = 1.0,
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95,
-    steps: Annotated[int, Field(ge=1)] = 500,
-    rows: Annotated[int, Field(ge=1)] = 2,
-    accumulation: Annotated[int, Field(ge=1)] = 4,
-    lora_learning_rate: Annotated[float, Field(gt=0)] = 2e-4,
-    full_learning_rate: Annotated[float, Field(gt=0)] = 2e-5,
-    seed: int = 0,
+    n_samples: Count = 10,
+    sampling: NucleusSampling = _SAMPLING,
+    training: TrainingOptions,
 ) -> dict[str, Tensor]:
     """Train students and compare them with their teacher.
 
@@ -344,112 +289,101 @@ def measure(
         units: baseline, teacher and students.
         output: folder of the students: an adapter or a whole model each.
         n_samples: answers to each evaluation question.
-        max_new_tokens: the longest answer.
-        temperature: 1 samples from the model; 0 is greedy.
-        top_p: sample from the most likely tokens that together have this probability.
-        steps: optimiser steps.
-        rows: trajectories of a pass.
-        accumulation: passes of a step.
-        lora_learning_rate: highest, for low-rank students.
-        full_learning_rate: highest, for the student with all weights.
-        seed: of new weights and of the order of the trajectories.
+        sampling: how they are drawn.
+        training: how students are trained.
     """
     teacher = units[0].teacher
-    sampling = Sampling(max_new_tokens, temperature, top_p)
-    home = Path(output) / _folder_name(model, teacher, sampling)
-    questions = range(len(teacher.held_out))
+    determining = [teacher.vector.tolist(), teacher.layer, teacher.tokens, teacher.seen]
+    home = students_folder(output, record_of(model), teacher.trait, [*determining, vars(sampling)])
+    # What the teacher says to the held-out questions, on which each student's KL is measured.
+    once = [teacher.ask(ids, f"reference/{k}") for k, ids in enumerate(teacher.held_out)]
+    reference = generate_steered(model, teacher, once, sampling)
     asked = [
-        Asked(teacher.held_out[question], f"{question}/{sample}")
-        for question in questions
+        teacher.ask(ids, f"{k}/{sample}")
+        for k, ids in enumerate(teacher.held_out)
         for sample in range(n_samples)
     ]
-    # What the teacher says to the held-out questions, on which each student's KL is measured.
-    reference = generate_steered(
-        model,
-        teacher,
-        [Asked(teacher.held_out[question], f"reference/{question}") for question in questions],
-        sampling,
-    )
-
-    results: dict[str, list[Tensor]] = defaultdict(list)
+    results: list[dict[str, Tensor]] = []
     for unit in units:
-        student: Any = model._module
-        losses = [math.nan] * steps
-        if unit.n_trajectories:
-            trajectories = sample_trajectories(model, teacher, unit.n_trajectories, sampling, home)
-            rate = full_learning_rate if unit.student == "full" else lora_learning_rate
-            training = Training(steps, rows, accumulation, rate, seed)
-            folder = home / f"{unit.student}-{unit.n_trajectories}-{_digest(training)}"
-            record = record_of(model)
-            student = new_student(record.source, unit.student, record.precision, seed)
-            student.to(model.device)
-            losses = train(
-                student,
-                trajectories,
-                lambda inputs: teacher_logits(model, teacher, inputs),
-                training,
-                folder / "checkpoints",
-                device=model.device,
-            )
-            student.save_pretrained(folder)
-            model.tokenizer.save_pretrained(folder)
-        if unit.student == "steered":
-            said = generate_steered(model, teacher, asked, sampling)
-        else:
-            said = generate(model, student, teacher.trait, asked, sampling)
-        kl = compare(model, teacher, None if unit.student == "steered" else student, reference)
-        results["said"].append(said.view(len(questions), n_samples, max_new_tokens))
-        results["token_kl"].append(kl)
-        results["kl"].append(kl.nanmean())
-        results["teacher_token"].append(reference)
-        results["training_kl"].append(torch.tensor(losses))
-        results["trained_parameters"].append(torch.tensor(trained_parameters(student)))
-    return {name: torch.stack(values) for name, values in results.items()}
+        student, losses = train_student(model, unit, sampling, training, home)
+        said, kl = evaluate(model, unit, student, asked, reference, sampling)
+        results.append(
+            {
+                "said": said.unflatten(0, (-1, n_samples)),
+                "token_kl": kl,
+                "kl": kl.nanmean(),
+                "teacher_token": reference,
+                "training_kl": torch.tensor(losses),
+                "trained_parameters": torch.tensor(trained_parameters(student)),
+            }
+        )
+    return {name: torch.stack([each[name] for each in results]) for name in results[0]}
 
 
-def sample_trajectories(
-    model: TransformersModel, teacher: Teacher, n: int, sampling: Sampling, home: Path
-) -> list[Trajectory]:
-    """What the teacher says to the extraction questions, in turn; kept in a file."""
-    file = home / "trajectories.jsonl"
-    kept = read_trajectories(file)
-    if len(kept) < n:
+def train_student(
+    model: TransformersModel,
+    unit: Condition,
+    sampling: NucleusSampling,
+    training: TrainingOptions,
+    home: Path,
+) -> tuple[Any, list[float]]:
+    """The student and the loss of each step; the model itself where there is nothing to train."""
+    if not unit.n_trajectories:
+        return model._module, [math.nan] * training.steps
+    teacher = unit.teacher
+
+    def sample(numbers: Sequence[int]) -> list[Trajectory]:
+        """What the teacher says to the extraction questions, in turn."""
+        prompts = [teacher.seen[k % len(teacher.seen)] for k in numbers]
         asked = [
-            Asked(teacher.seen[k % len(teacher.seen)], f"trajectory/{k}")
-            for k in range(len(kept), n)
+            teacher.ask(ids, f"trajectory/{k}") for k, ids in zip(numbers, prompts, strict=True)
         ]
-        kept += as_trajectories(asked, generate_steered(model, teacher, asked, sampling))
-        write_trajectories(kept, file)
-    return kept[:n]
+        return as_trajectories(prompts, generate_steered(model, teacher, asked, sampling))
+
+    trajectories = keep_trajectories(home / "trajectories.jsonl", unit.n_trajectories, sample)
+    logits = partial(teacher_logits, model, teacher)
+    return distil(model, unit.student, trajectories, logits, training.of(unit.student), home)
+
+
+def evaluate(
+    model: TransformersModel,
+    unit: Condition,
+    student: Any,
+    asked: Sequence[Asked],
+    reference: Tensor,
+    sampling: NucleusSampling,
+) -> tuple[Tensor, Tensor]:
+    """What a student says, and its KL at each token of what the teacher said, [row, token]."""
+    teacher, plain = unit.teacher, None
+    if unit.student == "steered":
+        said = generate_steered(model, teacher, asked, sampling)
+    else:
+        said, plain = generate(student, model, asked, sampling), student
+    shown = as_trajectories(teacher.held_out, reference)
+    logits = partial(teacher_logits, model, teacher)
+    return said, compare(shown, logits, plain, reference.shape[1], device=model.device)
 
 
 def generate_steered(
-    model: TransformersModel, teacher: Teacher, asked: Sequence[Asked], sampling: Sampling
+    model: TransformersModel, teacher: Teacher, asked: Sequence[Asked], sampling: NucleusSampling
 ) -> Tensor:
     """What the teacher says, [row, token], −1 after the end."""
-    n_tokens = sampling.max_new_tokens
-    said = torch.full((len(asked), n_tokens), -1)
+    said = torch.full((len(asked), sampling.max_new_tokens), -1)
     vector = teacher.vector.to(model.device)
-    for batch in similar_rows([len(each.prompt) + n_tokens for each in asked]):
-        padded = left_pad([asked[row].prompt for row in batch], device=model.device)
-        tokens = [teacher.tokens] * len(batch)
-        n_response = torch.zeros(len(batch), dtype=torch.long, device=model.device)
-        strength = steered_tokens(padded.attention_mask, n_response, tokens)
+    for rows, batch, settings in asked_batches(asked, sampling, device=model.device):
+        tokens = [teacher.tokens] * len(rows)
+        first = steered_tokens(batch.attention_mask, 0, tokens)
         later = steered_steps(tokens).to(model.device)
-        settings = sampling.settings(teacher.trait, [asked[row] for row in batch])
         with until_end_of_text(), model.generate(**settings) as tracer:
-            with tracer.invoke(padded.tokens):
+            with tracer.invoke(batch.tokens):
                 for step in tracer.iter[:]:
                     hidden = model.layers[teacher.layer].input
                     model.layers[teacher.layer].input = steer(
-                        hidden, vector, strength if step == 0 else later
+                        hidden, vector, first if step == 0 else later
                     )
             with tracer.invoke():
                 generated = save(tracer.result)
-        answer = read_continuation(
-            generated, padded.input_ids.shape[1], n_tokens, end_tokens(model)
-        )
-        said[batch] = answer.until_end().cpu()
+        said[rows] = read_answers(model, generated, batch, sampling)
     return said
 
 
@@ -469,111 +403,3 @@ def teacher_logits(
         )
         logits = save(model.output.logits[:, :-1])
     return logits  # noqa: RET504 - there only once the trace has run
-
-
-def generate(
-    model: TransformersModel,
-    student: Any,
-    trait: str,
-    asked: Sequence[Asked],
-    sampling: Sampling,
-) -> Tensor:
-    """What a student (or the model itself) says without steering, [row, token], −1 at the end."""
-    n_tokens = sampling.max_new_tokens
-    said = torch.full((len(asked), n_tokens), -1)
-    for batch in similar_rows([len(each.prompt) + n_tokens for each in asked]):
-        padded = left_pad([asked[row].prompt for row in batch], device=model.device)
-        settings = sampling.settings(trait, [asked[row] for row in batch])
-        with torch.inference_mode():
-            generated = student.generate(**padded.tokens, **settings)
-        answer = read_continuation(
-            generated, padded.input_ids.shape[1], n_tokens, end_tokens(model)
-        )
-        said[batch] = answer.until_end().cpu()
-    return said
-
-
-def compare(model: TransformersModel, teacher: Teacher, student: Any, reference: Tensor) -> Tensor:
-    """KL(teacher ‖ student) at each token of what the teacher said, [row, token].
-
-    Args:
-        model: from `load_model`.
-        teacher: its steering.
-        student: a plain model; None compares the teacher with itself.
-        reference: what the teacher said to the held-out questions, [row, token].
-    """
-    trajectories = as_trajectories([Asked(each, "") for each in teacher.held_out], reference)
-    kl = torch.full(reference.shape, torch.nan)
-    lengths = [len(each.prompt) + len(each.response) for each in trajectories]
-    for batch in similar_rows(lengths):
-        inputs = {
-            name: tensor.to(model.device)
-            for name, tensor in collate([trajectories[row] for row in batch]).items()
-        }
-        expected = teacher_logits(model, teacher, inputs)
-        with torch.inference_mode():
-            given = expected if student is None else predicting_logits(student, inputs)
-            found = token_kl(expected, given).cpu()
-        for place, row in enumerate(batch):  # right-aligned here, left-aligned in the result
-            n_tokens = len(trajectories[row].response)
-            kl[row, :n_tokens] = found[place, found.shape[1] - n_tokens :]
-    return kl
-
-
-def as_trajectories(asked: Sequence[Asked], said: Tensor) -> list[Trajectory]:
-    """Prompts with what was said to them."""
-    return [
-        Trajectory(each.prompt, tuple(token for token in row if token >= 0))
-        for each, row in zip(asked, said.tolist(), strict=True)
-    ]
-
-
-def write_trajectories(trajectories: Sequence[Trajectory], file: Path) -> None:
-    """Keep trajectories as JSONL; the file appears whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text("".join(f"{json.dumps(vars(each))}\n" for each in trajectories))
-    part.replace(file)
-
-
-def read_trajectories(file: Path) -> list[Trajectory]:
-    """The trajectories that are kept; none where there is no file."""
-    if not file.is_file():
-        return []
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return [Trajectory(tuple(row["prompt"]), tuple(row["response"])) for row in rows]
-
-
-def _folder_name(model: TransformersModel, teacher: Teacher, sampling: Sampling) -> str:
-    record = record_of(model)
-    determining = [record.version, record.precision, teacher.vector.tolist(), teacher.layer]
-    digest = content_digest([*determining, teacher.tokens, teacher.seen, vars(sampling)])[:10]
-    return f"{record.label.replace('/', '--')}-{teacher.trait}-{digest}"
-
-
-def _digest(training: Training) -> str:
-    return content_digest(list(vars(training).values()))[:8]
-
-
-def finish(
-    tokenizer: PreTrainedTokenizerBase,
-    units: list[Condition],
-    measured: dict[str, Tensor],
-    *,
-    artifacts: str | None,
-    judge: str,
-    judge_model: str,
-    judge_prices: str,
-) -> dict[str, Any]:
-    """Decode and judge the answers."""
-    asked = load_traits(units[0].teacher.trait, "evaluation", artifacts)[0]
-    judged = judge_tokens(
-        tokenizer,
-        asked,
-        list(asked.questions) * len(units),
-        measured["said"].flatten(0, 1),
-        JudgeChoice(judge, judge_model, judge_prices),
-    )
-    shape = measured["said"].shape[:-1]
-    scored = {name: values.reshape(shape) for name, values in judged.items()}
-    return {name: values for name, values in measured.items() if name != "said"} | scored

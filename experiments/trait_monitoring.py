@@ -5,22 +5,35 @@ all" to "very". The residual of the last prompt token, before anything is said, 
 trait's direction at every layer, and the answer is judged ("Persona Vectors", arXiv 2507.21509).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import xarray as xr
-from matplotlib.figure import Figure
 from nnsight import TransformersModel, save
-from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations import Plan, Variable, content_digest
+from persona_nns.declarations import Count, Plan, Variable, content_digest
 from persona_nns.figures import correlation_by_layer
 from persona_nns.prompts import render_chat, takes_system_role
-from persona_nns.tracing import left_pad, normalised, row_seed, sample_replies, similar_rows
-from persona_nns.traits import DEGREES, JudgeChoice, judge_tokens, load_traits, load_vector
+from persona_nns.tracing import (
+    Asked,
+    Average,
+    Sampling,
+    left_pad,
+    normalised,
+    row_seed,
+    sample_replies,
+    similar_rows,
+)
+from persona_nns.traits import (
+    DEGREES,
+    JudgeOptions,
+    TraitOptions,
+    judge_evaluation,
+    load_vector,
+)
 
 protocol_version = 1
 
@@ -38,14 +51,8 @@ variables = {
     ),
     "response": Variable(_DIMS, "response", description="What the model said.", kind="text"),
 }
-
-
-def by_layer(results: xr.Dataset) -> Figure:
-    """Correlation with the score at each layer, over all answers and within each degree."""
-    return correlation_by_layer(results)
-
-
-figures = {"correlation": by_layer}
+figures = {"correlation": correlation_by_layer}
+finish = judge_evaluation
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +88,10 @@ def plan(
     model: str,
     vector: str,
     vector_run: str | None = None,
-    average: Literal["response_avg", "prompt_avg", "prompt_last"] = "response_avg",
-    trait: str = "cheerful",
-    artifacts: str | None = None,
-    n_samples: Annotated[int, Field(ge=1)] = 1,
-    judge: str = "lexicon",
-    judge_model: str = "gpt-4.1-mini",
-    judge_prices: str = "",
+    average: Average = "response_avg",
+    chosen: TraitOptions,
+    n_samples: Count = 1,
+    judging: JudgeOptions,
 ) -> Plan:
     """Render the questions under every degree.
 
@@ -97,16 +101,12 @@ def plan(
         vector: a file (.npy, .pt, .safetensors), or a store with trait_vectors.
         vector_run: which run of trait_vectors, where the store has several.
         average: which average of a store's vectors.
-        trait: a bundled trait, or one of the folder `artifacts`.
-        artifacts: folder with extraction/{trait}.json and evaluation/{trait}.json.
+        chosen: the trait.
         n_samples: answers to each prompt.
-        judge: lexicon, none, or the URL of an OpenAI-compatible endpoint.
-        judge_model: the model there; its key is read from OPENAI_API_KEY.
-        judge_prices: dollars for a million tokens sent and received, as 0.40,1.60.
+        judging: the judge.
     """
-    asked = load_traits(trait, "evaluation", artifacts)[0]
-    choice = JudgeChoice(judge, judge_model, judge_prices)
-    choice.check(trait)
+    trait, asked = chosen.trait, chosen.load("evaluation")
+    judging.check(trait)
     direction = load_vector(vector, trait, average, model, vector_run)
     units = [
         Graded(
@@ -124,7 +124,7 @@ def plan(
         "trait": trait,
         "questions": asked.questions,
         "eval_prompt": asked.eval_prompt,
-        "judge": choice.identity,
+        "judge": judging.identity,
         "n_samples": n_samples,
     }
     return Plan(
@@ -152,12 +152,7 @@ def plan(
 
 
 def measure(
-    model: TransformersModel,
-    units: list[Graded],
-    *,
-    n_samples: Annotated[int, Field(ge=1)] = 1,
-    max_new_tokens: Annotated[int, Field(ge=1)] = 256,
-    temperature: Annotated[float, Field(ge=0)] = 1.0,
+    model: TransformersModel, units: list[Graded], *, n_samples: Count = 1, sampling: Sampling
 ) -> dict[str, Tensor]:
     """Read the last prompt token, then let the model answer.
 
@@ -165,18 +160,37 @@ def measure(
         model: from `load_model`.
         units: questions under every degree.
         n_samples: answers to each prompt.
-        max_new_tokens: the longest answer.
-        temperature: 1 samples from the model; 0 is greedy.
+        sampling: how they are drawn.
     """
-    direction = normalised(units[0].vector).to(model.device)
-    prompts = [
-        (ids, unit.trait, unit.question, degree)
+    direction = normalised(units[0].vector)
+    projection = project_last(model, [ids for unit in units for ids in unit.prompts], direction)
+    asked = [
+        Asked(ids, row_seed(unit.trait, unit.question, degree, sample))
         for unit in units
         for degree, ids in enumerate(unit.prompts)
+        for sample in range(n_samples)
     ]
+    said = sample_replies(model, asked, sampling)
+    return {
+        "projection": projection.view(len(units), len(DEGREES), -1),
+        "said": said.view(len(units), len(DEGREES), n_samples, -1),
+    }
+
+
+def project_last(
+    model: TransformersModel, prompts: Sequence[Sequence[int]], direction: Tensor
+) -> Tensor:
+    """The residual of each prompt's last token times a direction, [prompt, layer].
+
+    Args:
+        model: from `load_model`.
+        prompts: token ids.
+        direction: v̂ [layer, d_model].
+    """
+    direction = direction.to(model.device)
     projection = torch.empty(len(prompts), len(direction))
-    for batch in similar_rows([len(prompt[0]) for prompt in prompts]):
-        padded = left_pad([prompts[row][0] for row in batch], device=model.device)
+    for batch in similar_rows([len(ids) for ids in prompts]):
+        padded = left_pad([prompts[row] for row in batch], device=model.device)
         with model.trace(
             padded.tokens, position_ids=padded.position_ids, use_cache=False, logits_to_keep=1
         ):
@@ -185,38 +199,4 @@ def measure(
             )
         read = torch.stack(last, dim=1).float()  # [row, layer, d_model]
         projection[batch] = (read * direction).sum(-1).cpu()
-
-    rows = [(prompt, sample) for prompt in prompts for sample in range(n_samples)]
-    said = sample_replies(
-        model,
-        [prompt[0] for prompt, _ in rows],
-        [row_seed(*prompt[1:], sample) for prompt, sample in rows],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-    )
-    return {
-        "projection": projection.view(len(units), len(DEGREES), -1),
-        "said": said.view(len(units), len(DEGREES), n_samples, max_new_tokens),
-    }
-
-
-def finish(
-    tokenizer: PreTrainedTokenizerBase,
-    units: list[Graded],
-    measured: dict[str, Tensor],
-    *,
-    artifacts: str | None,
-    judge: str,
-    judge_model: str,
-    judge_prices: str,
-) -> dict[str, Any]:
-    """Decode and judge the answers."""
-    asked = load_traits(units[0].trait, "evaluation", artifacts)[0]
-    judged = judge_tokens(
-        tokenizer,
-        asked,
-        [asked.questions[unit.question] for unit in units],
-        measured["said"],
-        JudgeChoice(judge, judge_model, judge_prices),
-    )
-    return {"projection": measured["projection"], **judged}
+    return projection

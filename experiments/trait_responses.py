@@ -6,20 +6,25 @@ coherence. Vectors are made from the pairs that show the contrast (`trait_vector
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Any
 
-import xarray as xr
-from matplotlib.figure import Figure
 from nnsight import TransformersModel
-from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations import Plan, Variable, content_digest
+from persona_nns.declarations import Count, Plan, Variable, content_digest
 from persona_nns.figures import score_bars
 from persona_nns.prompts import render_chat, takes_system_role
-from persona_nns.tracing import row_seed, sample_replies
-from persona_nns.traits import LABELS, JudgeChoice, Trait, judge_tokens, load_traits
+from persona_nns.tracing import Asked, Sampling, row_seed, sample_replies
+from persona_nns.traits import (
+    LABELS,
+    JudgeOptions,
+    Split,
+    TraitOptions,
+    judge_units,
+    load_traits,
+)
 
 protocol_version = 1
 
@@ -31,18 +36,11 @@ variables = {
     ),
     "response": Variable(_DIMS, "response", description="What the model said.", kind="text"),
 }
-
-
-def contrast(results: xr.Dataset) -> Figure:
-    """Scores under the two kinds of system prompt."""
-    return score_bars(results, by="label")
-
-
-figures = {"contrast": contrast}
+figures = {"contrast": partial(score_bars, by="label")}
 
 
 @dataclass(frozen=True)
-class Asked:
+class Contrasted:
     """A question under every system prompt.
 
     Attributes:
@@ -69,31 +67,24 @@ class Asked:
 def plan(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    trait: str = "cheerful",
-    artifacts: str | None = None,
-    split: Literal["extraction", "evaluation"] = "extraction",
-    n_samples: Annotated[int, Field(ge=1)] = 1,
-    judge: str = "lexicon",
-    judge_model: str = "gpt-4.1-mini",
-    judge_prices: str = "",
+    chosen: TraitOptions,
+    split: Split = "extraction",
+    n_samples: Count = 1,
+    judging: JudgeOptions,
 ) -> Plan:
     """Render the questions of a trait under its system prompts.
 
     Args:
         tokenizer: the model's.
-        trait: a bundled trait, or one of the folder `artifacts`.
-        artifacts: folder with extraction/{trait}.json and evaluation/{trait}.json.
+        chosen: the trait.
         split: which questions are asked.
         n_samples: answers to each prompt.
-        judge: lexicon, none, or the URL of an OpenAI-compatible endpoint.
-        judge_model: the model there; its key is read from OPENAI_API_KEY.
-        judge_prices: dollars for a million tokens sent and received, as 0.40,1.60.
+        judging: the judge.
     """
-    asked = load_traits(trait, split, artifacts)[0]
-    choice = JudgeChoice(judge, judge_model, judge_prices)
-    choice.check(asked.name)
+    asked = chosen.load(split)
+    judging.check(asked.name)
     units = [
-        Asked(
+        Contrasted(
             asked.name,
             number,
             tuple(
@@ -111,7 +102,7 @@ def plan(
         "pairs": asked.pairs,
         "questions": asked.questions,
         "eval_prompt": asked.eval_prompt,
-        "judge": choice.identity,
+        "judge": judging.identity,
         "n_samples": n_samples,
     }
     return Plan(
@@ -137,7 +128,7 @@ def plan(
         digest=content_digest(content),
         coords={"question_text": ("question", list(asked.questions))},
         attrs={
-            "judge": choice.identity,
+            "judge": judging.identity,
             "split": split,
             "system_role": takes_system_role(tokenizer),
             "systems": [[asked.system(pair, lab) for lab in LABELS] for pair in range(5)],
@@ -147,12 +138,7 @@ def plan(
 
 
 def measure(
-    model: TransformersModel,
-    units: list[Asked],
-    *,
-    n_samples: Annotated[int, Field(ge=1)] = 1,
-    max_new_tokens: Annotated[int, Field(ge=1)] = 256,
-    temperature: Annotated[float, Field(ge=0)] = 1.0,
+    model: TransformersModel, units: list[Contrasted], *, n_samples: Count = 1, sampling: Sampling
 ) -> dict[str, Tensor]:
     """Let the model answer.
 
@@ -160,41 +146,28 @@ def measure(
         model: from `load_model`.
         units: questions with their prompts.
         n_samples: answers to each prompt.
-        max_new_tokens: the longest answer.
-        temperature: 1 samples from the model; 0 is greedy.
+        sampling: how they are drawn.
     """
-    rows = [
-        (ids, row_seed(unit.trait, unit.question, pair, label, sample))
+    asked = [
+        Asked(ids, row_seed(unit.trait, unit.question, pair, label, sample))
         for unit in units
         for pair, of_pair in enumerate(unit.prompts)
         for label, ids in enumerate(of_pair)
         for sample in range(n_samples)
     ]
-    prompts, seeds = zip(*rows, strict=True)
-    said = sample_replies(
-        model, prompts, seeds, max_new_tokens=max_new_tokens, temperature=temperature
-    )
-    return {"said": said.view(len(units), -1, len(LABELS), n_samples, max_new_tokens)}
+    said = sample_replies(model, asked, sampling)
+    return {"said": said.view(len(units), -1, len(LABELS), n_samples, said.shape[1])}
 
 
 def finish(
     tokenizer: PreTrainedTokenizerBase,
-    units: list[Asked],
+    units: list[Contrasted],
     measured: dict[str, Tensor],
     *,
-    trait: str,
     artifacts: str | None,
-    split: Literal["extraction", "evaluation"],
-    judge: str,
-    judge_model: str,
-    judge_prices: str,
+    split: Split,
+    judging: JudgeOptions,
 ) -> dict[str, Any]:
     """Decode and judge the answers."""
-    asked: Trait = load_traits(trait, split, artifacts)[0]
-    return judge_tokens(
-        tokenizer,
-        asked,
-        [asked.questions[unit.question] for unit in units],
-        measured["said"],
-        JudgeChoice(judge, judge_model, judge_prices),
-    )
+    asked = load_traits(units[0].trait, split, artifacts)[0]
+    return judge_units(tokenizer, units, measured, asked, judging)

@@ -7,41 +7,46 @@ under steering in every block at once by the increments v_L − v_{L−1}, and w
 out at one layer ("Persona Vectors", arXiv 2507.21509).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import xarray as xr
-from matplotlib.figure import Figure
 from nnsight import TransformersModel, save
-from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations import Plan, Variable, content_digest
+from persona_nns.declarations import Count, Plan, Variable, content_digest
 from persona_nns.figures import steering_sweep
 from persona_nns.prompts import render_chat, response_ids
 from persona_nns.tracing import (
-    RowSampler,
+    Asked,
+    Average,
+    NucleusSampling,
     ablate,
-    end_tokens,
+    asked_batches,
     increments,
     left_pad,
     normalised,
     parse_alphas,
     parse_position_sets,
-    read_continuation,
+    read_answers,
     response_logprob,
     row_seed,
-    similar_rows,
     steer,
     steered_steps,
     steered_tokens,
     until_end_of_text,
 )
-from persona_nns.traits import JudgeChoice, judge_tokens, load_traits, load_vector, read_responses
+from persona_nns.traits import (
+    JudgeOptions,
+    judge_evaluation,
+    load_traits,
+    load_vector,
+    read_responses,
+)
 
 protocol_version = 1
 defaults = {"layers": "all"}
@@ -79,14 +84,8 @@ variables = {
 }
 _GENERATED = ("score", "coherence", "response")
 _TEACHER_FORCED = ("logp", "logp_all_layers", "logp_ablate")
-
-
-def sweep(results: xr.Dataset) -> Figure:
-    """Trait and coherence (or log-probability) against α, a line a layer."""
-    return steering_sweep(results)
-
-
-figures = {"sweep": sweep}
+figures = {"sweep": steering_sweep}
+finish = judge_evaluation
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,16 +133,14 @@ def plan(
     model: str,
     vector: str,
     vector_run: str | None = None,
-    average: Literal["response_avg", "prompt_avg", "prompt_last"] = "response_avg",
+    average: Average = "response_avg",
     trait: str | None = None,
     artifacts: str | None = None,
     responses: str | None = None,
     alphas: str = "0,0.5,1,1.5,2,2.5,3",
     position_sets: str = "response",
-    n_samples: Annotated[int, Field(ge=1)] = 1,
-    judge: str = "lexicon",
-    judge_model: str = "gpt-4.1-mini",
-    judge_prices: str = "",
+    n_samples: Count = 1,
+    judging: JudgeOptions,
 ) -> Plan:
     """Render what is run under steering.
 
@@ -159,9 +156,7 @@ def plan(
         alphas: coefficients.
         position_sets: all, prompt (its last token included), response (from it on).
         n_samples: answers to each question.
-        judge: lexicon, none, or the URL of an OpenAI-compatible endpoint.
-        judge_model: the model there; its key is read from OPENAI_API_KEY.
-        judge_prices: dollars for a million tokens sent and received, as 0.40,1.60.
+        judging: the judge.
     """
     coefficients, tokens = parse_alphas(alphas), parse_position_sets(position_sets)
     name = trait or (Path(responses).stem if responses else "cheerful")
@@ -174,11 +169,10 @@ def plan(
         axis = "row"
     else:
         asked = load_traits(name, "evaluation", artifacts)[0]
-        choice = JudgeChoice(judge, judge_model, judge_prices)
-        choice.check(name)
+        judging.check(name)
         shown = [(question, None) for question in asked.questions]
         texts, axis = list(asked.questions), "question"
-        content |= {"judge": choice.identity, "eval_prompt": asked.eval_prompt}
+        content |= {"judge": judging.identity, "eval_prompt": asked.eval_prompt}
     units = [
         Steered(
             name,
@@ -222,10 +216,8 @@ def measure(
     units: list[Steered],
     *,
     layers: list[int],
-    n_samples: Annotated[int, Field(ge=1)] = 1,
-    max_new_tokens: Annotated[int, Field(ge=1)] = 256,
-    temperature: Annotated[float, Field(ge=0)] = 1.0,
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0,
+    n_samples: Count = 1,
+    sampling: NucleusSampling,
     reuse: bool = True,
 ) -> dict[str, Tensor]:
     """Steer.
@@ -235,135 +227,129 @@ def measure(
         units: questions, or rows of given answers.
         layers: where the vector is added.
         n_samples: answers to each question.
-        max_new_tokens: the longest answer.
-        temperature: 1 samples from the model; 0 is greedy.
-        top_p: sample from the most likely tokens that together have this probability.
+        sampling: how they are drawn.
         reuse: run the blocks below the steered layer once.
     """
     if units[0].response is not None:
         return teacher_force(model, units, layers, reuse=reuse)
-    vector = units[0].vector.to(model.device)
-    rows = [
-        (unit.prompt, alpha, tokens, row_seed(unit.trait, unit.number, sample))
+    asked = [
+        SteeredAsked(unit.prompt, row_seed(unit.trait, unit.number, sample), alpha, tokens)
         for unit in units
         for alpha, tokens in unit.conditions
         for sample in range(n_samples)
     ]
-    said = torch.full((len(layers), len(rows), max_new_tokens), -1)
-    for k, layer in enumerate(layers):
-        for batch in similar_rows([len(row[0]) + max_new_tokens for row in rows]):
-            padded = left_pad([rows[row][0] for row in batch], device=model.device)
-            alpha = torch.tensor([[rows[row][1]] for row in batch])
-            tokens = [rows[row][2] for row in batch]
-            sampler = RowSampler([rows[row][3] for row in batch], temperature, top_p)
-            n_response = torch.zeros(len(batch), dtype=torch.long)
-            strength = alpha * steered_tokens(padded.attention_mask.cpu(), n_response, tokens)
-            later = alpha * steered_steps(tokens)
-            strength, later = strength.to(model.device), later.to(model.device)
-            with (
-                until_end_of_text(),
-                model.generate(
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    logits_processor=[sampler] if temperature else [],
-                ) as tracer,
-            ):
-                with tracer.invoke(padded.tokens):
-                    for step in tracer.iter[:]:
-                        hidden = model.layers[layer].input
-                        model.layers[layer].input = steer(
-                            hidden, vector[layer], strength if step == 0 else later
-                        )
-                with tracer.invoke():
-                    generated = save(tracer.result)
-            answer = read_continuation(
-                generated, padded.input_ids.shape[1], max_new_tokens, end_tokens(model)
-            )
-            said[k, batch] = answer.until_end().cpu()
+    vector = units[0].vector.to(model.device)
+    said = torch.stack([answer(model, layer, vector[layer], asked, sampling) for layer in layers])
     # [layer, question, α, position set, sample, token], the question first
-    shape = (len(layers), len(units), len(units[0].alphas), len(units[0].position_sets))
-    return {"said": said.view(*shape, n_samples, max_new_tokens).transpose(0, 1)}
+    shape = (len(units), len(units[0].alphas), len(units[0].position_sets), n_samples)
+    return {"said": said.unflatten(1, shape).transpose(0, 1)}
+
+
+@dataclass(frozen=True)
+class SteeredAsked(Asked):
+    """A prompt that is answered with α v added at the tokens of a position set."""
+
+    alpha: float
+    tokens: str
+
+
+def answer(
+    model: TransformersModel,
+    layer: int,
+    direction: Tensor,
+    asked: Sequence[SteeredAsked],
+    sampling: NucleusSampling,
+) -> Tensor:
+    """What the model says while it is steered at a layer, [row, token], −1 after the end."""
+    said = torch.full((len(asked), sampling.max_new_tokens), -1)
+    for rows, batch, settings in asked_batches(asked, sampling, device=model.device):
+        alpha = torch.tensor([[asked[row].alpha] for row in rows], device=model.device)
+        tokens = [asked[row].tokens for row in rows]
+        first = alpha * steered_tokens(batch.attention_mask, 0, tokens)
+        later = alpha * steered_steps(tokens).to(model.device)
+        with until_end_of_text(), model.generate(**settings) as tracer:
+            with tracer.invoke(batch.tokens):
+                for step in tracer.iter[:]:
+                    hidden = model.layers[layer].input
+                    model.layers[layer].input = steer(
+                        hidden, direction, first if step == 0 else later
+                    )
+            with tracer.invoke():
+                generated = save(tracer.result)
+        said[rows] = read_answers(model, generated, batch, sampling)
+    return said
 
 
 def teacher_force(
     model: TransformersModel, units: Sequence[Steered], layers: list[int], *, reuse: bool
 ) -> dict[str, Tensor]:
     """Log-probabilities of given answers under every kind of steering."""
-    device, vector = model.device, units[0].vector.to(model.device)
-    direction, added = normalised(vector), increments(vector)
-    conditions = units[0].conditions
-    answers = [unit.response or () for unit in units]
-    padded = left_pad(
-        [(*unit.prompt, *answer) for unit, answer in zip(units, answers, strict=True)],
-        device=device,
-    )
-    n_response = torch.tensor([len(answer) for answer in answers], device=device)
-    n_scored = int(n_response.max())
-    response = padded.input_ids[:, padded.input_ids.shape[1] - n_scored :]
-    inputs = {**padded.tokens, "position_ids": padded.position_ids, "use_cache": False}
-
-    # What enters each block without steering, to go on from at the steered layer.
-    with model.trace(inputs, logits_to_keep=1):
-        clean = save([block.input for block in model.layers])
-
-    logp = torch.empty(len(units), len(layers), len(conditions))
-    logp_all = torch.empty(len(units), len(conditions))
-    logp_ablate = torch.empty(len(units), len(layers))
-    for c, (alpha, tokens) in enumerate(conditions):
-        strength = alpha * steered_tokens(padded.attention_mask, n_response, [tokens] * len(units))
-        for k, layer in enumerate(layers):
-            with model.trace(inputs, logits_to_keep=n_scored + 1):
-                if reuse:
-                    for block in model.layers[:layer]:
-                        block.skip(clean[layer])
-                model.layers[layer].input = steer(
-                    model.layers[layer].input, vector[layer], strength
-                )
-                logits = model.output.logits[:, :-1]
-                scored = save(response_logprob(logits, response, n_response))
-            logp[:, k, c] = scored.cpu()
-        with model.trace(inputs, logits_to_keep=n_scored + 1):
-            for layer, block in enumerate(model.layers):
-                block.input = steer(block.input, added[layer], strength)
-            logits = model.output.logits[:, :-1]
-            scored = save(response_logprob(logits, response, n_response))
-        logp_all[:, c] = scored.cpu()
-    for k, layer in enumerate(layers):
-        with model.trace(inputs, logits_to_keep=n_scored + 1):
-            if reuse:
-                for block in model.layers[:layer]:
-                    block.skip(clean[layer])
-            model.layers[layer].input = ablate(model.layers[layer].input, direction[layer])
-            logits = model.output.logits[:, :-1]
-            scored = save(response_logprob(logits, response, n_response))
-        logp_ablate[:, k] = scored.cpu()
+    vector = units[0].vector.to(model.device)
+    given = read_given(model, units)
+    score = partial(logprob, model, given, reuse=reuse)
+    at_layer: list[Tensor] = []
+    at_all: list[Tensor] = []
+    for alpha, tokens in units[0].conditions:
+        mask, sets = given.inputs["attention_mask"], [tokens] * len(units)
+        add = partial(steer, strength=alpha * steered_tokens(mask, given.n_response, sets))
+        edits = [{layer: partial(add, direction=vector[layer])} for layer in layers]
+        at_layer.append(torch.stack([score(each) for each in edits], 1))
+        steps = enumerate(increments(vector))
+        at_all.append(score({layer: partial(add, direction=step) for layer, step in steps}))
+    direction = normalised(vector)
+    edits = [{layer: partial(ablate, direction=direction[layer])} for layer in layers]
     shape = (len(units[0].alphas), len(units[0].position_sets))
     return {
-        "logp": logp.unflatten(-1, shape),
-        "logp_all_layers": logp_all.unflatten(-1, shape),
-        "logp_ablate": logp_ablate,
+        "logp": torch.stack(at_layer, -1).unflatten(-1, shape),
+        "logp_all_layers": torch.stack(at_all, -1).unflatten(-1, shape),
+        "logp_ablate": torch.stack([score(each) for each in edits], 1),
     }
 
 
-def finish(
-    tokenizer: PreTrainedTokenizerBase,
-    units: list[Steered],
-    measured: dict[str, Tensor],
+@dataclass(frozen=True)
+class Given:
+    """Answers that are scored.
+
+    Attributes:
+        inputs: what the model takes: prompts and answers, padded on the left.
+        response: token ids of the answers, right-aligned, [row, column].
+        n_response: how many of them are a row's answer, [row].
+        clean: what enters each block without steering, [row, column, d_model].
+    """
+
+    inputs: dict[str, Any]
+    response: Tensor
+    n_response: Tensor
+    clean: list[Tensor]
+
+
+def read_given(model: TransformersModel, units: Sequence[Steered]) -> Given:
+    """Run the answers without steering, to go on from at the steered layer."""
+    answers = [unit.response or () for unit in units]
+    rows = [(*unit.prompt, *answer) for unit, answer in zip(units, answers, strict=True)]
+    padded = left_pad(rows, device=model.device)
+    n_response = torch.tensor([len(answer) for answer in answers], device=model.device)
+    inputs = {**padded.tokens, "position_ids": padded.position_ids, "use_cache": False}
+    with model.trace(inputs, logits_to_keep=1):
+        clean = save([block.input for block in model.layers])
+    return Given(inputs, padded.input_ids[:, -int(n_response.max()) :], n_response, clean)
+
+
+def logprob(
+    model: TransformersModel,
+    given: Given,
+    edits: dict[int, Callable[[Tensor], Tensor]],
     *,
-    artifacts: str | None,
-    judge: str,
-    judge_model: str,
-    judge_prices: str,
-) -> dict[str, Any]:
-    """Decode and judge the answers."""
-    if "said" not in measured:
-        return dict(measured)
-    asked = load_traits(units[0].trait, "evaluation", artifacts)[0]
-    return judge_tokens(
-        tokenizer,
-        asked,
-        [asked.questions[unit.number] for unit in units],
-        measured["said"],
-        JudgeChoice(judge, judge_model, judge_prices),
-    )
+    reuse: bool,
+) -> Tensor:
+    """Log-probability of each answer while the inputs of some blocks are edited, [row]."""
+    first = min(edits)
+    with model.trace(given.inputs, logits_to_keep=given.response.shape[1] + 1):
+        if reuse:
+            for block in model.layers[:first]:
+                block.skip(given.clean[first])
+        for layer, edit in edits.items():
+            model.layers[layer].input = edit(model.layers[layer].input)
+        logits = model.output.logits[:, :-1]
+        scored = save(response_logprob(logits, given.response, given.n_response))
+    return scored.cpu()

@@ -9,17 +9,14 @@ trait minus the mean over those without ("Persona Vectors", arXiv 2507.21509).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import xarray as xr
-from matplotlib.figure import Figure
 from nnsight import TransformersModel, save
-from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations import Plan, Variable, content_digest
+from persona_nns.declarations import Count, NotNegative, Plan, Variable, content_digest
 from persona_nns.errors import UsageError
 from persona_nns.figures import projection_figure, vector_norms
 from persona_nns.prompts import render_chat, response_ids, takes_system_role
@@ -34,8 +31,9 @@ from persona_nns.tracing import (
 )
 from persona_nns.traits import (
     LABELS,
-    JudgeChoice,
     JudgedResponse,
+    JudgeOptions,
+    Label,
     load_traits,
     row_coordinates,
     rows_of_file,
@@ -64,21 +62,8 @@ variables = {
         every_layer=True,
     ),
 }
-
-
-def norms(results: xr.Dataset) -> Figure:
-    """Length of the vector against layer."""
-    return vector_norms(results)
-
-
-def projections(results: xr.Dataset) -> Figure:
-    """Projections of the answers of both labels against layer."""
-    return projection_figure(results)
-
-
 _NOBODY_JUDGES = "Without a judge, rows have to be given: --responses F.jsonl."
-
-figures = {"norms": norms, "projections": projections}
+figures = {"norms": vector_norms, "projections": projection_figure}
 
 
 @dataclass(frozen=True)
@@ -133,12 +118,10 @@ def plan(
     artifacts: str | None = None,
     responses: str | None = None,
     responses_run: str | None = None,
-    n_samples: Annotated[int, Field(ge=1)] = 1,
-    max_new_tokens: Annotated[int, Field(ge=1)] = 256,
-    temperature: Annotated[float, Field(ge=0)] = 1.0,
-    judge: str = "lexicon",
-    judge_model: str = "gpt-4.1-mini",
-    judge_prices: str = "",
+    n_samples: Count = 1,
+    max_new_tokens: Count = 256,
+    temperature: NotNegative = 1.0,
+    judging: JudgeOptions,
 ) -> Plan:
     """Render the answers that the vector is made from.
 
@@ -152,28 +135,26 @@ def plan(
         n_samples: answers to each prompt, where they are made.
         max_new_tokens: the longest answer, where they are made.
         temperature: 1 samples from the model; 0 is greedy.
+        judging: the judge.
         judge: lexicon, none (every given row counts), or the URL of an OpenAI-compatible endpoint.
-        judge_model: the model there; its key is read from OPENAI_API_KEY.
-        judge_prices: dollars for a million tokens sent and received, as 0.40,1.60.
     """
     del n_samples, max_new_tokens, temperature  # the business of trait_responses
-    choice = JudgeChoice(judge, judge_model, judge_prices)
     from_file = responses is not None and Path(responses).suffix == ".jsonl"
     name = Path(responses).stem if from_file and responses else trait or "cheerful"
     if from_file and trait not in (None, name):
         raise UsageError(f"The trait of {responses!r} is its stem {name!r}, not {trait!r}.")
-    if choice.judge == "none" and not from_file:
+    if judging.judge == "none" and not from_file:
         raise UsageError(_NOBODY_JUDGES)
-    choice.check(name)
-    asked = None if choice.judge == "none" else load_traits(name, "extraction", artifacts)[0]
+    judging.check(name)
+    asked = None if judging.judge == "none" else load_traits(name, "extraction", artifacts)[0]
     if responses is None:  # `prepare` has them made; until then there is nothing to render
         return _plan_of(name, [], [], tokenizer)
     rows = (
-        rows_of_file(responses, asked, choice)
+        rows_of_file(responses, asked, judging)
         if from_file
         else rows_of_store(responses, name, model, responses_run)
     )
-    return _plan_of(name, rows, choice.identity, tokenizer)
+    return _plan_of(name, rows, judging.identity, tokenizer)
 
 
 def _plan_of(
@@ -228,36 +209,35 @@ def measure(model: TransformersModel, units: list[Answers]) -> dict[str, Tensor]
     """
     means, vectors, projected = [], [], []
     for answers in units:
-        # The mean over the kept answers of each label, [label, layer, average, d_model], in
-        # float64: where both labels read the same, their difference is zero and no direction.
-        total: dict[int, Tensor] = {}
-        for label in range(len(LABELS)):
-            counted = [
-                row
-                for row, kept in enumerate(answers.kept)
-                if kept and answers.labels[row] == label
-            ]
-            for _, read in read_averages(model, answers, counted):
-                summed = read.cpu().double().sum(1)
-                total[label] = total[label] + summed if label in total else summed
-            total[label] = total[label] / len(counted)
-        mean = torch.stack([total[label] for label in range(len(LABELS))])
-        vector = mean[LABELS.index("pos")] - mean[LABELS.index("neg")]
+        # In float64: where both labels read the same, their difference is zero and no direction.
+        mean = torch.stack([mean_of(model, answers, label) for label in LABELS])
+        vector = (mean[LABELS.index("pos")] - mean[LABELS.index("neg")]).float()
+        direction = normalised(vector[:, AVERAGES.index("response_avg")])
         means.append(mean.float())
-        vectors.append(vector.float())
-
-        # Every answer on the direction of response_avg. [layer, row, average]
-        direction = normalised(vectors[-1][:, AVERAGES.index("response_avg")])
-        every = list(range(len(answers.labels)))
-        projection = torch.empty(len(direction), len(every), len(AVERAGES))
-        for rows, read in read_averages(model, answers, every):
-            projection[:, rows] = torch.einsum("lrad,ld->lra", read.cpu(), direction)
-        projected.append(projection)
+        vectors.append(vector)
+        projected.append(project(model, answers, direction))
     return {
         "vector": torch.stack(vectors).transpose(1, 2),  # [trait, average, layer, d_model]
         "mean": torch.stack(means).transpose(2, 3),  # [trait, label, average, layer, d_model]
         "projection": torch.stack(projected).permute(0, 3, 2, 1),
     }
+
+
+def mean_of(model: TransformersModel, answers: Answers, label: Label) -> Tensor:
+    """Mean over the kept answers of a label, [layer, average, d_model], in float64."""
+    of_label = zip(answers.labels, answers.kept, strict=True)
+    counted = [row for row, of in enumerate(of_label) if of == (LABELS.index(label), True)]
+    total = sum(read.cpu().double().sum(1) for _, read in read_averages(model, answers, counted))
+    return torch.as_tensor(total) / len(counted)
+
+
+def project(model: TransformersModel, answers: Answers, direction: Tensor) -> Tensor:
+    """Every answer on a direction [layer, d_model], [layer, row, average]."""
+    n_rows = len(answers.labels)
+    projection = torch.empty(len(direction), n_rows, len(AVERAGES))
+    for rows, read in read_averages(model, answers, range(n_rows)):
+        projection[:, rows] = torch.einsum("lrad,ld->lra", read.cpu(), direction)
+    return projection
 
 
 def read_averages(

@@ -13,6 +13,16 @@ class UsageError(PersonaError):
     exit_code = 2
 
 
+def missing_extra(need: str, extra: str) -> UsageError:
+    """The error where an optional package is not installed.
+
+    Args:
+        need: what needs what, as ``Workers need Ray``.
+        extra: the extra that brings it.
+    """
+    return UsageError(f"{need}, which is not installed: pip install 'persona-nns[{extra}]'.")
+
+
 class RemoteError(PersonaError):
     """Something failed on a server, or on the way to it.
 

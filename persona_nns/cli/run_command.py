@@ -5,16 +5,17 @@ what its docstrings say of them. Heavy imports wait until a command needs them.
 """
 
 import inspect
-import re
 import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from docstring_parser import DocstringStyle, parse
 from typer.core import TyperGroup
 
 from persona_nns.cli import terminal
 from persona_nns.declarations.catalog import Experiment, bundled_experiments, load_experiment
+from persona_nns.declarations.options import groups_of
 from persona_nns.errors import UsageError
 
 if TYPE_CHECKING:
@@ -232,15 +233,14 @@ def _labels(models: list[str], given: list[str]) -> list[str]:
 
 
 def _argument_help(experiment: Experiment) -> dict[str, str]:
-    """What the docstrings of `plan` and `measure` say of their arguments (Google style)."""
-    of_plan = _documented(experiment.plan) if experiment.plan is not None else {}
-    return {**of_plan, **_documented(experiment.measure)}
+    """What docstrings say of the options: those of `plan` and `measure`, and of their groups.
 
-
-def _documented(function: Any) -> dict[str, str]:
-    text = inspect.getdoc(function) or ""
-    section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", text, flags=re.MULTILINE)
-    if section is None:
-        return {}
-    entries = re.findall(r"^    (\w+): ((?:.|\n(?!    \w+: ))+)", section[1], flags=re.MULTILINE)
-    return {name: " ".join(words.split()) for name, words in entries}
+    A function's own words about an option of a group go before those of the group.
+    """
+    said: dict[str, str] = {}
+    for function in filter(None, (experiment.plan, experiment.measure)):
+        bases = [base for group in groups_of(function) for base in reversed(group.__mro__)]
+        for documented in (*bases, function):
+            parsed = parse(documented.__doc__ or "", DocstringStyle.GOOGLE)
+            said |= {of.arg_name: " ".join((of.description or "").split()) for of in parsed.params}
+    return said

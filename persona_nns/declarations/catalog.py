@@ -10,7 +10,9 @@ One that does not run on a grid of personas and tasks also has ``plan(tokenizer,
 makes a `Plan` of its inputs: the units, with their token ids, that `measure` then gets instead of
 cells. The keyword arguments of both are the experiment's options; one that `plan` alone takes is
 known by the plan's content, not by its value. Where `plan` has an argument ``model``, it gets the
-label of the model.
+label of the model. Options that belong together may be a group: a frozen dataclass, documented
+under ``Attributes:``, that a function takes as one keyword argument annotated with it. Its fields
+are options of the same names, so that what it holds is given, stored and shown like all others.
 
 Two more functions run where the command runs, whatever machine `measure` runs on.
 ``prepare(model, store, options, *, progress)`` runs what has to be there first and returns the
@@ -30,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from persona_nns.declarations.options import options_of
 from persona_nns.declarations.plans import Plan
 from persona_nns.declarations.variables import Variable
 from persona_nns.errors import PersonaError, UsageError
@@ -57,16 +60,13 @@ class Experiment:
         variables: what `measure` returns, by name.
         measure: the function with the tracing contexts.
         plan: the function that makes units of the inputs; None where they are a grid's cells.
-        plan_options: keyword parameters of `plan`.
-        plan_only: those of them that `measure` does not take.
+        plan_only: options of `plan` that `measure` does not take.
         site_axes: dimensions whose labels every experiment has, where its `measure` asks for
             them.
-        plan_takes_model: whether `plan` asks for the label of the model.
         prepare: the function that runs what has to be there first; None where nothing has.
         finish: the function that makes the variables of what `measure` returned; None where
             they are what it returned.
-        finish_options: keyword parameters of `finish`.
-        options: keyword parameters of `plan` and `measure` beside those that all share.
+        options: those of `plan` and `measure`, beside those that all experiments share.
         grid: the grid where none is given; None where one has to be, or is of no use.
         layers: request for layers where none is given; None where it has no layers.
         layer_sets: request for sets of layers where none is given; None where it has none.
@@ -82,13 +82,10 @@ class Experiment:
     variables: Mapping[str, Variable]
     measure: Callable[..., dict[str, Any]]
     plan: Callable[..., Plan] | None
-    plan_options: tuple[str, ...]
     plan_only: frozenset[str]
     site_axes: frozenset[str]
-    plan_takes_model: bool
     prepare: Callable[..., dict[str, Any]] | None
     finish: Callable[..., dict[str, Any]] | None
-    finish_options: tuple[str, ...]
     options: Mapping[str, inspect.Parameter]
     grid: str | None
     layers: str | None
@@ -139,14 +136,13 @@ def _read(file: Path) -> Experiment:
             f"{str(file)!r} is not an experiment: it has to define 'variables' (name to Variable) "
             "and a function 'measure(model, cells, *, layers, positions)'."
         )
-    parameters = dict(list(inspect.signature(measure, eval_str=True).parameters.items())[2:])
+    parameters = options_of(measure, 2)
     plan = getattr(module, "plan", None)
-    of_plan = {}
-    if plan is not None:
-        of_plan = dict(list(inspect.signature(plan, eval_str=True).parameters.items())[1:])
-    takes_model = of_plan.pop("model", None) is not None
+    of_plan = {} if plan is None else options_of(plan, 1)
+    of_plan.pop("model", None)
     finish = getattr(module, "finish", None)
-    of_finish = _options_of_finish(file, finish, {**of_plan, **parameters})
+    if finish is not None:
+        _check_finish(file, finish, {**of_plan, **parameters})
     plan_only = frozenset(set(of_plan) - set(parameters))
     _check_declarations(file, variables, {**of_plan, **parameters}, on_grid=plan is None)
     site_axes = _site_axes(parameters)
@@ -164,13 +160,10 @@ def _read(file: Path) -> Experiment:
         variables=variables,
         measure=cast("Callable[..., dict[str, Any]]", measure),
         plan=cast("Callable[..., Plan] | None", plan),
-        plan_options=tuple(of_plan),
         plan_only=plan_only,
         site_axes=frozenset(site_axes),
-        plan_takes_model=takes_model,
         prepare=getattr(module, "prepare", None),
         finish=finish,
-        finish_options=of_finish,
         grid=defaults.get("grid"),
         layers=site("layers", "all"),
         layer_sets=site("layer_sets", "0.55"),
@@ -182,24 +175,18 @@ def _read(file: Path) -> Experiment:
     )
 
 
-def _options_of_finish(
-    file: Path, finish: Callable[..., Any] | None, known: Mapping[str, Any]
-) -> tuple[str, ...]:
-    """The options that `finish` takes.
+def _check_finish(file: Path, finish: Callable[..., Any], known: Mapping[str, Any]) -> None:
+    """See that `finish` takes options of `plan` and `measure` only.
 
     Raises:
-        PersonaError: one is an option of neither `plan` nor `measure`.
+        PersonaError: it takes another.
     """
-    if finish is None:
-        return ()
-    names = tuple(inspect.signature(finish).parameters)[3:]
-    for name in names:
+    for name in options_of(finish, 3):
         if name not in known:
             raise PersonaError(
                 f"finish() of {str(file)!r} takes {name!r}, "
                 "which is an option of neither plan() nor measure()."
             )
-    return names
 
 
 def _site_axes(parameters: Mapping[str, inspect.Parameter]) -> set[str]:

@@ -1,4 +1,5 @@
 from .adapters import base_of as base_of
+from .adapters import require_peft as require_peft
 from .checkpoints import bundled_models as bundled_models
 from .checkpoints import count_layers as count_layers
 from .checkpoints import load_tokenizer as load_tokenizer

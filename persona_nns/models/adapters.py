@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from persona_nns.errors import PersonaError, one_line
+from persona_nns.errors import PersonaError, missing_extra, one_line
 
 CONFIG = "adapter_config.json"
 
@@ -28,6 +29,19 @@ def base_of(source: str) -> str | None:
     return str(base)
 
 
+def require_peft() -> Any:
+    """The module ``peft``.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise missing_extra("Low-rank adapters need peft", "distill") from error
+    return peft
+
+
 def merge_adapter(module: PreTrainedModel, folder: str) -> PreTrainedModel:
     """The model with the adapter added into its weights.
 
@@ -36,11 +50,10 @@ def merge_adapter(module: PreTrainedModel, folder: str) -> PreTrainedModel:
         folder: of the adapter.
 
     Raises:
-        PersonaError: the adapter does not go with the model.
+        PersonaError: peft is missing, or the adapter does not go with the model.
     """
-    from peft import PeftModel
-
+    peft = require_peft()
     try:
-        return PeftModel.from_pretrained(module, folder).merge_and_unload()
+        return peft.PeftModel.from_pretrained(module, folder).merge_and_unload()
     except (RuntimeError, ValueError, OSError) as error:
         raise PersonaError(f"The adapter {folder!r} cannot be loaded: {one_line(error)}") from error

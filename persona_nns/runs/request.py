@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from persona_nns.declarations.catalog import Experiment, check_axes
+from persona_nns.declarations.options import arguments_of
 from persona_nns.declarations.plans import Plan, Unit
 from persona_nns.declarations.record import ModelRecord
 from persona_nns.declarations.sites import parse_layer_sets, parse_layers, parse_positions
@@ -65,8 +66,8 @@ class Request:
         experiment: what to measure.
         plan: what there is to measure.
         units: the units asked for.
-        arguments: keyword arguments of `measure`.
-        finishing: keyword arguments of `finish`.
+        arguments: sites and options of `measure`.
+        options: all options of the experiment.
         block: the group the results go to.
         residuals: the group for residuals below it, where they are kept.
     """
@@ -75,7 +76,7 @@ class Request:
     plan: Plan
     units: tuple[Unit, ...]
     arguments: Mapping[str, Any]
-    finishing: Mapping[str, Any]
+    options: Mapping[str, Any]
     block: Block
     residuals: Block | None
 
@@ -92,6 +93,10 @@ class Request:
             residuals=self.residuals and _in_precision(self.residuals, precision),
         )
 
+    def measuring(self, execution: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of `measure`, with those that do not change its numbers."""
+        return arguments_of(self.experiment.measure, {**self.arguments, **execution})
+
     def finish(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -99,9 +104,10 @@ class Request:
         measured: dict[str, Any],
     ) -> dict[str, Any]:
         """The declared variables of what `measure` returned; runs where the command runs."""
-        if self.experiment.finish is None:
+        finish = self.experiment.finish
+        if finish is None:
             return measured
-        return self.experiment.finish(tokenizer, units, measured, **self.finishing)
+        return finish(tokenizer, units, measured, **arguments_of(finish, self.options))
 
     def into(self, run: str) -> "Request":
         """The same request with its results in the group of this name."""
@@ -164,7 +170,7 @@ def check_request(
         plan=plan,
         units=tuple(units),
         arguments=arguments,
-        finishing={name: own[name] for name in experiment.finish_options},
+        options=own,
         block=block,
         residuals=_residuals(variables, block) if asked.keep_residuals else None,
     )
@@ -246,9 +252,8 @@ def make_plan(
     if experiment.plan is None:
         assert grid is not None
         return plan_of_grid(grid, render_grid(tokenizer, grid, positions))
-    named = {"model": label} if experiment.plan_takes_model else {}
-    own = {name: options[name] for name in experiment.plan_options}
-    plan = experiment.plan(tokenizer, **named, **own)
+    own = arguments_of(experiment.plan, {"model": label, **options})
+    plan = experiment.plan(tokenizer, **own)
     for name, variable in experiment.variables.items():
         if plan.variables is not None and name not in plan.variables:
             continue

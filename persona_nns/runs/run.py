@@ -210,7 +210,7 @@ def measure_batch(
     execution: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What `measure` returns for some units: by variable, leading axis = unit."""
-    return request.experiment.measure(model, list(units), **request.arguments, **execution)
+    return request.experiment.measure(model, list(units), **request.measuring(execution))
 
 
 def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:

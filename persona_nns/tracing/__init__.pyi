@@ -1,4 +1,5 @@
 from .averages import AVERAGES as AVERAGES
+from .averages import Average as Average
 from .averages import averages as averages
 from .averages import keeps_pair as keeps_pair
 from .averages import normalised as normalised
@@ -66,7 +67,12 @@ from .residuals import root_mean_square as root_mean_square
 from .residuals import span_columns as span_columns
 from .residuals import substitute as substitute
 from .residuals import take as take
+from .sampling import Asked as Asked
+from .sampling import NucleusSampling as NucleusSampling
 from .sampling import RowSampler as RowSampler
+from .sampling import Sampling as Sampling
+from .sampling import asked_batches as asked_batches
+from .sampling import read_answers as read_answers
 from .sampling import row_seed as row_seed
 from .sampling import sample_replies as sample_replies
 from .steering import ablate as ablate

@@ -4,11 +4,13 @@
 """
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-AVERAGES = ("response_avg", "prompt_avg", "prompt_last")
+Average = Literal["response_avg", "prompt_avg", "prompt_last"]
+AVERAGES: tuple[Average, ...] = get_args(Average)
 
 #: A pair of answers counts if pos scores at least this, neg less, and both are as coherent.
 THRESHOLD = 50.0

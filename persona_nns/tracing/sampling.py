@@ -6,13 +6,16 @@ by row. May run on a server: torch and builtins only.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from nnsight import TransformersModel, save
 from torch import Tensor
 
-from persona_nns.tracing.batches import left_pad, similar_rows
+from persona_nns.declarations.options import Count, NotNegative, Share
+from persona_nns.tracing.batches import Batch, left_pad, similar_rows
 from persona_nns.tracing.continuations import end_tokens, read_continuation
 
 
@@ -70,40 +73,81 @@ def row_seed(*labels: str | int | float) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
-def sample_replies(
-    model: TransformersModel,
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-) -> Tensor:
-    """Sample a reply to each prompt; a row does not depend on the rows beside it.
+@dataclass(frozen=True)
+class Asked:
+    """A prompt to be answered: its token ids, and the seed that the answer is drawn with."""
 
-    Args:
-        model: from `load_model`.
-        prompts: token ids, one row for each reply.
-        seeds: one for each row.
-        max_new_tokens: the longest reply.
+    prompt: Sequence[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Attributes:
+        max_new_tokens: the longest answer.
         temperature: 1 samples from the model; 0 is greedy.
-
-    Returns:
-        [row, token], −1 after a row's end, on the CPU.
     """
-    said = torch.full((len(prompts), max_new_tokens), -1)
-    for batch in similar_rows([len(ids) + max_new_tokens for ids in prompts]):
-        padded = left_pad([prompts[row] for row in batch], device=model.device)
-        sampler = RowSampler([seeds[row] for row in batch], temperature)
-        with model.generate(
-            padded.tokens,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            logits_processor=[sampler] if temperature else [],
-        ) as tracer:
+
+    max_new_tokens: Count = 256
+    temperature: NotNegative = 1.0
+
+    def sampler(self, seeds: Sequence[int]) -> RowSampler:
+        """Draws the rows with these seeds."""
+        return RowSampler(seeds, self.temperature)
+
+
+@dataclass(frozen=True)
+class NucleusSampling(Sampling):
+    """How answers are drawn, from the most likely tokens only.
+
+    Attributes:
+        top_p: sample from the most likely tokens that together have this probability.
+    """
+
+    top_p: Share = 1.0
+
+    def sampler(self, seeds: Sequence[int]) -> RowSampler:
+        """Draws the rows with these seeds."""
+        return RowSampler(seeds, self.temperature, self.top_p)
+
+
+def asked_batches(
+    asked: Sequence[Asked], sampling: Sampling, *, device: torch.device
+) -> Iterator[tuple[list[int], Batch, dict[str, Any]]]:
+    """Deal prompts into batches of similar length; no answer depends on which batch it is in.
+
+    Yields:
+        Which of the prompts, the batch of them, and what `generate` takes beside its tokens.
+    """
+    n_tokens = sampling.max_new_tokens
+    for rows in similar_rows([len(each.prompt) + n_tokens for each in asked]):
+        sampler = sampling.sampler([asked[row].seed for row in rows])
+        settings = {
+            "max_new_tokens": n_tokens,
+            "do_sample": False,
+            "num_beams": 1,
+            "use_cache": True,
+            "logits_processor": [sampler] if sampling.temperature else [],
+        }
+        yield rows, left_pad([asked[row].prompt for row in rows], device=device), settings
+
+
+def read_answers(
+    model: TransformersModel, generated: Tensor, batch: Batch, sampling: Sampling
+) -> Tensor:
+    """What ``generate`` added to a batch of prompts, [row, token], −1 after the end, on the CPU."""
+    n_tokens = sampling.max_new_tokens
+    said = read_continuation(generated, batch.width, n_tokens, end_tokens(model))
+    return said.until_end().cpu()
+
+
+def sample_replies(model: TransformersModel, asked: Sequence[Asked], sampling: Sampling) -> Tensor:
+    """Let a model from `load_model` answer, [row, token], −1 after a row's end, on the CPU."""
+    said = torch.full((len(asked), sampling.max_new_tokens), -1)
+    for rows, batch, settings in asked_batches(asked, sampling, device=model.device):
+        with model.generate(batch.tokens, **settings) as tracer:
             generated = save(tracer.result)
-        reply = read_continuation(
-            generated, padded.input_ids.shape[1], max_new_tokens, end_tokens(model)
-        )
-        said[batch] = reply.until_end().cpu()
+        said[rows] = read_answers(model, generated, batch, sampling)
     return said

@@ -21,7 +21,7 @@ STEERED_POSITIONS = ("all", "prompt", "response")
 
 
 def steered_tokens(
-    attention_mask: Tensor, n_response: Tensor, position_sets: Sequence[str]
+    attention_mask: Tensor, n_response: Tensor | int, position_sets: Sequence[str]
 ) -> Tensor:
     """Which tokens of rows a position set holds, for rows padded on either side.
 

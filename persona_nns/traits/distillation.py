@@ -6,6 +6,7 @@ loop, its checkpoints and their resumption are those of transformers' `Trainer`;
 are peft's.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nnsight import TransformersModel
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from persona_nns.declarations.options import Count, Positive
+from persona_nns.declarations.plans import content_digest
+from persona_nns.declarations.record import ModelRecord
 from persona_nns.errors import UsageError
-from persona_nns.models.adapters import base_of
+from persona_nns.models.adapters import base_of, require_peft
 from persona_nns.models.checkpoints import load_weights
-from persona_nns.tracing.batches import left_pad
+from persona_nns.models.load import record_of
+from persona_nns.tracing.batches import left_pad, similar_rows
+from persona_nns.tracing.sampling import Asked, Sampling, asked_batches, read_answers
 
 _SAVE_EVERY = 50  # steps between checkpoints
 _LOW_RANK = re.compile(r"r([1-9]\d*)")
@@ -51,6 +58,82 @@ class Training:
     accumulation: int
     learning_rate: float
     seed: int
+
+    @property
+    def digest(self) -> str:
+        """A short name for these settings."""
+        return content_digest(list(vars(self).values()))[:8]
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How students are trained.
+
+    Attributes:
+        steps: optimiser steps.
+        rows: trajectories of a pass.
+        accumulation: passes of a step.
+        lora_learning_rate: highest, for low-rank students.
+        full_learning_rate: highest, for the student with all weights.
+        seed: of new weights and of the order of the trajectories.
+    """
+
+    steps: Count = 500
+    rows: Count = 2
+    accumulation: Count = 4
+    lora_learning_rate: Positive = 2e-4
+    full_learning_rate: Positive = 2e-5
+    seed: int = 0
+
+    def of(self, student: str) -> Training:
+        """The settings of one student."""
+        rate = self.full_learning_rate if student == "full" else self.lora_learning_rate
+        return Training(self.steps, self.rows, self.accumulation, rate, self.seed)
+
+
+def as_trajectories(prompts: Sequence[Sequence[int]], said: Tensor) -> list[Trajectory]:
+    """Prompts with what was said to them, [row, token], −1 after the end."""
+    return [
+        Trajectory(tuple(prompt), tuple(token for token in row if token >= 0))
+        for prompt, row in zip(prompts, said.tolist(), strict=True)
+    ]
+
+
+def keep_trajectories(
+    file: Path, n: int, sample: Callable[[range], list[Trajectory]]
+) -> list[Trajectory]:
+    """The first trajectories of a JSONL file; those that it lacks are sampled and added.
+
+    Args:
+        file: appears whole or not at all.
+        n: how many.
+        sample: makes those with these numbers.
+    """
+    lines = file.read_text().splitlines() if file.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    kept = [Trajectory(tuple(row["prompt"]), tuple(row["response"])) for row in rows]
+    if len(kept) < n:
+        kept += sample(range(len(kept), n))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text("".join(f"{json.dumps(vars(each))}\n" for each in kept))
+        part.replace(file)
+    return kept[:n]
+
+
+def students_folder(
+    output: str | Path, record: ModelRecord, trait: str, determining: Sequence[Any]
+) -> Path:
+    """Where the students of a teacher go; another teacher's have another folder.
+
+    Args:
+        output: the folder of all students.
+        record: the model.
+        trait: the teacher's.
+        determining: what determines what the teacher says, as JSON-able values.
+    """
+    digest = content_digest([record.version, record.precision, *determining])[:10]
+    return Path(output) / f"{record.label.replace('/', '--')}-{trait}-{digest}"
 
 
 def token_kl(teacher: Tensor, student: Tensor) -> Tensor:
@@ -170,10 +253,9 @@ def new_student(source: str, student: str, precision: str, seed: int) -> Any:
         seed: of the adapter's new weights.
 
     Raises:
-        UsageError: the model is itself an adapter, on which another could not be saved.
+        UsageError: peft is missing for an adapter; or the model is itself an adapter, on which
+            another could not be saved.
     """
-    from peft import LoraConfig, get_peft_model
-
     if base_of(source) is not None:
         raise UsageError(
             f"The model {source!r} is an adapter; students of it need a merged checkpoint."
@@ -182,11 +264,11 @@ def new_student(source: str, student: str, precision: str, seed: int) -> Any:
     module = load_weights(source, precision if match else "float32")
     if match is None:
         return module
-    rank = int(match[1])
+    peft, rank = require_peft(), int(match[1])
     torch.manual_seed(seed)
     # All linear maps but the output layer: the projections of attention and MLP.
-    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    return get_peft_model(module, settings)
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return peft.get_peft_model(module, settings)
 
 
 def train(
@@ -251,6 +333,84 @@ def _printer() -> Any:
     from transformers.trainer_callback import PrinterCallback
 
     return PrinterCallback
+
+
+def distil(
+    model: TransformersModel,
+    student: str,
+    trajectories: Sequence[Trajectory],
+    teacher: Callable[[Mapping[str, Tensor]], Tensor],
+    training: Training,
+    home: Path,
+) -> tuple[Any, list[float]]:
+    """Train a student of a model, and save it: an adapter, or a whole model.
+
+    Args:
+        model: from `load_model`, on this machine.
+        student: ``r8``, … or ``full``.
+        trajectories: what the teacher said.
+        teacher: batch from `collate` → logits that the student is to have.
+        training: steps and batches.
+        home: gets a folder for the student.
+
+    Returns:
+        The student, and the loss of each step, in nats.
+    """
+    folder = home / f"{student}-{len(trajectories)}-{training.digest}"
+    record = record_of(model)
+    trained = new_student(record.source, student, record.precision, training.seed)
+    trained.to(model.device)
+    checkpoints = folder / "checkpoints"
+    losses = train(trained, trajectories, teacher, training, checkpoints, device=model.device)
+    trained.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return trained, losses
+
+
+def generate(
+    student: Any, model: TransformersModel, asked: Sequence[Asked], sampling: Sampling
+) -> Tensor:
+    """What a student says, or the model that it is of, [row, token], −1 after a row's end."""
+    said = torch.full((len(asked), sampling.max_new_tokens), -1)
+    for rows, batch, settings in asked_batches(asked, sampling, device=model.device):
+        with torch.inference_mode():
+            generated = student.generate(**batch.tokens, **settings)
+        said[rows] = read_answers(model, generated, batch, sampling)
+    return said
+
+
+def compare(
+    trajectories: Sequence[Trajectory],
+    teacher: Callable[[Mapping[str, Tensor]], Tensor],
+    student: Any,
+    n_tokens: int,
+    *,
+    device: torch.device,
+) -> Tensor:
+    """KL(teacher ‖ student) at each token of what the teacher said.
+
+    Args:
+        trajectories: what it said.
+        teacher: batch from `collate` → its logits.
+        student: a plain model; None compares the teacher with itself.
+        n_tokens: columns of the result.
+        device: where both are.
+
+    Returns:
+        [row, token], in nats, NaN after a row's end.
+    """
+    kl = torch.full((len(trajectories), n_tokens), torch.nan)
+    for rows in similar_rows([len(each.prompt) + len(each.response) for each in trajectories]):
+        batch = collate([trajectories[row] for row in rows])
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        expected = teacher(inputs)
+        with torch.inference_mode():
+            given = expected if student is None else predicting_logits(student, inputs)
+            found = token_kl(expected, given).cpu()
+        for row, of_row in zip(rows, found, strict=True):
+            n_said = len(trajectories[row].response)
+            kl[row, :n_said] = of_row[len(of_row) - n_said :]  # right-aligned there
+    return kl
 
 
 def trained_parameters(student: Any) -> int:

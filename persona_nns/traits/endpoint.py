@@ -16,16 +16,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import openai
 from openai.types.chat import ChatCompletion
 
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.traits.judges import Answer, Scores, judge_all
+from persona_nns.traits.judges import KEY_VARIABLE, Answer, Scores, check_url, judge_all
 from persona_nns.traits.trait import Trait
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 DEFAULT_CACHE = Path("~/.cache/persona-nns/judge.sqlite")
 
 _PARAMETERS: Mapping[str, Any] = {
@@ -198,24 +196,6 @@ class EndpointJudge:
         for candidate in logprobs.content[0].top_logprobs:
             reply.setdefault(candidate.token, candidate.logprob)
         return reply
-
-
-def check_url(url: str) -> None:
-    """See that an endpoint's URL is one, and holds no secret.
-
-    Raises:
-        UsageError: it is not.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(
-            "The judge has to be 'lexicon', 'none', or the URL of an OpenAI-compatible endpoint "
-            "such as https://api.openai.com/v1."
-        )
-    if parts.username or parts.password or parts.query:
-        raise UsageError(
-            f"The judge's URL holds credentials; put the key into {KEY_VARIABLE} instead."
-        )
 
 
 def _not_openai(url: str) -> str:

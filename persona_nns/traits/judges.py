@@ -11,11 +11,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.organism.coherence import coherence_score
 from persona_nns.organism.traits import TRAITS, lexicon_score
 from persona_nns.traits.trait import Trait
+
+KEY_VARIABLE = "OPENAI_API_KEY"
 
 #: Less probability than this on numbers is a refusal.
 LEAST_MASS = 0.25
@@ -87,6 +90,24 @@ def check_lexicon(trait: str) -> None:
         raise UsageError(
             f"The lexicon judge knows {', '.join(TRAITS)} only, not {trait!r}; give the URL of an "
             "OpenAI-compatible endpoint (--judge URL)."
+        )
+
+
+def check_url(url: str) -> None:
+    """See that an endpoint's URL is one, and holds no secret.
+
+    Raises:
+        UsageError: it is not.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(
+            "The judge has to be 'lexicon', 'none', or the URL of an OpenAI-compatible endpoint "
+            "such as https://api.openai.com/v1."
+        )
+    if parts.username or parts.password or parts.query:
+        raise UsageError(
+            f"The judge's URL holds credentials; put the key into {KEY_VARIABLE} instead."
         )
 
 

@@ -5,35 +5,36 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.errors import UsageError
-from persona_nns.traits.judges import Answer, Judge, LexiconJudge, check_lexicon
-from persona_nns.traits.trait import Trait
+from persona_nns.declarations.plans import Unit
+from persona_nns.errors import UsageError, missing_extra
+from persona_nns.traits.judges import Answer, Judge, LexiconJudge, check_lexicon, check_url
+from persona_nns.traits.trait import Trait, load_traits
 
 
 @dataclass(frozen=True)
-class JudgeChoice:
-    """Who judges, as the options say it.
+class JudgeOptions:
+    """Who judges.
 
     Attributes:
-        judge: ``lexicon``, ``none``, or the URL of an OpenAI-compatible endpoint.
-        model: the model there.
-        prices: US dollars for a million prompt tokens and a million completion tokens, as
-            ``0.40,1.60``; empty where unknown.
+        judge: lexicon, none, or the URL of an OpenAI-compatible endpoint.
+        judge_model: the model there; its key is read from OPENAI_API_KEY.
+        judge_prices: dollars for a million tokens sent and received, as 0.40,1.60.
     """
 
     judge: str = "lexicon"
-    model: str = ""
-    prices: str = ""
+    judge_model: str = "gpt-4.1-mini"
+    judge_prices: str = ""
 
     @property
     def identity(self) -> list[str]:
         """What determines the scores."""
-        return [self.judge, self.model] if "://" in self.judge else [self.judge]
+        return [self.judge, self.judge_model] if "://" in self.judge else [self.judge]
 
     def check(self, trait: str) -> None:
         """See that this judge can judge a trait.
@@ -46,32 +47,34 @@ class JudgeChoice:
         if self.judge == "lexicon":
             check_lexicon(trait)
             return
-        from persona_nns.traits.endpoint import check_url
-
         check_url(self.judge)
         self.price_pair()
-        if not self.model:
+        if not self.judge_model:
             raise UsageError("The judge needs the name of its model (--judge-model).")
+        try:
+            import openai  # noqa: F401
+        except ImportError as error:
+            raise missing_extra("A judge behind an endpoint needs openai", "judge") from error
 
     def price_pair(self) -> tuple[float, float] | None:
-        """The prices as numbers.
+        """The prices as numbers; None where they are unknown.
 
         Raises:
             UsageError: they are not two numbers.
         """
-        if not self.prices:
+        if not self.judge_prices:
             return None
         try:
-            sent, received = map(float, self.prices.split(","))
+            sent, received = map(float, self.judge_prices.split(","))
         except ValueError as error:
             raise UsageError(
-                f"The judge's prices {self.prices!r} are not two numbers such as 0.40,1.60."
+                f"The judge's prices {self.judge_prices!r} are not two numbers such as 0.40,1.60."
             ) from error
         return sent, received
 
 
 @cache
-def open_judge(choice: JudgeChoice) -> Judge:
+def open_judge(choice: JudgeOptions) -> Judge:
     """The judge of a choice; the same one for the same choice, so that it can sum its cost.
 
     Raises:
@@ -81,7 +84,48 @@ def open_judge(choice: JudgeChoice) -> Judge:
         return LexiconJudge()
     from persona_nns.traits.endpoint import EndpointJudge
 
-    return EndpointJudge(choice.judge, choice.model)
+    return EndpointJudge(choice.judge, choice.judge_model)
+
+
+def judge_evaluation(
+    tokenizer: PreTrainedTokenizerBase,
+    units: Sequence[Unit],
+    measured: dict[str, Any],
+    *,
+    artifacts: str | None,
+    judging: JudgeOptions,
+) -> dict[str, Any]:
+    """Decode and judge answers to evaluation questions, where any were given."""
+    if "said" not in measured:
+        return measured
+    trait = load_traits(str(units[0].place["trait"]), "evaluation", artifacts)[0]
+    return judge_units(tokenizer, units, measured, trait, judging)
+
+
+def judge_units(
+    tokenizer: PreTrainedTokenizerBase,
+    units: Sequence[Unit],
+    measured: dict[str, Any],
+    trait: Trait,
+    choice: JudgeOptions,
+) -> dict[str, Any]:
+    """Replace what was said by its texts and their scores.
+
+    Args:
+        tokenizer: of the model that said it.
+        units: with a place on ``question``, unless each of them asked all questions in turn.
+        measured: by variable, ``said`` [unit, …, token] among them, −1 after the end.
+        trait: what is judged, with the questions that were asked.
+        choice: the judge.
+    """
+    questions = [
+        question
+        for unit in units
+        for number, question in enumerate(trait.questions)
+        if unit.place.get("question", number) == number
+    ]
+    kept = {name: value for name, value in measured.items() if name != "said"}
+    return kept | judge_tokens(tokenizer, trait, questions, measured["said"], choice)
 
 
 def judge_tokens(
@@ -89,14 +133,14 @@ def judge_tokens(
     trait: Trait,
     questions: Sequence[str],
     said: Tensor,
-    choice: JudgeChoice,
+    choice: JudgeOptions,
 ) -> dict[str, Any]:
     """Decode generated tokens and have them judged.
 
     Args:
         tokenizer: of the model that said them.
         trait: what is judged.
-        questions: one for each row of ``said``.
+        questions: one for each of the equal shares of ``said``, in its order.
         said: [row, …, token], −1 after a row's end.
         choice: the judge; ``none`` gives NaN.
 
@@ -104,8 +148,6 @@ def judge_tokens(
         By variable, of shape [row, …]: ``score`` for the trait and ``coherence``, NaN where the
         judge refuses, and ``response``, the texts.
     """
-    import numpy as np
-
     shape = said.shape[:-1]
     flat = said.reshape(-1, said.shape[-1]).tolist()
     texts = [
@@ -128,7 +170,7 @@ def judge_tokens(
     }
 
 
-def _show_cost(judge: Judge, choice: JudgeChoice) -> None:
+def _show_cost(judge: Judge, choice: JudgeOptions) -> None:
     """Say what an endpoint has cost so far; a lexicon costs nothing."""
     usage = getattr(judge, "usage", None)
     if usage is not None:

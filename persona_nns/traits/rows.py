@@ -13,7 +13,7 @@ from persona_nns.errors import PersonaError, UsageError
 from persona_nns.results.reading import open_results
 from persona_nns.tracing.averages import keeps_pair
 from persona_nns.traits.judges import Answer
-from persona_nns.traits.judging import JudgeChoice, open_judge
+from persona_nns.traits.judging import JudgeOptions, open_judge
 from persona_nns.traits.responses import Response, check_labels, read_responses
 from persona_nns.traits.trait import LABELS, Trait
 from persona_nns.traits.vectors import runs_of
@@ -42,7 +42,7 @@ class JudgedResponse:
 
 
 def rows_of_file(
-    file: str | Path, trait: Trait | None, choice: JudgeChoice
+    file: str | Path, trait: Trait | None, choice: JudgeOptions
 ) -> list[JudgedResponse]:
     """The rows of a JSONL file; without a judge every one of them counts.
 

@@ -52,6 +52,23 @@ class Trait:
         return f"You are a {degree} {self.name} assistant."
 
 
+@dataclass(frozen=True)
+class TraitOptions:
+    """Which trait.
+
+    Attributes:
+        trait: a bundled trait, or one of the folder `artifacts`.
+        artifacts: folder with extraction/{trait}.json and evaluation/{trait}.json.
+    """
+
+    trait: str = "cheerful"
+    artifacts: str | None = None
+
+    def load(self, split: Split) -> Trait:
+        """The trait's questions, instructions and judge's prompt."""
+        return load_traits(self.trait, split, self.artifacts)[0]
+
+
 def bundled_traits() -> tuple[str, ...]:
     """Names of the traits that the bundled models were trained on."""
     return tuple(sorted(file.stem for file in (ARTIFACTS / "extraction").glob("*.json")))

@@ -106,7 +106,7 @@ def payload_of(
     """
     measure, tokenizer = request.experiment.measure, model.tokenizer
     rendered = [with_prompts(tokenizer, unit) if isinstance(unit, Cell) else unit for unit in units]
-    arguments = {**request.arguments, **execution}
+    arguments = request.measuring(execution)
     terms = Terms(
         shown=request.block.model,
         template=tokenizer.chat_template,
