@@ -49,7 +49,7 @@ from persona_nns.traits import (
     compare,
     distil,
     generate,
-    judge_evaluation,
+    judge_answers,
     keep_trajectories,
     load_vector,
     parse_counts,
@@ -102,7 +102,7 @@ variables = {
     ),
 }
 figures = {"curves": distillation_curves, "kl_by_token": token_kl_figure}
-finish = judge_evaluation
+finish = judge_answers
 _SAMPLING = NucleusSampling(top_p=0.95)
 
 

@@ -31,7 +31,7 @@ from persona_nns.traits import (
     DEGREES,
     JudgeOptions,
     TraitOptions,
-    judge_evaluation,
+    judge_answers,
     load_vector,
 )
 
@@ -52,7 +52,7 @@ variables = {
     "response": Variable(_DIMS, "response", description="What the model said.", kind="text"),
 }
 figures = {"correlation": correlation_by_layer}
-finish = judge_evaluation
+finish = judge_answers
 
 
 @dataclass(frozen=True, eq=False)

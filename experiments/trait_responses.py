@@ -22,8 +22,7 @@ from persona_nns.traits import (
     JudgeOptions,
     Split,
     TraitOptions,
-    judge_units,
-    load_traits,
+    judge_answers,
 )
 
 protocol_version = 1
@@ -37,6 +36,7 @@ variables = {
     "response": Variable(_DIMS, "response", description="What the model said.", kind="text"),
 }
 figures = {"contrast": partial(score_bars, by="label")}
+finish = judge_answers
 
 
 @dataclass(frozen=True)
@@ -157,17 +157,3 @@ def measure(
     ]
     said = sample_replies(model, asked, sampling)
     return {"said": said.view(len(units), -1, len(LABELS), n_samples, said.shape[1])}
-
-
-def finish(
-    tokenizer: PreTrainedTokenizerBase,
-    units: list[Contrasted],
-    measured: dict[str, Tensor],
-    *,
-    artifacts: str | None,
-    split: Split,
-    judging: JudgeOptions,
-) -> dict[str, Any]:
-    """Decode and judge the answers."""
-    asked = load_traits(units[0].trait, split, artifacts)[0]
-    return judge_units(tokenizer, units, measured, asked, judging)

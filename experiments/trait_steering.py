@@ -42,7 +42,7 @@ from persona_nns.tracing import (
 )
 from persona_nns.traits import (
     JudgeOptions,
-    judge_evaluation,
+    judge_answers,
     load_traits,
     load_vector,
     read_responses,
@@ -85,7 +85,7 @@ variables = {
 _GENERATED = ("score", "coherence", "response")
 _TEACHER_FORCED = ("logp", "logp_all_layers", "logp_ablate")
 figures = {"sweep": steering_sweep}
-finish = judge_evaluation
+finish = judge_answers
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ Two more functions run where the command runs, whatever machine `measure` runs o
 ``prepare(model, store, options, *, progress)`` runs what has to be there first and returns the
 options that say where it is. ``finish(tokenizer, units, measured, *, …)`` makes the declared
 variables of what `measure` returned (decodes and judges texts, say); its keyword arguments are
-options of `plan` or `measure`.
+options of `plan` or `measure`, or have a default.
 """
 
 import ast
@@ -176,13 +176,13 @@ def _read(file: Path) -> Experiment:
 
 
 def _check_finish(file: Path, finish: Callable[..., Any], known: Mapping[str, Any]) -> None:
-    """See that `finish` takes options of `plan` and `measure` only.
+    """See that `finish` takes options of `plan` and `measure`, or what has a default.
 
     Raises:
-        PersonaError: it takes another.
+        PersonaError: it needs something else.
     """
-    for name in options_of(finish, 3):
-        if name not in known:
+    for name, parameter in options_of(finish, 3).items():
+        if name not in known and parameter.default is inspect.Parameter.empty:
             raise PersonaError(
                 f"finish() of {str(file)!r} takes {name!r}, "
                 "which is an option of neither plan() nor measure()."

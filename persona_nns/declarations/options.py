@@ -41,13 +41,14 @@ def arguments_of(function: Callable[..., Any], options: Mapping[str, Any]) -> di
 
     Args:
         function: `plan`, `measure` or `finish` of an experiment.
-        options: at least all of its own.
+        options: at least all of its own that have no default.
     """
     arguments: dict[str, Any] = {}
     for name, parameter in _parameters(function).items():
         if _is_group(parameter):
             group = parameter.annotation
-            arguments[name] = group(**{field: options[field] for field in _parameters(group)})
+            fields = [field for field in _parameters(group) if field in options]
+            arguments[name] = group(**{field: options[field] for field in fields})
         elif name in options:
             arguments[name] = options[name]
     return arguments

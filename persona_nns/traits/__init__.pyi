@@ -10,8 +10,7 @@ from .distillation import parse_students as parse_students
 from .distillation import students_folder as students_folder
 from .distillation import trained_parameters as trained_parameters
 from .judging import JudgeOptions as JudgeOptions
-from .judging import judge_evaluation as judge_evaluation
-from .judging import judge_units as judge_units
+from .judging import judge_answers as judge_answers
 from .responses import read_responses as read_responses
 from .rows import JudgedResponse as JudgedResponse
 from .rows import row_coordinates as row_coordinates

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from persona_nns.declarations.plans import Unit
 from persona_nns.errors import UsageError, missing_extra
 from persona_nns.traits.judges import Answer, Judge, LexiconJudge, check_lexicon, check_url
-from persona_nns.traits.trait import Trait, load_traits
+from persona_nns.traits.trait import Split, Trait, load_traits
 
 
 @dataclass(frozen=True)
@@ -87,37 +87,28 @@ def open_judge(choice: JudgeOptions) -> Judge:
     return EndpointJudge(choice.judge, choice.judge_model)
 
 
-def judge_evaluation(
+def judge_answers(
     tokenizer: PreTrainedTokenizerBase,
     units: Sequence[Unit],
     measured: dict[str, Any],
     *,
     artifacts: str | None,
+    split: Split = "evaluation",
     judging: JudgeOptions,
 ) -> dict[str, Any]:
-    """Decode and judge answers to evaluation questions, where any were given."""
-    if "said" not in measured:
-        return measured
-    trait = load_traits(str(units[0].place["trait"]), "evaluation", artifacts)[0]
-    return judge_units(tokenizer, units, measured, trait, judging)
-
-
-def judge_units(
-    tokenizer: PreTrainedTokenizerBase,
-    units: Sequence[Unit],
-    measured: dict[str, Any],
-    trait: Trait,
-    choice: JudgeOptions,
-) -> dict[str, Any]:
-    """Replace what was said by its texts and their scores.
+    """Put texts and scores in place of what was ``said``, if anything was: an experiment's finish.
 
     Args:
         tokenizer: of the model that said it.
-        units: with a place on ``question``, unless each of them asked all questions in turn.
-        measured: by variable, ``said`` [unit, …, token] among them, −1 after the end.
-        trait: what is judged, with the questions that were asked.
-        choice: the judge.
+        units: of one trait, with a place on ``question`` unless each of them asked all in turn.
+        measured: by variable; ``said`` is [unit, …, token], −1 after the end.
+        artifacts: folder of the trait, if it is not a bundled one.
+        split: which of its questions were asked.
+        judging: the judge.
     """
+    if "said" not in measured:
+        return measured
+    trait = load_traits(str(units[0].place["trait"]), split, artifacts)[0]
     questions = [
         question
         for unit in units
@@ -125,7 +116,7 @@ def judge_units(
         if unit.place.get("question", number) == number
     ]
     kept = {name: value for name, value in measured.items() if name != "said"}
-    return kept | judge_tokens(tokenizer, trait, questions, measured["said"], choice)
+    return kept | judge_tokens(tokenizer, trait, questions, measured["said"], judging)
 
 
 def judge_tokens(
