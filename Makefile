@@ -17,6 +17,7 @@ test-slow: $(VENV)/ready
 check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/pyright
 
 # torch first and by its exact version, so that nothing else chooses a build of it.

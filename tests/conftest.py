@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# One thread a process, also in those that tests start: the models are far too small for more.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import shutil
 import sys

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # What the wheel needs is taken from here; an editable install of ours is not, because
     # .pth files are not followed from a .pth file.
     (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    ours = [place for place in sys.path if Path(place).name == "site-packages"]
+    (site / "dependencies.pth").write_text("\n".join(ours) + "\n")
     return folder / "venv" / "bin" / "persona-nns"
 
 

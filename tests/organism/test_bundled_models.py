@@ -24,7 +24,6 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def subject(name):
-    torch.set_num_threads(2)
     return probe.load(organism_folder(name))
 
 
