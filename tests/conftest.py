@@ -1,4 +1,4 @@
-"""Small random models of every supported architecture, built once and never downloaded."""
+"""What tests share: models built once and never downloaded, and a small grid."""
 
 import os
 
@@ -7,7 +7,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # One thread a process, also in those that tests start: the models are far too small for more.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import shutil
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -17,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import xarray as xr
 from hypothesis import settings
 from nnsight import TransformersModel
+from random_models import ARCHITECTURES, GOLDEN, architectures, save_random_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from persona_nns.declarations.catalog import load_experiment
 from persona_nns.figures.tables import measured, result_table
@@ -35,85 +34,6 @@ torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
 
-GOLDEN = Path(__file__).parent / "golden"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-N_LAYERS = 5
-WINDOW = 16  # of the architectures with sliding attention; every prompt of the tests is longer
-
-_SIZES: dict[str, Any] = {
-    "vocab_size": 1024,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": N_LAYERS,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-_GROUPED = {**_SIZES, "num_key_value_heads": 2}
-_SLIDING = {**_GROUPED, "head_dim": 8, "sliding_window": WINDOW}
-_GEMMA = {
-    **_SLIDING,
-    "query_pre_attn_scalar": 8,
-    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
-}
-
-# Configuration class and parameters of the ten supported architectures.
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", _GROUPED),
-    "qwen2": ("Qwen2Config", _GROUPED),
-    "qwen3": ("Qwen3Config", {**_GROUPED, "head_dim": 8}),
-    "gemma2": ("Gemma2Config", _GEMMA),
-    "gemma3": ("Gemma3TextConfig", _GEMMA),
-    "mistral": ("MistralConfig", _SLIDING),
-    "phi3": ("Phi3Config", _GROUPED),
-    "olmo2": ("Olmo2Config", _GROUPED),
-    "gpt2": (
-        "GPT2Config",
-        {
-            "vocab_size": 1024,
-            "n_embd": 32,
-            "n_layer": N_LAYERS,
-            "n_head": 4,
-            "n_positions": 512,
-            "tie_word_embeddings": False,
-            "bos_token_id": None,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        },
-    ),
-    "gpt_neox": ("GPTNeoXConfig", _SIZES),
-}
-
-
-def random_config(architecture: str, **changes: Any) -> PreTrainedConfig:
-    """Configuration of a small model whose logits vary (wide initial weights)."""
-    name, parameters = ARCHITECTURES[architecture]
-    return getattr(transformers, name)(**{"initializer_range": 0.2, **parameters, **changes})
-
-
-def copy_tokenizer(folder: Path) -> Path:
-    """Put the golden models' tokenizer (1024 tokens, with a chat template) into a folder."""
-    for name in TOKENIZER_FILES:
-        shutil.copy(GOLDEN / "qwen2" / name, folder / name)
-    return folder
-
-
-def save_random_model(
-    folder: Path, architecture: str, *, dtype: torch.dtype = torch.float32, **changes: Any
-) -> Path:
-    """Write a random model with a tokenizer; the same weights whenever it is called."""
-    torch.manual_seed(20260101)
-    model = AutoModelForCausalLM.from_config(random_config(architecture, **changes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms and biases, which start as ones and zeros
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    model.to(dtype).save_pretrained(folder)
-    return copy_tokenizer(folder)
-
 
 def printed(results: xr.Dataset, width: int = 200) -> str:
     """The tables of every variable, as the command line prints them."""
@@ -124,9 +44,7 @@ def printed(results: xr.Dataset, width: int = 200) -> str:
     return capture.get()
 
 
-@pytest.fixture(scope="session", params=list(ARCHITECTURES))
-def architecture(request: pytest.FixtureRequest) -> str:
-    return request.param
+architecture = architectures(*ARCHITECTURES)
 
 
 @pytest.fixture(scope="session")

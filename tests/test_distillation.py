@@ -7,6 +7,7 @@ import pytest
 import torch
 from nnsight import TransformersModel
 from peft import PeftModel
+from random_models import architectures
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -33,6 +34,7 @@ TRAJECTORIES = [
     Trajectory((15, 16), (17, 18)),
     Trajectory((19, 20, 21, 22), (23, 24, 25)),
 ]
+architecture = architectures("qwen2", "gpt2", "phi3")
 TRAINING = Training(steps=6, rows=2, accumulation=2, learning_rate=1e-3, seed=3)
 
 

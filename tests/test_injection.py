@@ -12,6 +12,7 @@ import pytest
 import torch
 from nnsight import TransformersModel
 from plain_hooks import Writes, greedy, logits_with, prompt_ids, residuals, summed_kl
+from random_models import architectures
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,6 +26,7 @@ N_TOKENS = 5
 N_EVAL = 4
 LAYERS = [1, 3]
 LAYER_SETS = [[1, 3], [4]]
+architecture = architectures("qwen2", "gemma3", "gpt2")
 MARKERS = ("ing", "a", "the", "-")  # random models say little more than pieces of words
 
 
@@ -192,7 +194,7 @@ def test_texts_that_end_early_end_there(
     cell = cells[2]
     end = greedy(plain, role_prompts(tokenizer, cell)["XY"], N_TOKENS, END)[said]
     monkeypatch.setattr(model._module.generation_config, "eos_token_id", end)
-    for batch in (cells, [cell]):
+    for batch in ([cells[0], cell], [cell]):
         row = batch.index(cell)
         result = behavioral_markers.measure(model, batch, layers=[1], n_tokens=N_TOKENS)
         assert result["text"][row] == plain_texts(plain, tokenizer, cell, [1], end)

@@ -62,10 +62,14 @@ def test_a_job_whose_note_was_cut_off_is_noted_again(book: JobBook, tmp_path: Pa
     assert book.waiting() == [JOB]
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> RunGroup:
+    return attach(tmp_path / "s.zarr", make_block())
+
+
 def test_a_reader_sees_a_session_whole_or_not_at_all(
-    tmp_path: Path, snapshots: Callable[[], list[Path]]
+    run: RunGroup, snapshots: Callable[[], list[Path]]
 ) -> None:
-    run: RunGroup = attach(tmp_path / "s.zarr", make_block())
     run.note_session("s", {"claims": ["chef/haiku"]})
     run.note_session("s", {"claims": []})
     seen = [

@@ -124,15 +124,22 @@ def test_splicing_a_row_from_its_own_spans_is_bit_for_bit_the_same(
     assert abs(kl(before, after)) < 1e-9
 
 
-@pytest.mark.parametrize("kind", ROTARY)
-@pytest.mark.parametrize("distance", [-3, 1, 100])
-def test_a_moved_key_is_the_key_computed_at_the_new_position(
-    make_folder: Callable[..., Path], kind: str, distance: int
-) -> None:
-    architecture, changes = ROTARY[kind]
+@pytest.fixture(scope="module", params=ROTARY)
+def turning(
+    make_folder: Callable[..., Path], request: pytest.FixtureRequest
+) -> tuple[TransformersModel, Any]:
+    """A model that turns its keys in one of the ways, and the same in plain transformers."""
+    architecture, changes = ROTARY[request.param]
     folder = make_folder(architecture, **changes)
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    model = load_model(folder)
+    return load_model(folder), plain
+
+
+@pytest.mark.parametrize("distance", [-3, 1, 100])
+def test_a_moved_key_is_the_key_computed_at_the_new_position(
+    turning: tuple[TransformersModel, Any], distance: int
+) -> None:
+    model, plain = turning
     ids, position = torch.tensor([LONG]), torch.arange(len(LONG))[None] + 3
 
     def first_layer_keys(position: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 # What a forward pass does: a large tensor for each block, freed before the next.
 BLOCKS = """
 import resource, torch
-from persona_nns.memory import keep_freed_memory
+from persona_nns.models.memory import keep_freed_memory
 print(keep_freed_memory() if {kept} else None)
 torch.zeros(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import copy_tokenizer
 from nnsight import TransformersModel
+from random_models import copy_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from nnsight import TransformersModel
 from plain_hooks import blocks_of, greedy, logits_with, prompt_ids, residuals, summed_kl
+from random_models import architectures
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,6 +17,7 @@ from persona_nns.prompts.grids import Grid
 
 END, N_EVAL, LAYERS = 2, 4, [1, 4]
 POSITIONS = ["p_last", "g1"]
+architecture = architectures("qwen2", "gemma3", "gpt2", "olmo2")
 
 
 def rms(vector: Tensor) -> Tensor:

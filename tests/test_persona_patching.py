@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from nnsight import TransformersModel
+from random_models import architectures
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -24,6 +25,7 @@ from persona_nns.tracing import patching as patches
 
 N_LAYERS, N_HEADS = 5, 4
 LAYERS = list(range(N_LAYERS))
+architecture = architectures("qwen2", "gemma3", "gpt2", "gpt_neox")
 CLEAN, CORRUPT = "thoroughly careful", "red"
 
 

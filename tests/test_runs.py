@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
-from conftest import save_random_model
 from nnsight import TransformersModel
+from random_models import save_random_model
 
 import persona_nns as pn
 from persona_nns.declarations.catalog import load_experiment

@@ -14,6 +14,7 @@ import pytest
 import torch
 import xarray as xr
 from nnsight import TransformersModel, save
+from random_models import architectures
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -44,6 +45,7 @@ ROWS = [
     ("neg", "", "What is rain?", "Rain is the ruin of every single plan that I have made so far."),
 ]
 ALPHAS = (0.0, -2.5)
+architecture = architectures("qwen2", "gemma3", "gpt2")
 SETS = ("all", "prompt", "response")
 
 

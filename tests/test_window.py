@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from nnsight import TransformersModel, save
+from random_models import architectures
 
 from persona_nns.declarations.sites import parse_layers
 from persona_nns.prompts.grids import Cell, Grid, load_grid
@@ -17,6 +18,7 @@ from persona_nns.tracing.window import open_window
 
 POSITIONS = ["p_last", "g1", "g2"]
 N_EVAL = 10
+architecture = architectures("qwen2", "gemma3", "gpt2")
 
 
 @contextmanager
