@@ -2,6 +2,9 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
+# Two processes that take a file at a time, in the order of tests/conftest.py: what the tests of a
+# file share is made once.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow check clean
 
@@ -9,10 +12,10 @@ demo: $(VENV)/ready
 	$(BIN)/persona-nns demo
 
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(TWO)
 
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest $(TWO) -m slow
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -35,6 +35,34 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 
+# Files that take long, the longest first: `make test` gives each file to one process, and a long
+# one that comes last leaves the other process idle.
+LONGEST = (
+    "test_remote_faults",
+    "test_remote",
+    "test_demo",
+    "test_injection_controls",
+    "test_attention_knockout",
+    "test_kv_graft",
+    "test_architectures",
+    "test_trait_experiments",
+    "test_injection",
+    "test_wheel",
+    "test_window",
+    "test_cli",
+    "test_compare",
+    "test_persona_patching",
+    "test_trait_architectures",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take long first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
 def printed(results: xr.Dataset, width: int = 200) -> str:
     """The tables of every variable, as the command line prints them."""
     console = Console(width=width)

@@ -3,7 +3,7 @@
 import json
 import pickletools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,6 @@ import persona_nns as pn
 from persona_nns.cli.commands import main
 from persona_nns.declarations.catalog import bundled_experiments, load_experiment
 from persona_nns.models.load import hosted, record_of
-from persona_nns.models.loopback import LoopbackServer
 from persona_nns.prompts.grids import Grid, load_grid
 from persona_nns.results.store import open_group
 from persona_nns.runs.remote import dispatch
@@ -38,16 +37,28 @@ CELLS = "yoda/haiku,marx/policy,marx/haiku"
 
 
 @pytest.fixture(scope="module")
-def simulated(random_folder: Callable[[str], Path]) -> Callable[[str], TransformersModel]:
-    """Architecture → client of a simulated server, one server each."""
-    made: dict[str, TransformersModel] = {}
+def folder(random_folder: Callable[[str], Path]) -> Path:
+    """Of the one model that these tests run here and on a server; for Qwen2, see the wheel's."""
+    return random_folder("gemma2")
 
-    def load(name: str) -> TransformersModel:
-        if name not in made:
-            made[name] = pn.load_model(random_folder(name), backend="simulate")
-        return made[name]
 
-    return load
+@pytest.fixture(scope="module")
+def local(random_model: Callable[[str], TransformersModel]) -> TransformersModel:
+    return random_model("gemma2")
+
+
+@pytest.fixture(scope="module")
+def simulated(folder: Path) -> TransformersModel:
+    """Client of a simulated server."""
+    return pn.load_model(folder, backend="simulate")
+
+
+@pytest.fixture(scope="module")
+def url(simulated: TransformersModel) -> str:
+    """Of the simulated server, as if it were anyone's."""
+    place = hosted(simulated)
+    assert place is not None
+    return place.server.url
 
 
 @pytest.fixture(autouse=True)
@@ -58,20 +69,21 @@ def haste(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:Continuations that end before")
 @pytest.mark.parametrize("name", ON_A_GRID)
-def test_every_experiment_gives_the_same_numbers_there(  # for Qwen2, see the wheel's tests
+def test_every_experiment_gives_the_same_numbers_there(
     name: str,
-    simulated: Callable[[str], TransformersModel],
-    random_model: Callable[[str], TransformersModel],
+    simulated: TransformersModel,
+    local: TransformersModel,
     tmp_path: Path,
 ) -> None:
     experiment = load_experiment(name)
     chosen: dict[str, Any] = {"cells": CELLS, "batch_size": 2}
+    chosen |= dict.fromkeys({"n_tokens", "n_eval"} & set(experiment.options), 4)
     if experiment.keeps_residuals:
         chosen["keep_residuals"] = True
     grid = load_grid("short")
     grid = replace(grid, markers=dict.fromkeys(grid.personas, ("the", "of")))
-    here = pn.run(experiment, random_model("gemma2"), grid, store=tmp_path / "h.zarr", **chosen)
-    there = pn.run(experiment, simulated("gemma2"), grid, store=tmp_path / "t.zarr", **chosen)
+    here = pn.run(experiment, local, grid, store=tmp_path / "h.zarr", **chosen)
+    there = pn.run(experiment, simulated, grid, store=tmp_path / "t.zarr", **chosen)
     assert here.attrs["run"] == there.attrs["run"]
     pairs = [(here[each], there[each]) for each in here.data_vars if each != "seconds"]
     assert int(there.completed.sum()) == 3
@@ -90,7 +102,7 @@ def test_every_experiment_gives_the_same_numbers_there(  # for Qwen2, see the wh
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("persona_patching", {"identities": "identities.txt", "n_questions": 2}),
+        ("persona_patching", {"identities": "identities.txt", "n_questions": 2, "layers": "1,3"}),
         ("trait_vectors", {"responses": "cheerful.jsonl", "judge": "none"}),
         (
             "trait_steering",
@@ -109,8 +121,8 @@ def test_every_experiment_gives_the_same_numbers_there(  # for Qwen2, see the wh
 def test_experiments_with_inputs_of_their_own_give_the_same_numbers_there(
     name: str,
     options: dict[str, Any],
-    simulated: Callable[[str], TransformersModel],
-    random_model: Callable[[str], TransformersModel],
+    simulated: TransformersModel,
+    local: TransformersModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -127,11 +139,10 @@ def test_experiments_with_inputs_of_their_own_give_the_same_numbers_there(
         for label, system in (("pos", "Be glad."), ("neg", "Be plain."))
     ]
     Path("cheerful.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    model = random_model("qwen2")
-    width = model.config.hidden_size
-    np.save("v.npy", np.random.default_rng(0).normal(size=(len(model.layers) + 1, width)))
-    here = pn.run(name, model, store="h.zarr", **options)
-    there = pn.run(name, simulated("qwen2"), store="t.zarr", **options)
+    width = local.config.hidden_size
+    np.save("v.npy", np.random.default_rng(0).normal(size=(len(local.layers) + 1, width)))
+    here = pn.run(name, local, store="h.zarr", **options)
+    there = pn.run(name, simulated, store="t.zarr", **options)
     assert bool(there.completed.all())
     for each in set(here.data_vars) - {"seconds"}:
         ours, theirs = here[each].values, there[each].values
@@ -142,23 +153,17 @@ def test_experiments_with_inputs_of_their_own_give_the_same_numbers_there(
     assert any(np.isfinite(here[each]).any() for each in here.data_vars if here[each].dtype == "f4")
 
 
-def test_the_one_that_trains_stays_here(
-    simulated: Callable[[str], TransformersModel], tmp_path: Path
-) -> None:
-    model = simulated("qwen2")
-    np.save(tmp_path / "v.npy", np.ones((len(model.layers) + 1, model.config.hidden_size)))
+def test_the_one_that_trains_stays_here(simulated: TransformersModel, tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.ones((len(simulated.layers) + 1, simulated.config.hidden_size)))
     options = {"vector": str(tmp_path / "v.npy"), "layer": 2}
     with pytest.raises(pn.UsageError, match="trained on this machine; use the backend 'local'"):
-        pn.run("trait_distillation", model, store=tmp_path / "s.zarr", **options)
+        pn.run("trait_distillation", simulated, store=tmp_path / "s.zarr", **options)
     assert not (tmp_path / "s.zarr").exists()
 
 
-def test_jobs_and_bytes_are_noted(
-    simulated: Callable[[str], TransformersModel], tmp_path: Path
-) -> None:
-    model = simulated("qwen2")
+def test_jobs_and_bytes_are_noted(simulated: TransformersModel, tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
-    ds = pn.run("localized_positions", model, "short", layers="2", store=store)
+    ds = pn.run("localized_positions", simulated, "short", layers="2", store=store)
     run = open_group(store, f"localized_positions/{ds.attrs['run']}", "r")
     assert run is not None
     noted = read_jobs(store, "localized_positions", ds.attrs["run"]).values()
@@ -170,14 +175,13 @@ def test_jobs_and_bytes_are_noted(
     assert isinstance(sessions, zarr.Group)
     (session,) = (dict(note.attrs) for _, note in sessions.groups())
     assert session["server_versions"] == {name: version(name) for name in CRITICAL}
-    assert session["hosted_model"] == "simulated/qwen2"
+    assert session["hosted_model"] == "simulated/gemma2"
 
 
-def test_the_client_holds_no_weights(simulated: Callable[[str], TransformersModel]) -> None:
-    model = simulated("qwen2")
-    assert not model.dispatched
-    assert {parameter.device.type for parameter in model._module.parameters()} == {"meta"}
-    assert record_of(model).precision == "float32"
+def test_the_client_holds_no_weights(simulated: TransformersModel) -> None:
+    assert not simulated.dispatched
+    assert {parameter.device.type for parameter in simulated._module.parameters()} == {"meta"}
+    assert record_of(simulated).precision == "float32"
 
 
 HELPER = """
@@ -248,8 +252,8 @@ def measure(model: TransformersModel, cells: list[Cell], *, power: float = 1.0) 
 
 
 def test_a_users_file_and_the_files_beside_it_run_there_unchanged(
-    simulated: Callable[[str], TransformersModel],
-    random_model: Callable[[str], TransformersModel],
+    simulated: TransformersModel,
+    local: TransformersModel,
     small_grid: Grid,
     tmp_path: Path,
 ) -> None:
@@ -260,7 +264,7 @@ def test_a_users_file_and_the_files_beside_it_run_there_unchanged(
         for name in ("own.py", "norms.py"):
             here, there = (
                 pn.run(tmp_path / name, model, small_grid, store=tmp_path / f"{place}.zarr")
-                for place, model in (("h", random_model("qwen2")), ("t", simulated("qwen2")))
+                for place, model in (("h", local), ("t", simulated))
             )
             for variable in here.drop_vars("seconds").data_vars:
                 ours, theirs = here[variable].values, there[variable].values
@@ -273,7 +277,7 @@ def test_a_users_file_and_the_files_beside_it_run_there_unchanged(
 
 
 def test_a_request_names_nothing_of_this_machine(
-    simulated: Callable[[str], TransformersModel],
+    simulated: TransformersModel,
     small_grid: Grid,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -287,7 +291,7 @@ def test_a_request_names_nothing_of_this_machine(
 
     monkeypatch.setattr(dispatch.Connection, "submit", listen)
     monkeypatch.setenv("NDIF_API_KEY", "sekret")
-    pn.run("localized_positions", simulated("qwen2"), small_grid, store=tmp_path / "s.zarr")
+    pn.run("localized_positions", simulated, small_grid, store=tmp_path / "s.zarr")
     text = sent[0]
     for secret in (
         b"sekret",
@@ -304,56 +308,48 @@ def test_a_request_names_nothing_of_this_machine(
 
 
 def test_a_module_used_as_a_whole_through_another_is_refused(
-    simulated: Callable[[str], TransformersModel], small_grid: Grid, tmp_path: Path
+    simulated: TransformersModel, small_grid: Grid, tmp_path: Path
 ) -> None:
-    whole = EXAMPLE.replace(
-        "from persona_nns.tracing.batches import left_pad\n", "import persona_nns\n"
-    )
+    whole = EXAMPLE.replace("Variable, left_pad,", "Variable,")
+    whole = whole.replace("import torch\n", "import torch\nimport persona_nns\n", 1)
     whole = whole.replace("left_pad(", "persona_nns.tracing.batches.left_pad(")
     (tmp_path / "norms.py").write_text(whole)
     with pytest.raises(
         pn.UsageError, match=r"measure\(\) uses persona_nns.tracing.batches as a whole"
     ):
-        pn.run(tmp_path / "norms.py", simulated("qwen2"), small_grid, store=tmp_path / "s.zarr")
+        pn.run(tmp_path / "norms.py", simulated, small_grid, store=tmp_path / "s.zarr")
     assert not (tmp_path / "s.zarr").exists()
 
 
-@pytest.fixture(scope="module")
-def server(random_folder: Callable[[str], Path]) -> Iterator[LoopbackServer]:
-    running = LoopbackServer(str(random_folder("qwen2")), "tiny/qwen2")
-    yield running
-    running.stop()
-
-
 def test_nnsights_own_client_is_served_on_the_websocket(
-    server: LoopbackServer,
-    random_folder: Callable[[str], Path],
-    random_model: Callable[[str], TransformersModel],
+    url: str,
+    folder: Path,
+    local: TransformersModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(nnsight.CONFIG.APP, "REMOTE_LOGGING", False)
-    model = pn.load_model(random_folder("qwen2"), backend=server.address.url, label="tiny/qwen2")
+    model = pn.load_model(folder, backend=url, label="simulated/gemma2")
     ids = torch.tensor([[5, 6, 7]])
-    with model.trace(ids, remote=server.address.url):
+    with model.trace(ids, remote=url):
         there = nnsight.save(model.layers[2].output)
-    with random_model("qwen2").trace(ids):
-        here = nnsight.save(random_model("qwen2").layers[2].output)
+    with local.trace(ids):
+        here = nnsight.save(local.layers[2].output)
     torch.testing.assert_close(there, here)
 
 
 def test_a_folder_stands_for_a_hosted_model(
-    server: LoopbackServer, random_folder: Callable[[str], Path], tmp_path: Path, capsys: Any
+    url: str, folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    url, store = server.address.url, tmp_path / "s.zarr"
-    command = ["run", "localized_positions", "--model", str(random_folder("qwen2"))]
-    rest = ["--as", "tiny/qwen2", "--backend", url, "--grid", "short", "--layers", "2"]
+    store = tmp_path / "s.zarr"
+    command = ["run", "localized_positions", "--model", str(folder)]
+    rest = ["--as", "simulated/gemma2", "--backend", url, "--grid", "short", "--layers", "2"]
     _call([*command, *rest, "--cells", "yoda/haiku", "--store", str(store)])
     assert "Stored in" in capsys.readouterr().out
     ds = pn.open_results(store, "localized_positions")
-    assert ds.model.item() == "tiny/qwen2"
+    assert ds.model.item() == "simulated/gemma2"
     assert ds.precision.item() == "float32"  # as the server told
     (info,) = pn.list_runs(store)
-    assert info.attrs["model_source"] == "tiny/qwen2"
+    assert info.attrs["model_source"] == "simulated/gemma2"
     # The next command finds the run without asking what the precision is.
     _call([*command, *rest, "--cells", "yoda/haiku,marx/haiku", "--store", str(store)])
     (info,) = pn.list_runs(store)
@@ -361,9 +357,9 @@ def test_a_folder_stands_for_a_hosted_model(
 
 
 def test_a_server_that_changes_its_precision_is_refused(
-    server: LoopbackServer, random_folder: Callable[[str], Path], small_grid: Grid, tmp_path: Path
+    url: str, folder: Path, small_grid: Grid, tmp_path: Path
 ) -> None:
-    model = pn.load_model(random_folder("qwen2"), backend=server.address.url, label="tiny/qwen2")
+    model = pn.load_model(folder, backend=url, label="simulated/gemma2")
     (tmp_path / "norms.py").write_text(EXAMPLE)
     settings: dict[str, Any] = {"store": tmp_path / "s.zarr"}
     ds = pn.run(tmp_path / "norms.py", model, small_grid, cells="chef/haiku", **settings)
@@ -374,10 +370,10 @@ def test_a_server_that_changes_its_precision_is_refused(
         pn.run(tmp_path / "norms.py", model, small_grid, **settings)
 
 
-def test_models_lists_what_a_server_hosts(server: LoopbackServer, capsys: Any) -> None:
-    _call(["models", "--backend", server.address.url])
+def test_models_lists_what_a_server_hosts(url: str, capsys: Any) -> None:
+    _call(["models", "--backend", url])
     printed = capsys.readouterr().out
-    assert "tiny/qwen2" in printed
+    assert "simulated/gemma2" in printed
     assert "RUNNING" in printed
     assert "Its versions are those here." in printed
 
@@ -405,10 +401,10 @@ def _call(arguments: list[str]) -> None:
     ],
 )
 def test_a_wrong_request_for_a_server(
-    random_folder: Callable[[str], Path], settings: dict[str, Any], sentence: str
+    folder: Path, settings: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(pn.UsageError, match=sentence):
-        pn.load_model(random_folder("qwen2"), **settings)
+        pn.load_model(folder, **settings)
 
 
 def test_another_nnsight_is_refused_and_other_versions_are_told() -> None:
@@ -436,12 +432,12 @@ def test_the_key_of_a_server_is_the_environments(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_simulated_server_gets_no_key(
-    simulated: Callable[[str], TransformersModel], monkeypatch: pytest.MonkeyPatch
+    simulated: TransformersModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NDIF_API_KEY", "sekret")
-    place = hosted(simulated("qwen2"))
+    place = hosted(simulated)
     assert place is not None
     assert place.server.headers() == {}
     answer = httpx.get(f"{place.server.url}/status").json()
     (entry,) = answer["deployments"].values()
-    assert json.loads(entry["model_key"].partition(":")[2])["repo_id"] == "simulated/qwen2"
+    assert json.loads(entry["model_key"].partition(":")[2])["repo_id"] == "simulated/gemma2"

@@ -41,13 +41,28 @@ def folder(random_folder: Callable[[str], Path]) -> Path:
     return random_folder("qwen2")
 
 
+class Host:
+    """The server of these tests, which can be killed and started again where it was."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.running = self._start()
+
+    def _start(self, *more: str) -> LoopbackServer:
+        options = ["--api-key", KEY, "--timeout", "30", *more]
+        return LoopbackServer(str(self.folder), "tiny/qwen2", script=FAULTY, options=options)
+
+    def start_again(self) -> None:
+        port = self.running.port
+        self.running.stop()
+        self.running = self._start("--port", str(port))
+
+
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[LoopbackServer]:
-    running = LoopbackServer(
-        str(folder), "tiny/qwen2", script=FAULTY, options=["--api-key", KEY, "--timeout", "30"]
-    )
-    yield running
-    running.stop()
+def server(folder: Path) -> Iterator[Host]:
+    host = Host(folder)
+    yield host
+    host.running.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -64,16 +79,25 @@ def own(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.fixture
-def expected(own: Path, folder: Path, small_grid: Grid, tmp_path: Path) -> xr.Dataset:
-    return pn.run(own, pn.load_model(folder), small_grid, cells=CELLS, store=tmp_path / "here.zarr")
+@pytest.fixture(scope="module")
+def expected(
+    random_model: Callable[[str], TransformersModel],
+    small_grid: Grid,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> xr.Dataset:
+    """What the experiment measures here."""
+    here = tmp_path_factory.mktemp("here")
+    (here / "norms.py").write_text(EXAMPLE)
+    settings: dict[str, Any] = {"cells": CELLS, "store": here / "s.zarr"}
+    return pn.run(here / "norms.py", random_model("qwen2"), small_grid, **settings)
 
 
 class Client:
     """Runs the experiment on the server."""
 
-    def __init__(self, server: LoopbackServer, folder: Path, grid: Grid, store: Path) -> None:
-        self.url, self.folder, self.grid, self.store = server.address.url, folder, grid, store
+    def __init__(self, server: Host, folder: Path, grid: Grid, store: Path) -> None:
+        self.url = server.running.address.url
+        self.folder, self.grid, self.store = folder, grid, store
 
     def arm(self, kind: str, times: int = 1) -> None:
         httpx.post(f"{self.url}/_faults", json={"kind": kind, "times": times})
@@ -97,9 +121,7 @@ class Client:
 
 
 @pytest.fixture
-def client(
-    server: LoopbackServer, folder: Path, small_grid: Grid, tmp_path: Path
-) -> Iterator[Client]:
+def client(server: Host, folder: Path, small_grid: Grid, tmp_path: Path) -> Iterator[Client]:
     one = Client(server, folder, small_grid, tmp_path / "there.zarr")
     one.arm("", 0)
     yield one
@@ -214,22 +236,14 @@ def _slowed(own: Path, seconds: float) -> None:
 
 
 def test_a_server_killed_and_started_again_in_the_middle_of_a_job(
-    folder: Path, small_grid: Grid, own: Path, expected: xr.Dataset, tmp_path: Path
+    client: Client, server: Host, own: Path, expected: xr.Dataset
 ) -> None:
-    first = LoopbackServer(str(folder), "tiny/qwen2", script=FAULTY)
-    second: list[LoopbackServer] = []
-    client = Client(first, folder, small_grid, tmp_path / "there.zarr")
-    _slowed(own, 1.5)
+    _slowed(own, 1.0)
 
     def replace() -> None:
         while not client.jobs():
             time.sleep(0.05)
-        first.stop()
-        second.append(
-            LoopbackServer(
-                str(folder), "tiny/qwen2", script=FAULTY, options=["--port", str(first.port)]
-            )
-        )
+        server.start_again()
 
     killer = threading.Thread(target=replace)
     killer.start()
@@ -238,7 +252,6 @@ def test_a_server_killed_and_started_again_in_the_middle_of_a_job(
     agree(result, expected)
     (job,) = client.jobs()
     assert job.submissions == 2
-    second[0].stop()
 
 
 @pytest.mark.parametrize(("blow", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])

@@ -51,26 +51,43 @@ def test_it_is_the_wheel_that_runs(installed: Path, tmp_path: Path) -> None:
     assert place.startswith(str(installed.parents[1]))
 
 
-def test_it_lists_models_and_runs_experiments(installed: Path, tmp_path: Path) -> None:
+# One interpreter for several commands: most of what a command takes is the imports.
+COMMANDS = """
+import json
+import sys
+
+from persona_nns.cli.commands import main
+
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, (arguments, end.code)
+"""
+
+
+def test_it_lists_models_runs_experiments_and_brings_the_published_numbers(
+    installed: Path, tmp_path: Path
+) -> None:
     listed = [
         line.split()[0]
         for line in _call(installed, "experiments", cwd=tmp_path).splitlines()
         if not line.startswith(" ")
     ]
     assert listed == sorted(file.stem for file in (ROOT / "experiments").glob("*.py"))
-    assert "organism-qwen2" in _call(installed, "models", cwd=tmp_path)
-    request = ["run", "localized_positions", "--grid", "review", "--cells", "doctor/plan"]
-    request += ["--model", GOLDEN, "--store", "s.zarr"]
-    assert "Stored in s.zarr" in _call(installed, *request, cwd=tmp_path)
-
-
-def test_it_brings_the_published_numbers(installed: Path, tmp_path: Path) -> None:
-    store = ROOT / "stores" / "published"
-    request = ["compare", store, "behavioral_markers", "-o", tmp_path / "out"]
-    assert "16 (66.7%)" in _call(installed, *request, cwd=tmp_path)
+    run = ["run", "localized_positions", "--grid", "review", "--cells", "doctor/plan"]
+    commands = [
+        ["models"],
+        [*run, "--model", str(GOLDEN), "--store", "s.zarr"],
+        ["compare", str(ROOT / "stores" / "published"), "behavioral_markers", "-o", "out"],
+    ]
+    python = installed.with_name("python")
+    said = _call(python, "-c", COMMANDS, json.dumps(commands), cwd=tmp_path)
+    for words in ("organism-qwen2", "Stored in s.zarr", "16 (66.7%)"):
+        assert words in said
     where = "from persona_nns.published.store import published_store; print(published_store())"
-    place = _call(installed.with_name("python"), "-c", where, cwd=tmp_path)
-    assert place.startswith(str(installed.parents[1]))
+    assert _call(python, "-c", where, cwd=tmp_path).startswith(str(installed.parents[1]))
 
 
 SAME = """
