@@ -7,9 +7,9 @@ from .checkpoints import load_weights as load_weights
 from .checkpoints import model_label as model_label
 from .checks import check_model as check_model
 from .load import HOSTED as HOSTED
+from .load import STANDARD_NAMES as STANDARD_NAMES
 from .load import HostedModel as HostedModel
 from .load import ModelRecord as ModelRecord
-from .load import STANDARD_NAMES as STANDARD_NAMES
 from .load import check_hosting as check_hosting
 from .load import end_tokens as end_tokens
 from .load import hosted as hosted

@@ -7,8 +7,8 @@ from .grids import Cell as Cell
 from .grids import Grid as Grid
 from .grids import PromptName as PromptName
 from .grids import load_grid as load_grid
-from .identities import AskedQuestion as AskedQuestion
 from .identities import PERSONA as PERSONA
+from .identities import AskedQuestion as AskedQuestion
 from .identities import Pair as Pair
 from .identities import align as align
 from .identities import ask as ask
@@ -31,8 +31,8 @@ from .questions import LETTERS as LETTERS
 from .questions import load_questions as load_questions
 from .questions import name_questions as name_questions
 from .render import PLAIN_TEMPLATE as PLAIN_TEMPLATE
-from .render import Prompt as Prompt
 from .render import ROLE_PROMPTS as ROLE_PROMPTS
+from .render import Prompt as Prompt
 from .render import RenderedCell as RenderedCell
 from .render import Span as Span
 from .render import apply_template as apply_template

@@ -15,8 +15,8 @@ from persona_nns.declarations.sites import generated_index
 from persona_nns.prompts.grids import Cell
 from persona_nns.prompts.markers import count_each
 from persona_nns.tracing.batches import left_pad
+from persona_nns.tracing.clean_run import CleanRun, read_clean_run
 from persona_nns.tracing.kv.cache import KVCache
-from persona_nns.tracing.window import CleanRun, read_clean_run
 
 
 @dataclass(frozen=True)

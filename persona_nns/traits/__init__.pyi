@@ -18,9 +18,9 @@ from .rows import rows_of_file as rows_of_file
 from .rows import rows_of_store as rows_of_store
 from .trait import DEGREES as DEGREES
 from .trait import LABELS as LABELS
-from .trait import Label as Label
 from .trait import N_PAIRS as N_PAIRS
 from .trait import N_QUESTIONS as N_QUESTIONS
+from .trait import Label as Label
 from .trait import Split as Split
 from .trait import Trait as Trait
 from .trait import TraitOptions as TraitOptions
