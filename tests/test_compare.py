@@ -237,6 +237,25 @@ def test_published_summaries_are_compared_with_summaries_of_cells() -> None:
     assert beside["published_q25"] == beside["measured_q25"] == 2.75
 
 
+def test_what_has_one_value_a_cell_and_no_site_is_compared_too() -> None:
+    values = xr.Dataset(
+        {
+            "clean_kl": (("model", "cell"), [[1.0, 2.0, 6.0]]),
+            "completed": (("model", "cell"), np.ones((1, 3), bool)),
+        },
+        coords={
+            "model": ["m"],
+            "cell": list("abc"),
+            "n_layers": ("model", [4]),
+            "precision": ("model", ["float32"]),
+        },
+    )
+    matched = Matched("e", "g", (values,), (values.assign(clean_kl=2 * values.clean_kl),))
+    beside = row_of(side_by_side(matched), variable="clean_kl")
+    assert (beside["published"], beside["measured"]) == (2.0, 4.0)
+    assert row_of(agreement(matched), variable="clean_kl")["worst"] == "c"
+
+
 def test_another_model_stands_at_the_nearest_depth(tmp_path: Path) -> None:
     write_run(
         tmp_path / "s.zarr",

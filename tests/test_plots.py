@@ -8,10 +8,12 @@ import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 
+from persona_nns.declarations.bands import band_labels, band_layers
 from persona_nns.errors import UsageError
 from persona_nns.figures.by_layer import cells_heatmap, lines_by_layer
+from persona_nns.figures.closure import closure_heatmap
 from persona_nns.figures.drawing import check_format, default_figures, save_figure
-from persona_nns.figures.style import axis_label
+from persona_nns.figures.style import axis_label, panels
 
 PERSONAS = ["chef", "yoda"]
 TASKS = ["haiku", "policy"]
@@ -76,6 +78,51 @@ def test_a_heatmap_cell_is_the_median_over_the_cells_of_a_persona(results: xr.Da
     )
     np.testing.assert_allclose(np.ravel(panel), np.ravel(expected.clip(min=1e-3)), rtol=1e-6)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == PERSONAS
+
+
+def test_bands_of_models_of_different_depth_stand_at_their_own_layers() -> None:
+    bands = list(dict.fromkeys([*band_labels(5), *band_labels(3)]))
+    closure = np.full((2, 1, 1, len(bands)), np.nan)
+    for index, n_layers in enumerate((5, 3)):
+        for label in band_labels(n_layers):
+            carried = len(band_layers(label, n_layers)) / n_layers
+            closure[index, 0, 0, bands.index(label)] = carried
+    results = xr.Dataset(
+        {"closure": (("model", "cell", "graft", "layer_band"), closure)},
+        coords={
+            "model": ["m", "n"],
+            "cell": ["a/b"],
+            "graft": ["persona"],
+            "layer_band": bands,
+            "n_layers": ("model", [5, 3]),
+        },
+        attrs={"experiment": "e", "grid": "g"},
+    )
+    figure = closure_heatmap(results)
+    nan = np.nan
+    expected = {
+        1: [[0.2] * 5, [nan, 0.2, 0.4, 0.6, 0.8], [nan, 0.8, 0.6, 0.4, 0.2]],
+        3: [
+            [1 / 3, 1 / 3, 1 / 3, nan, nan],
+            [nan, 1 / 3, 2 / 3, nan, nan],
+            [nan, 2 / 3, 1 / 3, nan, nan],
+        ],
+    }
+    for place, values in expected.items():
+        drawn: Any = figure.axes[place].collections[0].get_array()
+        np.testing.assert_allclose(np.ma.filled(drawn, nan), values)
+
+
+def test_one_legend_holds_what_any_panel_shows_and_every_series_of_a_panel() -> None:
+    with panels((4, 2), columns=["a", "b"]) as drawn:
+        for _, column, axis in drawn:
+            for label in ("twice", "twice") if column == "a" else ("twice", "once"):
+                axis.plot([0, 1], label=label)
+            axis.legend()
+        drawn.legend("what")
+    (legend,) = drawn.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["twice", "twice", "once"]
+    assert [axis.get_legend() for axis in drawn.axes.flat] == [None, None]
 
 
 def test_an_experiment_without_figures_gets_one_a_variable(results: xr.Dataset) -> None:

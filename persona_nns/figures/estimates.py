@@ -67,7 +67,7 @@ def _closure_of_medians(kl: NDArray[Any], none: NDArray[Any], axis: int = -1) ->
 
 
 def _estimate(statistic: Statistic, *samples: xr.DataArray) -> pd.DataFrame:
-    """A statistic of samples of the same cells, a row each combination of the first one's labels."""
+    """A statistic of samples of the same cells, at each combination of the first one's labels."""
     over = [str(dim) for dim in samples[0].dims if dim != "cell"]
     together = xr.Dataset(dict(enumerate(samples))).reset_coords(drop=True)
     cells = together.to_dataframe(dim_order=[*over, "cell"]).dropna()

@@ -151,6 +151,7 @@ def _host(frame: pd.DataFrame) -> Figure:
         "kl": "KL to the long-persona prompt (nat)",
         "closure": "closure (share of the gap removed)",
     }
+    frame = frame.loc[frame["variable"].isin(titles)]
     first = frame["layer_set"].iloc[0]
     frame = frame.loc[(frame["source"] != "none") | (frame["layer_set"] == first)]
     sites = frame.drop_duplicates(["source", "layer_set"])[["source", "layer_set"]]
