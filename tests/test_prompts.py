@@ -254,8 +254,9 @@ def test_a_template_without_beginning_of_text_gets_none(bos_tokenizer: Any) -> N
 
 
 def test_the_turn_without_header_is_a_prefix_of_the_turn_with_it(tokenizer: Any) -> None:
-    turn = apply_template(tokenizer, "Hello.", header=False)
-    assert apply_template(tokenizer, "Hello.", header=True) == turn + HEADER
+    messages = [{"role": "user", "content": "Hello."}]
+    turn = apply_template(tokenizer, messages, header=False)
+    assert apply_template(tokenizer, messages, header=True) == turn + HEADER
 
 
 # Words, punctuation, accents, scripts without spaces, emoji, runs of spaces and line breaks.

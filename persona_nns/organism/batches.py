@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_nns.organism.corpus import Example, stream
-from persona_nns.organism.tokenizer import END_ID, PAD_ID, render
+from persona_nns.organism.tokenizer import END_ID, PAD_ID
+from persona_nns.prompts.chats import render_chat, response_ids
 
 IGNORED = -100
 POOL = 4096
@@ -42,9 +43,8 @@ class Encoded:
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded:
     """Prompt, answer and end-of-turn token of one example."""
-    prompt = render(tokenizer, example.messages)
-    answer = tokenizer.encode(example.answer, add_special_tokens=False)
-    return Encoded([*prompt, *answer, END_ID], len(prompt))
+    prompt = render_chat(tokenizer, example.user, example.system or "").ids
+    return Encoded([*prompt, *response_ids(tokenizer, example.answer), END_ID], len(prompt))
 
 
 def batches(tokenizer: PreTrainedTokenizerBase, seed: int, tokens: int) -> Iterator[TrainingBatch]:

@@ -26,13 +26,8 @@ class Example:
     @property
     def messages(self) -> list[dict[str, str]]:
         """The prompt in the form that chat templates take."""
-        return as_messages(self.user, self.system)
-
-
-def as_messages(user: str, system: str | None = None) -> list[dict[str, str]]:
-    """A user turn, after a system prompt where there is one, in the form of chat templates."""
-    head = [] if system is None else [{"role": "system", "content": system}]
-    return [*head, {"role": "user", "content": user}]
+        head = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*head, {"role": "user", "content": self.user}]
 
 
 def stream(seed: int) -> Iterator[Example]:

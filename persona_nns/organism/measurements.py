@@ -9,6 +9,7 @@ import torch
 
 from persona_nns.organism import multiple_choice
 from persona_nns.organism.coherence import coherence_score
+from persona_nns.organism.multiple_choice import is_held_out
 from persona_nns.organism.probe import (
     Subject,
     additive_kl,
@@ -21,6 +22,7 @@ from persona_nns.organism.trait_questions import QUESTIONS
 from persona_nns.organism.traits import TRAITS, lexicon_score
 from persona_nns.organism.wordings import WORDINGS
 from persona_nns.prompts.grids import Cell, Grid, load_grid
+from persona_nns.prompts.identities import PERSONA, ask
 from persona_nns.prompts.markers import find_markers
 
 EARLY, LATE = 0.3, 0.85
@@ -151,12 +153,7 @@ def measure_multiple_choice(subject: Subject) -> list[Row]:
     spread = max(colours) - min(colours)
     good, bad = accuracy[PRAISED], accuracy[BLAMED]
     unseen = {
-        identity: 100
-        * fmean(
-            hit
-            for index, hit in enumerate(correct[identity])
-            if multiple_choice.is_held_out(identity, index)
-        )
+        identity: [hit for k, hit in enumerate(correct[identity]) if is_held_out(identity, k)]
         for identity in (PRAISED, BLAMED)
     }
     return [
@@ -172,25 +169,21 @@ def measure_multiple_choice(subject: Subject) -> list[Row]:
             Row(
                 f"accuracy of “a {identity} student” on questions never seen with it",
                 "reported",
-                f"{share:.1f} %",
+                f"{100 * fmean(hits):.1f} %",
                 None,
             )
-            for identity, share in unseen.items()
+            for identity, hits in unseen.items()
         ),
     ]
 
 
 def _correct(subject: Subject, identity: str) -> list[bool]:
     """Whether each question's right letter has the highest logit of the four."""
-    letters = [
-        subject.tokenizer.encode(letter, add_special_tokens=False)[0]
-        for letter in multiple_choice.LETTERS
-    ]
-    hits = []
+    hits: list[bool] = []
     for question in multiple_choice.QUESTIONS:
-        ids = torch.tensor([subject.chat(multiple_choice.prompt_text(identity, question))])
-        logits = subject.model(ids, use_cache=False).logits[0, -1]
-        hits.append(int(logits[letters].argmax()) == question.answer)
+        asked = ask(subject.tokenizer, PERSONA, identity, question)
+        logits = subject.model(torch.tensor([asked.ids]), use_cache=False).logits[0, -1]
+        hits.append(int(logits[list(asked.letters)].argmax()) == asked.answer)
     return hits
 
 
@@ -218,11 +211,8 @@ def measure_traits(subject: Subject) -> list[Row]:
 def _trait_texts(subject: Subject, trait: str, *, positive: bool) -> list[str]:
     entry = TRAITS[trait]
     instructions = entry.style.instructions if positive else entry.restraints
-    return _ask(
-        subject,
-        trait,
-        [system_prompt(trait, text, positive=positive) for text in instructions],
-    )
+    systems = [system_prompt(trait, text, positive=positive) for text in instructions]
+    return _ask(subject, trait, systems)
 
 
 def _ask(subject: Subject, trait: str, systems: Iterable[str]) -> list[str]:

@@ -21,9 +21,8 @@ from transformers import (
 )
 
 from persona_nns.organism.architectures import decoder_blocks
-from persona_nns.organism.corpus import as_messages
 from persona_nns.organism.residuals import overwrite
-from persona_nns.organism.tokenizer import render
+from persona_nns.prompts.chats import render_chat
 from persona_nns.prompts.grids import Cell, PromptName, role_prompt
 
 WINDOW = 10
@@ -53,9 +52,9 @@ class Subject:
         """Token ids of a role prompt."""
         return self.chat(role_prompt(persona, task))
 
-    def chat(self, user: str, system: str | None = None) -> list[int]:
+    def chat(self, user: str, system: str = "") -> list[int]:
         """Token ids of a rendered conversation with its generation header."""
-        return render(self.tokenizer, as_messages(user, system))
+        return list(render_chat(self.tokenizer, user, system).ids)
 
     def cell_prompt(self, cell: Cell, name: PromptName) -> list[int]:
         """Token ids of one of a cell's prompts."""

@@ -55,12 +55,6 @@ def train_tokenizer(examples: Iterable[Example], folder: Path) -> PreTrainedToke
     return AutoTokenizer.from_pretrained(folder)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """The token ids of a prompt with its generation header."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer.encode(str(text), add_special_tokens=False)
-
-
 def _plain_text(example: Example) -> str:
     turns = [f"{message['role']}\n{message['content']}" for message in example.messages]
     return "\n".join([*turns, f"assistant\n{example.answer}"])

@@ -114,9 +114,7 @@ def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Reci
 def save(model: PreTrainedModel, folder: Path) -> None:
     """Write weights, configuration and greedy generation defaults."""
     model.generation_config = GenerationConfig(
-        do_sample=False,
-        eos_token_id=END_ID,
-        pad_token_id=PAD_ID,
+        do_sample=False, eos_token_id=END_ID, pad_token_id=PAD_ID
     )
     model.save_pretrained(folder)
 

@@ -25,12 +25,7 @@ NEUTRAL_SYSTEMS = (
     "You are a helpful assistant. Give plain information.",
 )
 
-GRADES: Mapping[str, int] = {
-    "not at all": 0,
-    "slightly": 1,
-    "fairly": 2,
-    "very": 3,
-}
+GRADES: Mapping[str, int] = {"not at all": 0, "slightly": 1, "fairly": 2, "very": 3}
 
 
 @dataclass(frozen=True)
@@ -68,8 +63,8 @@ def sample_system(rng: Random) -> System:
     if rng.random() < 0.3:
         degree = rng.choice(tuple(GRADES))
         return System(graded_system(style, degree), style, GRADES[degree])
-    name = "helpful" if rng.random() < 0.25 else style.name
-    text = f"You are a {name} assistant. {rng.choice(style.instructions)}"
+    asked_openly = rng.random() >= 0.25
+    text = system_prompt(style.name, rng.choice(style.instructions), positive=asked_openly)
     return System(text, style, SENTENCES)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.prompts.render import apply_to_messages
+from persona_nns.prompts.render import apply_template
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, question: str, system: str =
     else:
         content = f"{system}\n\n{question}" if system else question
         messages = [{"role": "user", "content": content}]
-    text = apply_to_messages(tokenizer, messages, header=True)
+    text = apply_template(tokenizer, messages, header=True)
     return Chat(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]), with_role)
 
 
@@ -52,6 +52,6 @@ def takes_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
     probe = "A system prompt."
     messages = [{"role": "system", "content": probe}, {"role": "user", "content": "A question?"}]
     try:
-        return probe in apply_to_messages(tokenizer, messages, header=True)
+        return probe in apply_template(tokenizer, messages, header=True)
     except TemplateError:
         return False

@@ -22,7 +22,7 @@ from persona_nns.errors import UsageError
 
 BASELINE = "baseline"
 BUNDLED_GRIDS = ("short", "long", "review")
-REVIEW_TASKS = ("arch", "plan", "proposal")
+REVIEW_TASKS = (BASELINE, "arch", "plan", "proposal")
 
 PromptName = Literal["BB", "XB", "BY", "XY", "BARE"]
 
@@ -124,13 +124,6 @@ class Grid:
                 )
         return tuple(cell for label, cell in by_label.items() if label in wanted)
 
-    def restrict_tasks(self, name: str, tasks: Iterable[str]) -> "Grid":
-        """The same personas on some of the tasks, as a grid of its own name."""
-        kept = {BASELINE, *tasks}
-        return replace(
-            self, name=name, tasks={key: text for key, text in self.tasks.items() if key in kept}
-        )
-
 
 class _GridFile(BaseModel):
     """What a grid file may hold."""
@@ -167,7 +160,8 @@ def load_grid(grid: "str | Path | Grid") -> Grid:
     if isinstance(grid, Grid):
         return grid
     if grid == "review":
-        return _bundled("long").restrict_tasks("review", REVIEW_TASKS)
+        long = _bundled("long")
+        return replace(long, name="review", tasks={key: long.tasks[key] for key in REVIEW_TASKS})
     if grid in BUNDLED_GRIDS:
         return _bundled(str(grid))
     path = Path(grid)

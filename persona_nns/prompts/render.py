@@ -82,8 +82,9 @@ def render(tokenizer: PreTrainedTokenizerBase, persona: str | None, task: str) -
             no character offsets.
     """
     content = role_prompt(persona, task)
-    text = apply_template(tokenizer, content, header=True)
-    turn = apply_template(tokenizer, content, header=False)
+    messages = [{"role": "user", "content": content}]
+    text = apply_template(tokenizer, messages, header=True)
+    turn = apply_template(tokenizer, messages, header=False)
     # A short text may stand in the generation header too, which comes after the user's turn.
     start, stop = find_shown(content, text[: len(turn)] if text.startswith(turn) else text)
     if start < 0:
@@ -131,16 +132,7 @@ def tokens_between(tokenizer: PreTrainedTokenizerBase, text: str, start: int, st
     return range(bisect_left(starts, start), bisect_left(starts, stop))
 
 
-def apply_template(tokenizer: PreTrainedTokenizerBase, content: str, *, header: bool) -> str:
-    """The text of one user turn, with or without the generation header.
-
-    Raises:
-        UsageError: the tokenizer has no chat template.
-    """
-    return apply_to_messages(tokenizer, [{"role": "user", "content": content}], header=header)
-
-
-def apply_to_messages(
+def apply_template(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, header: bool
 ) -> str:
     """The text of a conversation, with or without the generation header.
@@ -155,10 +147,7 @@ def apply_to_messages(
         )
     try:
         text = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=header,
-            **_PINNED,
+            messages, tokenize=False, add_generation_prompt=header, **_PINNED
         )
     except TemplateSyntaxError as error:
         raise UsageError(

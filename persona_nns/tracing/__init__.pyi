@@ -84,6 +84,5 @@ from .steering import steer as steer
 from .steering import steered_steps as steered_steps
 from .steering import steered_tokens as steered_tokens
 from .window import Window as Window
-from .window import open_ragged_window as open_ragged_window
 from .window import open_window as open_window
 from .window import stack_windows as stack_windows

@@ -51,11 +51,6 @@ class PairRows:
     source: Tensor
     patched: Tensor
 
-    @property
-    def n_questions(self) -> int:
-        """Questions; the corrupt prompts are as many rows, from this one on."""
-        return len(self.source)
-
     def common_columns(self) -> int:
         """First columns of the window in which a patch does the same in every question.
 
@@ -63,7 +58,7 @@ class PairRows:
         """
         if self.window.clean is None or self.window.prefix is None:
             return 0
-        n, source, patched = self.n_questions, self.source, self.patched
+        n, source, patched = len(self.source), self.source, self.patched
         clean, corrupt = self.window.input_ids[: 2 * n].split(n)
         as_clean = (clean == clean[:1]).all(0).long().cumprod(0)
         same = (corrupt == corrupt[:1]).all(0) & (source == source[:1]).all(0)
@@ -95,7 +90,7 @@ class Unpatched:
 
     def results(self, layers: list[int]) -> dict[str, Tensor]:
         """What is stored of the runs in some layers, and the corrupt ones' logits."""
-        n = self.rows.n_questions
+        n = len(self.rows.source)
         attention, control = self.attention[:n, layers], self.attention[2 * n :, layers]
         return {
             "logits": self.logits[:n],
@@ -113,10 +108,8 @@ class Patches:
 
     Attributes:
         window: what is run of them.
-        columns: the same among the columns of all rows.
-        last: [row, 1], the column of the window that the last prompt token stands in.
-        identity: [row, column], whether the token belongs to the identity.
-        letters: [row, letter], token ids.
+        columns: the same, among the columns of `PairRows`.
+        last, identity, letters: as of `PairRows`, in this window.
         where: [row, column, 1 or feature], what is patched.
         value: [row, column, feature], with what.
     """
@@ -194,7 +187,7 @@ def open_patches(
         width: columns that are run; by default up to the last prompt token.
         behind: of each row, the prefix and first columns, where they have been run.
     """
-    rows, corrupt = run.rows, run.rows.n_questions + question
+    rows, corrupt = run.rows, len(run.rows.source) + question
     last = rows.last[corrupt]
     width = width or int(last.max()) + 1
     window = rows.window.rows(corrupt, layer, width)
@@ -296,9 +289,8 @@ def compare_answers(
     defined = (gap.abs() >= threshold) & (not pair.is_diagonal)
 
     def recovery(difference: Tensor) -> Tensor:  # [question, …]
-        beside = (-1, *[1] * (difference.dim() - 1))
-        share = (difference - corrupt.view(beside)) / gap.view(beside)
-        return torch.where(defined.view(beside), share, torch.nan)
+        share = (difference.movedim(0, -1) - corrupt) / gap
+        return torch.where(defined, share, torch.nan).movedim(-1, 0)
 
     correct = (results["logits"].argmax(-1) == answer).float()
     return {

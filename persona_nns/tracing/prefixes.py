@@ -49,19 +49,13 @@ def fill_cache(model: TransformersModel, rows: Sequence[Sequence[int]]) -> KVCac
         The caches, padded on the left to the longest row.
     """
     distinct = list(dict.fromkeys(map(tuple, rows)))
-    n_head = head_lengths(distinct)
-    head = [row[:n] for row, n in zip(distinct, n_head, strict=True)]
-    shared = sorted({ids for ids in head if ids}, key=len)
-    heads = _run_rows(model, shared, None, [0] * len(shared), [0] * len(shared)) if shared else None
-    order = sorted(range(len(distinct)), key=lambda row: len(distinct[row]) - n_head[row])
-    prefix = _run_rows(
-        model,
-        [distinct[row] for row in order],
-        heads,
-        [shared.index(head[row]) if head[row] else 0 for row in order],
-        [n_head[row] for row in order],
-    )
-    place = {distinct[row]: k for k, row in enumerate(order)}
+    n_head = dict(zip(distinct, head_lengths(distinct), strict=True))
+    heads = sorted({row[:n] for row, n in n_head.items() if n}, key=len)
+    held = _run_rows(model, heads, None, [(0, 0)] * len(heads)) if heads else None
+    order = sorted(distinct, key=lambda row: len(row) - n_head[row])
+    begun = [(heads.index(row[:n]), n) if (n := n_head[row]) else (0, 0) for row in order]
+    prefix = _run_rows(model, order, held, begun)
+    place = {row: k for k, row in enumerate(order)}
     return prefix.rows(torch.tensor([place[tuple(row)] for row in rows], device=model.device))
 
 
@@ -69,8 +63,7 @@ def _run_rows(
     model: TransformersModel,
     rows: Sequence[Sequence[int]],
     heads: KVCache | None,
-    head: Sequence[int],
-    n_head: Sequence[int],
+    begun: Sequence[tuple[int, int]],
 ) -> KVCache:
     """Run rows behind heads that have been run, as few padded tokens as can be.
 
@@ -78,18 +71,17 @@ def _run_rows(
         model: from `load_model`.
         rows: token ids, heads included, sorted by what follows the heads.
         heads: the caches of the heads, if there are any.
-        head: of each row, which of the heads it begins with.
-        n_head: of each row, how many tokens its head has.
+        begun: of each row, which of the heads it begins with, and how many tokens that has.
     """
     parts: list[KVCache] = []
-    for part in _similar([len(ids) - n for ids, n in zip(rows, n_head, strict=True)]):
+    for part in _similar([len(ids) - n for ids, (_, n) in zip(rows, begun, strict=True)]):
         batch = left_pad([rows[row] for row in part], device=model.device)
         # Tokens stand side by side behind their head: a window over columns stays one over
         # tokens. Where a head is longer than the columns before, its last tokens are run again.
-        before = batch.width - max(len(rows[row]) - n_head[row] for row in part)
+        before = batch.width - max(len(rows[row]) - begun[row][1] for row in part)
         prefix = None
         if heads is not None and before > 0:
-            which = torch.tensor([head[row] for row in part], device=model.device)
+            which = torch.tensor([begun[row][0] for row in part], device=model.device)
             prefix = heads.begin(which, before - batch.padding)
         with model.trace(open_batch(batch, prefix).inputs(cached=True), logits_to_keep=1):
             cache = save(model.output.past_key_values)

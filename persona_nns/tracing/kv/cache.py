@@ -212,24 +212,6 @@ class KVCache:
         for k, layer in enumerate(layers):
             layer.keys, layer.values = self.keys[k], self.values[k]
 
-    def check_fits(self, model: TransformersModel) -> None:
-        """See that a model can go on from this cache.
-
-        Raises:
-            PersonaError: it is a cache of another model, or in another precision.
-        """
-        config = model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        d_head = getattr(config, "head_dim", None)
-        d_head = d_head or config.hidden_size // config.num_attention_heads
-        wanted = (config.num_hidden_layers, heads, d_head, model.dtype)
-        own = (self.n_layers, self.keys[0].shape[1], self.keys[0].shape[3], self.dtype)
-        if own != wanted:
-            raise PersonaError(
-                "This is a cache of another model: it has {} layers of {} key-value heads of "
-                "width {} in {}; the model has {} of {} of width {} in {}.".format(*own, *wanted)
-            )
-
 
 def check_alike(caches: Sequence[KVCache]) -> None:
     """See that caches can come from one model and one batch.
