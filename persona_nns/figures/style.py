@@ -125,6 +125,11 @@ def groups(frame: pd.DataFrame, *names: str) -> Iterator[tuple[Any, pd.DataFrame
     yield from frame.groupby(list(names), sort=False)
 
 
+def draw_lines(axis: Axes, frame: pd.DataFrame, x: str, hue: str | None, **look: Any) -> None:
+    """Lines of ``value`` in a panel, a colour and style for each label of `hue`."""
+    sns.lineplot(frame, x=x, y="value", hue=hue, style=hue, ax=axis, **look)
+
+
 def draw_medians(axis: Axes, frame: pd.DataFrame, x: str, hue: str | None = None) -> None:
     """Lines of medians of ``value`` with a band over the quartiles, against layers.
 
@@ -135,8 +140,7 @@ def draw_medians(axis: Axes, frame: pd.DataFrame, x: str, hue: str | None = None
         hue: the column whose labels have a line each; without it there is one line.
     """
     look = MARKED if hue else {"marker": "o"}
-    spread: dict[str, Any] = {"estimator": "median", "errorbar": _QUARTILES}
-    sns.lineplot(frame, x=x, y="value", hue=hue, style=hue, ax=axis, **look, **spread)
+    draw_lines(axis, frame, x, hue, estimator="median", errorbar=_QUARTILES, **look)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

@@ -7,7 +7,7 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
-from persona_nns.figures.style import MARKED, axis_label, long_form, panels
+from persona_nns.figures.style import MARKED, axis_label, draw_lines, long_form, panels
 
 _SCORES = ("score", "coherence")
 #: Bars and lines of the two judgements, mean ± sd.
@@ -32,7 +32,7 @@ def vector_norms(results: xr.Dataset) -> Figure:
     frame = long_form((results["vector"] ** 2).sum("d_model") ** 0.5)
     with panels((4.4, 3.0)) as drawn:
         axis = drawn.axes[0, 0]
-        sns.lineplot(frame, x="layer", y="value", hue="average", style="average", ax=axis, **MARKED)
+        draw_lines(axis, frame, "layer", "average", **MARKED)
         axis.set(xlabel="layer", ylabel="‖v‖", title=_subject(results))
     return drawn.figure
 
@@ -43,16 +43,8 @@ def projection_figure(results: xr.Dataset) -> Figure:
     averages = results.average.values.tolist()
     with panels((1.2 + 2.7 * len(averages), 3.0), columns=averages, sharey=True) as drawn:
         for _, average, axis in drawn:
-            sns.lineplot(
-                frame.loc[frame["average"] == average],
-                x="layer",
-                y="value",
-                hue="label",
-                style="label",
-                errorbar="sd",
-                palette="colorblind",
-                ax=axis,
-            )
+            rows = frame.loc[frame["average"] == average]
+            draw_lines(axis, rows, "layer", "label", errorbar="sd", palette="colorblind")
             axis.set(title=average, xlabel="layer", ylabel="projection on v̂")
         drawn.legend("label")
         drawn.title(f"{_subject(results)}: mean ± sd over answers")
@@ -105,10 +97,7 @@ def correlation_by_layer(results: xr.Dataset) -> Figure:
     models = results.model.values.tolist()
     with panels((1.8 + 3.2 * len(models), 3.0), columns=models, sharey=True) as drawn:
         for _, model, axis in drawn:
-            of_model = frame.loc[frame["model"] == model]
-            sns.lineplot(
-                of_model, x="layer", y="value", hue="degree", style="degree", ax=axis, **MARKED
-            )
+            draw_lines(axis, frame.loc[frame["model"] == model], "layer", "degree", **MARKED)
             axis.axhline(0, color="0.4", linewidth=0.8)
             axis.set(title=model, xlabel="layer", ylabel="r(projection, score)", ylim=(-1.05, 1.05))
         drawn.legend("degree")
@@ -128,15 +117,8 @@ def distillation_curves(results: xr.Dataset) -> Figure:
         table = frame.query("n_trajectories in (0, @most)")
         sns.barplot(table, x="student", ax=left, legend=False, **_JUDGED)
         left.set(xlabel=f"student ({most} trajectories)", ylabel="judged (points)", ylim=(0, 125))
-        sns.lineplot(
-            along,
-            x="n_trajectories",
-            style="what",
-            markers=True,
-            err_style="bars",
-            ax=right,
-            **_JUDGED,
-        )
+        bars: dict[str, Any] = {"err_style": "bars", "markers": True}
+        sns.lineplot(along, x="n_trajectories", style="what", ax=right, **bars, **_JUDGED)
         right.axhline(steered, color="0.4", linestyle=":", label="steered, score")
         right.set(xlabel=f"trajectories ({curve})", xscale="log")
         ticks = sorted(along["n_trajectories"].unique())

@@ -74,10 +74,6 @@ class Matched:
                 if label(measured) == label(published) or label(measured) not in known:
                     yield published, measured
 
-    def same_model(self) -> list[tuple[xr.Dataset, xr.Dataset]]:
-        """The pairs of one model."""
-        return [(p, m) for p, m in self.pairs() if label(p) == label(m)]
-
 
 def label(results: xr.Dataset) -> str:
     """The one model of a run's results."""
@@ -332,7 +328,9 @@ def agreement(matched: Matched, tolerance: Tolerance | None = None) -> pd.DataFr
         over cells), and the tolerance (``relative``, ``absolute``).
     """
     rows: list[dict[str, Any]] = []
-    for published, measured in matched.same_model():
+    for published, measured in matched.pairs():
+        if label(published) != label(measured):
+            continue
         precisions = {str(results.precision.item()) for results in (published, measured)}
         by_precision = TOLERANCES["float32" if precisions == {"float32"} else "bfloat16"]
         for name in compared_variables(published, measured):
