@@ -8,18 +8,18 @@ holds, the run moves away from the clean distribution and towards the host's (BY
 persona).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from nnsight import TransformersModel, save
-from pydantic import Field
 from torch import Tensor
 from transformers import DynamicCache
 
 from persona_nns.declarations import (
+    Count,
     Variable,
     band_labels,
     bands_of,
@@ -33,17 +33,18 @@ from persona_nns.tracing import (
     Blocked,
     CleanRun,
     Continuation,
+    Prefilled,
     Window,
     block_keys,
     blocked_queries,
     end_tokens,
+    force,
     greedily,
     left_pad,
     log_probabilities,
     mark,
-    open_window,
     persona_keys,
-    prefill,
+    prefill_rows,
     read_continuation,
     run_clean,
     share_out,
@@ -109,8 +110,8 @@ def measure(
     model: TransformersModel,
     cells: list[Cell],
     *,
-    n_eval: Annotated[int, Field(ge=1)] = 10,
-    n_tokens: Annotated[int, Field(ge=1)] = 80,
+    n_eval: Count = 10,
+    n_tokens: Count = 80,
     reuse: bool = True,
 ) -> dict[str, Any]:
     """Measure a batch of cells.
@@ -124,13 +125,11 @@ def measure(
     """
     warn_without_markers(cells)
     prompts = [render_cell(model.tokenizer, cell, ("XY", "BY")) for cell in cells]
-    reference, batch = run_xy(
-        model, [prompt["XY"] for prompt in prompts], n_eval, n_tokens, reuse=reuse
-    )
+    reference, batch = run_xy(model, [prompt["XY"] for prompt in prompts], n_eval, reuse=reuse)
     reference.warn_if_short([cell.label for cell in cells], n_eval)
-    rows = [prompt["BY"].ids for prompt in prompts]
-    prefix = prefill(model, [ids[:-1] for ids in rows], reuse=reuse)
-    host = run_host(model, open_window(rows, reference.ids[:, :-1], prefix), n_eval)
+    # The host on the same tokens: where the knockouts are expected to lead.
+    by = prefill_rows(model, [prompt["BY"].ids for prompt in prompts], reuse=reuse)
+    host = log_probabilities(force(model, by, reference.ids[:, :-1]).logits)
 
     bands = bands_of(len(model.layers))
     kl = torch.empty(2, len(cells), len(BLOCKED), len(bands), device=model.device)
@@ -150,47 +149,38 @@ def measure(
 
 @dataclass(frozen=True)
 class Batch:
-    """The clean prompts XY: what is said to them, and what the knockouts block."""
+    """The clean prompts XY, and the run in which the model speaks to them."""
 
     prompts: Sequence[Prompt]
     run: CleanRun
     clean: Tensor  # log-probabilities, [cell, token, vocabulary]
     scored: Tensor  # [cell, token]
-    keys: Tensor  # the persona's, [cell, column]
-    queries: Mapping[Blocked, Tensor]  # [cell, column]
 
     @property
     def after(self) -> Tensor:
         """The first token after the persona, [cell]: the knockouts change nothing before it."""
-        first = [prompt.spans["persona"].stop for prompt in self.prompts]
-        return torch.tensor(first, device=self.keys.device)
+        stops = [prompt.spans["persona"].stop for prompt in self.prompts]
+        return torch.tensor(stops, device=self.clean.device)
+
+    def masks(self, n_after: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Keys of the persona and queries that are kept from them, [cell, column].
+
+        Columns are those of the prompts and of ``n_after`` tokens that follow.
+        """
+        columns = self.run.window.padding, max(map(len, self.prompts)) + n_after
+        queries = {name: blocked_queries(self.prompts, name, *columns) for name in BLOCKED}
+        return persona_keys(self.prompts, *columns), queries
 
 
 def run_xy(
-    model: TransformersModel, prompts: Sequence[Prompt], n_eval: int, n_tokens: int, *, reuse: bool
+    model: TransformersModel, prompts: Sequence[Prompt], n_eval: int, *, reuse: bool
 ) -> tuple[Continuation, Batch]:
     """The reference: what the model says, greedily, to the clean XY prompt."""
-    rows = [prompt.ids for prompt in prompts]
     n_shown = max(len(prompt) - prompt.spans["persona"].stop for prompt in prompts)
-    prefix = prefill(model, [ids[:-n_shown] for ids in rows], reuse=reuse)
-    reference, run = run_clean(model, rows, prefix, n_eval)
-    columns = run.window.padding, max(map(len, rows)) + max(n_eval, n_tokens)
-    batch = Batch(
-        prompts,
-        run,
-        clean=log_probabilities(run.logits),
-        scored=reference.scored("p_last", n_eval),
-        keys=persona_keys(prompts, *columns),
-        queries={blocked: blocked_queries(prompts, blocked, *columns) for blocked in BLOCKED},
-    )
-    return reference, batch
-
-
-def run_host(model: TransformersModel, window: Window, n_eval: int) -> Tensor:
-    """The host's distributions on the same tokens: where the knockouts are expected to lead."""
-    with model.trace(window.inputs(), logits_to_keep=n_eval):
-        host = save(log_probabilities(model.output.logits))
-    return host  # noqa: RET504 - there only once the trace has run
+    rows = prefill_rows(model, [prompt.ids for prompt in prompts], n_shown, reuse=reuse)
+    reference, run = run_clean(model, rows, n_eval)
+    scored = reference.scored("p_last", n_eval)
+    return reference, Batch(prompts, run, log_probabilities(run.logits), scored)
 
 
 Condition = tuple[Blocked, range]  # whose queries are blocked, in which layers
@@ -201,7 +191,7 @@ def passes(batch: Batch, bands: Sequence[range]) -> Iterator[tuple[Window, Seque
 
     From the first blocked query and the lowest layer of the band on, several as rows of one pass.
     """
-    p_last = torch.tensor([len(prompt) - 1 for prompt in batch.prompts], device=batch.keys.device)
+    p_last = torch.tensor([len(prompt) - 1 for prompt in batch.prompts], device=batch.clean.device)
     for first, names in ((p_last, BLOCKED[:1]), (batch.after, BLOCKED[1:])):
         window = batch.run.narrow(first, batch.scored.shape[1])
         for lowest in dict.fromkeys(band.start for band in bands):
@@ -220,11 +210,12 @@ def knock_out(
     """KL from the clean run and from the host, [condition, 2, cell]."""
     lowest, layers = conditions[0][1].start, range(len(model.layers))
     row = torch.arange(len(batch.prompts), device=model.device).repeat(len(conditions))
+    keys, queries = batch.masks(batch.scored.shape[1])
     asking = [
-        torch.cat([batch.queries[blocked] * (layer in band) for blocked, band in conditions])
+        torch.cat([queries[blocked] * (layer in band) for blocked, band in conditions])
         for layer in layers
     ]
-    clean, host, keys, scored = (of[row] for of in (batch.clean, host, batch.keys, batch.scored))
+    clean, host, keys, scored = (of[row] for of in (batch.clean, host, keys, batch.scored))
     _, passed = next(stack_windows([window] * len(conditions)))
     with model.trace(passed.inputs(), logits_to_keep=scored.shape[1]):
         passed.resume(model, lowest)
@@ -239,12 +230,13 @@ def knock_out(
 def say_knocked_out(model: TransformersModel, batch: Batch, n_tokens: int) -> list[list[str]]:
     """What is said with all layers knocked out at every step of decoding, [cell][blocked]."""
     n_cells = len(batch.prompts)
-    row = torch.arange(n_cells, device=model.device).repeat(len(BLOCKED))
-    asking, keys = torch.cat(list(batch.queries.values())), batch.keys[row]
-    tokens = left_pad([batch.prompts[k].ids for k in row.tolist()], device=model.device)
-    prefix = batch.run.narrow(batch.after, batch.scored.shape[1]).prefix
-    settings = greedily(prefix and prefix.rows(row), n_tokens)
-    if prefix is None:  # a cache of the model's own kind would forget what left a sliding window
+    keys, queries = batch.masks(n_tokens)
+    start = batch.run.narrow(batch.after, batch.scored.shape[1]).prefix
+    every = [*range(n_cells)] * len(BLOCKED)
+    prompts = Prefilled([prompt.ids for prompt in batch.prompts], start).some(every)
+    keys, asking = keys[every], torch.cat(list(queries.values()))
+    settings, tokens = greedily(prompts, n_tokens), left_pad(prompts.rows, device=model.device)
+    if start is None:  # a cache of the model's own kind would forget what left a sliding window
         settings["past_key_values"] = DynamicCache()
     with until_end_of_text(), model.generate(**settings) as tracer:
         with tracer.invoke(tokens.tokens):

@@ -5,28 +5,26 @@ h_BB + ΔX + ΔY in place of its residual at p_last of one layer; XY with the pe
 out there, h_XY − ΔX; and the task alone. How often do words that give the persona away occur?
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
 from nnsight import TransformersModel, save
-from pydantic import Field
 from torch import Tensor
 
-from persona_nns.declarations import marker_variables
+from persona_nns.declarations import Count, marker_variables
 from persona_nns.figures import estimates, shares_heatmap
 from persona_nns.prompts import ROLE_PROMPTS, Cell, render_cell, require_markers
 from persona_nns.tracing import (
-    KVCache,
+    Prefilled,
     additive,
     end_tokens,
+    force,
     greedily,
     left_pad,
     mark,
-    open_window,
-    prefill,
+    prefill_rows,
     read_continuation,
     say,
     substitute,
@@ -67,7 +65,7 @@ def measure(
     cells: list[Cell],
     *,
     layers: list[int],
-    n_tokens: Annotated[int, Field(ge=1)] = 80,
+    n_tokens: Count = 80,
     reuse: bool = True,
 ) -> dict[str, Any]:
     """Measure a batch of cells.
@@ -80,27 +78,26 @@ def measure(
         reuse: run shared prefixes once.
     """
     require_markers(cells)
-    n_cells = len(cells)
     prompts = [render_cell(model.tokenizer, cell, (*ROLE_PROMPTS, "BARE")) for cell in cells]
+    role = [prompt[name].ids for name in ROLE_PROMPTS for prompt in prompts]
     bare = list(dict.fromkeys(prompt["BARE"].ids for prompt in prompts))  # alike for all personas
-    rows = [*(prompt[name].ids for name in ROLE_PROMPTS for prompt in prompts), *bare]
-    shared = prefill(model, [ids[:-1] for ids in rows], reuse=reuse)
+    rows, n_cells = prefill_rows(model, [*role, *bare], reuse=reuse), len(cells)
+    of_role = [rows.some(slice(k, k + n_cells)) for k in range(0, len(role), n_cells)]
 
-    bb, xb, by, xy = (
-        read_last(model, rows[of_name], shared and shared.rows(of_name), layers)
-        for of_name in (slice(k * n_cells, (k + 1) * n_cells) for k in range(len(ROLE_PROMPTS)))
-    )
+    # Residuals of the four prompts at p_last, each its own. [layer, cell, d_model]
+    nothing = torch.empty(n_cells, 0, dtype=torch.long, device=model.device)
+    runs = [force(model, each, nothing) for each in of_role]
+    bb, xb, by, xy = (run.residual[layers, :, -1].float() for run in runs)
     written = torch.cat([additive(bb, xb, by), xy - (xb - bb)], dim=1)
 
-    unmoved = slice(3 * n_cells, None)  # XY, the last of the four, and the task alone
-    prefix = shared and shared.rows(unmoved)
-    said = say(model, rows[unmoved], prefix, n_tokens).texts(model.tokenizer)
+    # Clean: what is said to XY, the last of the four, and to the task alone.
+    said = say(model, rows.some(slice(3 * n_cells, None)), n_tokens).texts(model.tokenizer)
     clean, alone = said[:n_cells], dict(zip(bare, said[n_cells:], strict=True))
 
-    rows = [prompt["XY"].ids for prompt in prompts] * 2
-    prefix = prefix and prefix.rows(torch.arange(n_cells, device=model.device).repeat(2))
+    # XY again, with both substitutions at once, once for each layer.
+    twice = of_role[-1].some([*range(n_cells)] * 2)
     moved = [
-        say_substituted(model, rows, prefix, layer, value, n_tokens)
+        say_substituted(model, twice, layer, value, n_tokens)
         for layer, value in zip(layers, written, strict=True)
     ]
     text = [  # [cell][layer][condition]
@@ -110,32 +107,13 @@ def measure(
     return mark(text, cells)
 
 
-def read_last(
-    model: TransformersModel,
-    rows: Sequence[Sequence[int]],
-    prefix: KVCache | None,
-    layers: Sequence[int],
-) -> Tensor:
-    """Residuals of prompts at p_last, [layer, cell, d_model]."""
-    nothing = torch.empty(len(rows), 0, dtype=torch.long, device=model.device)
-    window = open_window(rows, nothing, prefix)
-    with model.trace(window.inputs(), logits_to_keep=1):
-        residual = save([model.layers[layer].input[:, -1] for layer in layers])
-    return torch.stack(residual).float()
-
-
 def say_substituted(
-    model: TransformersModel,
-    rows: Sequence[Sequence[int]],
-    prefix: KVCache | None,
-    layer: int,
-    value: Tensor,
-    n_tokens: int,
+    model: TransformersModel, prompts: Prefilled, layer: int, value: Tensor, n_tokens: int
 ) -> list[str]:
     """What is said with another residual at p_last, the last column that the first step runs."""
-    batch = left_pad(rows, device=model.device)
-    p_last = torch.full((len(rows),), -1, device=model.device)
-    with model.generate(batch.tokens, **greedily(prefix, n_tokens)) as tracer:
+    batch = left_pad(prompts.rows, device=model.device)
+    p_last = torch.full((len(value),), -1, device=model.device)
+    with model.generate(batch.tokens, **greedily(prompts, n_tokens)) as tracer:
         model.layers[layer].input = substitute(model.layers[layer].input, p_last, value)
         said = save(tracer.result)
     said = read_continuation(said, batch.width, n_tokens, end_tokens(model))

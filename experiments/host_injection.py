@@ -10,31 +10,35 @@ injected at p_last alone, or at p_last, g1 and g2 as each of them is reached.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import product
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from nnsight import TransformersModel, save
-from pydantic import Field
 from torch import Tensor
 
-from persona_nns.declarations import Variable, label_layer_set, marker_variables, scored_tokens
+from persona_nns.declarations import (
+    Count,
+    Variable,
+    label_layer_set,
+    marker_variables,
+    scored_tokens,
+)
 from persona_nns.figures import closure_figure, estimates, host_markers
 from persona_nns.prompts import ROLE_PROMPTS, Cell, render_cell, warn_without_markers
 from persona_nns.tracing import (
+    CleanRun,
     Continuation,
-    KVCache,
-    Window,
+    Prefilled,
     additive,
     closure,
     end_tokens,
+    force,
     greedily,
     left_pad,
     log_probabilities,
     mark,
-    open_window,
-    prefill,
+    prefill_rows,
     put,
     read_continuation,
     say,
@@ -115,8 +119,8 @@ def measure(
     cells: list[Cell],
     *,
     layer_sets: list[list[int]],
-    n_eval: Annotated[int, Field(ge=1)] = 10,
-    n_tokens: Annotated[int, Field(ge=1)] = 80,
+    n_eval: Count = 10,
+    n_tokens: Count = 80,
     reuse: bool = True,
 ) -> dict[str, Any]:
     """Measure a batch of cells.
@@ -130,129 +134,107 @@ def measure(
         reuse: run shared prefixes once and resume at the lowest layer of an injection.
     """
     warn_without_markers(cells)
-    batch = read_batch(model, cells, n_eval, n_tokens, reuse=reuse)
-    runs = {name: force(model, batch, name) for name in ROLE_PROMPTS}
-    bb, xb, by, xy = (run.residual for run in runs.values())
-    source = {"cached": additive(bb, xb, by), "oracle": xy}
-
-    clean, host, scored = runs["XY"], runs["BY"], batch.reference.scored("p_last", n_eval)
-    none = summed_kl(clean.predicted, host.predicted, scored)
-    kl = none[:, None, None].repeat(1, len(layer_sets), len(SOURCES))
+    prompts = prefill_prompts(model, cells, reuse=reuse)
+    # The reference: what the model says, greedily, to the long-persona prompt.
+    reference = say(model, prompts["XY"], max(n_tokens, n_eval, len(JOINT_SITE) - 1))
+    reference.warn_if_short([cell.label for cell in cells], n_eval)
+    scored = reference.scored("p_last", n_eval)
+    # The four prompts, each followed by the same reference tokens.
+    forced = reference.ids[:, : max(n_eval, len(JOINT_SITE)) - 1]
+    runs = {name: force(model, prompts[name], forced) for name in ROLE_PROMPTS}
+    source = read_sources(runs)
+    clean, host = (log_probabilities(runs[name].logits[:, :n_eval]) for name in ("XY", "BY"))
+    none = summed_kl(clean, host, scored)[:, None, None]
+    kl = none.repeat(1, len(layer_sets), len(SOURCES))
     for (s, layers), (name, value) in product(enumerate(layer_sets), source.items()):
-        predicted = inject(model, batch, host.window, layers, value)
-        kl[:, s, SOURCES.index(name)] = summed_kl(clean.predicted, predicted, scored)
+        logits = inject(model, runs["BY"], layers, value[:, :, 0])[:, :n_eval]
+        kl[:, s, SOURCES.index(name)] = summed_kl(clean, log_probabilities(logits), scored)
 
-    text = say_injected(model, batch, source, layer_sets[0], n_tokens)
-    clean_text = batch.reference.first(n_tokens).texts(model.tokenizer)
+    text = say_injected(model, prompts["BY"], source, reference, layer_sets[0], n_tokens)
+    of_clean = mark(reference.first(n_tokens).texts(model.tokenizer), cells)
     return {
         "kl": kl,
-        "closure": closure(kl, none[:, None, None]),
+        "closure": closure(kl, none),
         "n_eval": scored.sum(1),
         **mark(text, cells),
-        **{f"clean_{name}": value for name, value in mark(clean_text, cells).items()},
+        **{f"clean_{name}": value for name, value in of_clean.items()},
     }
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The four prompts of each cell, and what the model says, greedily, to the long persona's."""
-
-    rows: Mapping[str, Sequence[tuple[int, ...]]]
-    prefix: Mapping[str, KVCache | None]  # everything before p_last
-    reference: Continuation
-    n_eval: int
-
-    @property
-    def n_columns(self) -> int:
-        """Columns of every pass from p_last on: those that are scored, and the joint site."""
-        return max(self.n_eval, len(JOINT_SITE))
-
-
-def read_batch(
-    model: TransformersModel, cells: Sequence[Cell], n_eval: int, n_tokens: int, *, reuse: bool
-) -> Batch:
-    """Run everything before p_last once, and let the model speak."""
+def prefill_prompts(
+    model: TransformersModel, cells: Sequence[Cell], *, reuse: bool
+) -> dict[str, Prefilled]:
+    """The four prompts of each cell; everything before p_last is run once."""
     prompts = [render_cell(model.tokenizer, cell) for cell in cells]
-    rows = {name: [prompt[name].ids for prompt in prompts] for name in ROLE_PROMPTS}
-    before = [ids[:-1] for of_name in rows.values() for ids in of_name]
-    shared = prefill(model, before, reuse=reuse)
-    prefix = {
-        name: shared and shared.rows(slice(k * len(cells), (k + 1) * len(cells)))
-        for k, name in enumerate(rows)
-    }
-    reference = say(model, rows["XY"], prefix["XY"], max(n_tokens, n_eval, len(JOINT_SITE) - 1))
-    reference.warn_if_short([cell.label for cell in cells], n_eval)
-    return Batch(rows, prefix, reference, n_eval)
+    rows = [prompt[name].ids for name in ROLE_PROMPTS for prompt in prompts]
+    shared = prefill_rows(model, rows, reuse=reuse)
+    starts = range(0, len(rows), len(cells))
+    parts = [shared.some(slice(start, start + len(cells))) for start in starts]
+    return dict(zip(ROLE_PROMPTS, parts, strict=True))
 
 
-@dataclass(frozen=True)
-class Run:
-    """One of the four prompts, followed by the same reference tokens as the others."""
-
-    window: Window  # from p_last on, with residuals to go on from
-    residual: Tensor  # p_last, g1, g2 at the input of every block, [layer, cell, step, d_model]
-    predicted: Tensor  # log-probabilities, [cell, token, vocabulary]
-
-
-def force(model: TransformersModel, batch: Batch, name: str) -> Run:
-    """Run a prompt and the reference tokens."""
-    n_columns = batch.n_columns
-    forced = batch.reference.ids[:, : n_columns - 1]
-    window = open_window(batch.rows[name], forced, batch.prefix[name])
-    with model.trace(window.inputs(), logits_to_keep=n_columns):
-        read = save([block.input[:, -n_columns:] for block in model.layers])
-        predicted = save(log_probabilities(model.output.logits[:, : batch.n_eval]))
-    residual = torch.stack(read)
-    window = replace(window, clean=residual if window.prefix is not None else None)
-    return Run(window, residual[:, :, : len(JOINT_SITE)].float(), predicted)
+def read_sources(runs: Mapping[str, CleanRun]) -> dict[str, Tensor]:
+    """What is injected at p_last, g1 and g2: [layer, cell, step, d_model]."""
+    from_p_last = [runs[name].residual[:, :, runs[name].n_prompt - 1 :] for name in ROLE_PROMPTS]
+    bb, xb, by, xy = (columns[:, :, : len(JOINT_SITE)].float() for columns in from_p_last)
+    return {"cached": additive(bb, xb, by), "oracle": xy}
 
 
 def inject(
-    model: TransformersModel, batch: Batch, host: Window, layers: Sequence[int], value: Tensor
+    model: TransformersModel, host: CleanRun, layers: Sequence[int], value: Tensor
 ) -> Tensor:
-    """The host's distributions with a source at its p_last, at each layer of a set at once."""
-    p_last = torch.full((len(host.input_ids),), -batch.n_columns, device=model.device)
-    with model.trace(host.inputs(), logits_to_keep=batch.n_columns):
-        host.resume(model, layers[0])
+    """The host's logits with a source at its p_last, at each layer of a set at once."""
+    p_last = host.window.attention_mask[:, : host.window.start + host.n_prompt].sum(1) - 1
+    n_kept = host.logits.shape[1]
+    window = host.narrow(p_last, n_kept)
+    column = window.column(p_last)
+    with model.trace(window.inputs(), logits_to_keep=n_kept):
+        window.resume(model, layers[0])
         for layer in layers:
             hidden = model.layers[layer].input
-            model.layers[layer].input = substitute(hidden, p_last, value[layer, :, 0])
-        predicted = save(log_probabilities(model.output.logits[:, : batch.n_eval]))
-    return predicted  # noqa: RET504 - there only once the trace has run
+            model.layers[layer].input = substitute(hidden, column, value[layer])
+        logits = save(model.output.logits)
+    return logits  # noqa: RET504 - there only once the trace has run
 
 
 def say_injected(
     model: TransformersModel,
-    batch: Batch,
+    host: Prefilled,
     source: Mapping[str, Tensor],
+    reference: Continuation,
     layers: Sequence[int],
     n_tokens: int,
 ) -> list[list[list[str]]]:
     """What the host says, once as it is for each task, and for each cell with a source.
 
     It is put at p_last, or at p_last and then at g1 and g2 as each is reached. A site that the
-    reference, which the sources are read on, does not have is left as it is.
+    reference does not have is left as it is.
+
+    Args:
+        model: from `load_model`.
+        host: the prompt of each cell.
+        source: by name, [layer, cell, step, d_model].
+        reference: what the sources are read on.
+        layers: where it is put.
+        n_tokens: greedy tokens.
 
     Returns:
         [cell][site][source]
     """
-    rows, prefix, n_steps = batch.rows["BY"], batch.prefix["BY"], len(JOINT_SITE)
-    hosts, injections = list(dict.fromkeys(rows)), list(product(SITES, source))
-    exists = torch.stack([batch.reference.reaches(position) for position in JOINT_SITE], dim=1)
-    reached = {
-        SITES[0]: exists & (torch.arange(n_steps, device=model.device) == 0),
-        SITES[1]: exists,
-    }
-    nowhere = exists.new_zeros(len(hosts), n_steps)
-    where = torch.cat([nowhere, *(reached[site] for site, _ in injections)])  # [row, step]
-    value = torch.cat([source[name] for _, name in injections], dim=1)
-    value = torch.nn.functional.pad(value, (0, 0, 0, 0, len(hosts), 0))  # [layer, row, step, d]
-    asked = [*hosts, *(ids for _ in injections for ids in rows)]
-    row = torch.tensor([rows.index(ids) for ids in asked], device=model.device)
-    tokens = left_pad(asked, device=model.device)
-    settings = greedily(prefix and prefix.rows(row), n_tokens)
-    with until_end_of_text(), model.generate(**settings) as tracer:
-        with tracer.invoke(tokens.tokens):
+    exists = torch.stack([reference.reaches(position) for position in JOINT_SITE], dim=1)
+    n_cells, n_steps = exists.shape
+    own = list(dict.fromkeys(host.rows))
+    injections = list(product(SITES, source))
+    prompts = host.some([*map(host.rows.index, own), *(list(range(n_cells)) * len(injections))])
+    only_p_last = exists & (torch.arange(n_steps, device=model.device) == 0)
+    reached = {SITES[0]: only_p_last, SITES[1]: exists}
+    where = torch.cat([reached[site] for site, _ in injections])  # [row, step]
+    where = torch.nn.functional.pad(where, (0, 0, len(own), 0))
+    value = torch.cat([source[name] for _, name in injections], dim=1)  # [layer, row, step, d]
+    value = torch.nn.functional.pad(value, (0, 0, 0, 0, len(own), 0))
+    batch = left_pad(prompts.rows, device=model.device)
+    with until_end_of_text(), model.generate(**greedily(prompts, n_tokens)) as tracer:
+        with tracer.invoke(batch.tokens):
             for step in tracer.iter[: min(n_tokens, n_steps)]:
                 for layer in layers:
                     hidden = model.layers[layer].input
@@ -261,12 +243,11 @@ def say_injected(
                     model.layers[layer].input = put(hidden, at, value[layer, :, step, None])
         with tracer.invoke():
             said = save(tracer.result)
-    said = read_continuation(said, tokens.width, n_tokens, end_tokens(model))
+    said = read_continuation(said, batch.width, n_tokens, end_tokens(model))
     texts = said.texts(model.tokenizer)
-    own = dict(zip(hosts, texts, strict=False))
-    answers = {(site, "none"): [own[ids] for ids in rows] for site in SITES}
+    unmoved = dict(zip(own, texts, strict=False))
+    by_source = {(site, "none"): [unmoved[ids] for ids in host.rows] for site in SITES}
     for k, injection in enumerate(injections):
-        answers[injection] = texts[len(hosts) + k * len(rows) :]
-    return [
-        [[answers[site, name][c] for name in SOURCES] for site in SITES] for c in range(len(rows))
-    ]
+        by_source[injection] = texts[len(own) + k * n_cells :][:n_cells]
+    by_site = [[by_source[site, name] for name in SOURCES] for site in SITES]
+    return [[[texts[c] for texts in of_site] for of_site in by_site] for c in range(n_cells)]

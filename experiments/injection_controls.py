@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations import Variable, label_layer_set, scored_tokens
+from persona_nns.declarations import Count, Variable, label_layer_set, scored_tokens
 from persona_nns.figures import by_control
 from persona_nns.prompts import (
     NEUTRAL,
@@ -46,13 +46,12 @@ from persona_nns.tracing import (
     Continuation,
     additive,
     closure,
+    force,
     has_input_norms,
     last_columns,
     log_probabilities,
-    open_window,
-    prefill,
+    prefill_rows,
     put,
-    read_cache,
     root_mean_square,
     say,
     span_columns,
@@ -149,8 +148,8 @@ def measure(
     cells: list[Cell],
     *,
     layer_sets: list[list[int]],
-    n_eval: Annotated[int, Field(ge=1)] = 10,
-    task_tokens: Annotated[int, Field(ge=1)] = 8,
+    n_eval: Count = 10,
+    task_tokens: Count = 8,
     neutral: Annotated[str, Field(min_length=1)] = NEUTRAL,
     reuse: bool = True,
 ) -> dict[str, Tensor]:
@@ -167,9 +166,8 @@ def measure(
         reuse: run shared prefixes once and resume at the lowest layer of an injection.
     """
     prompts, n_neutral = render_prompts(model.tokenizer, cells, neutral)
-    rows = [prompt.ids for prompt in prompts["XY"]]
-    prefix = prefill(model, [ids[:-1] for ids in rows], reuse=reuse)
-    reference = say(model, rows, prefix, n_eval)
+    xy = prefill_rows(model, [prompt.ids for prompt in prompts["XY"]], reuse=reuse)
+    reference = say(model, xy, n_eval)
     reference.warn_if_short([cell.label for cell in cells], n_eval)
     batch = run_prompts(model, prompts, reference, reuse=reuse)
     shape = (len(cells), len(layer_sets), len(CONTROLS), len(SOURCES))
@@ -220,14 +218,14 @@ class Batch:
 
     prompts: Mapping[str, Sequence[Prompt]]
     runs: Mapping[str, CleanRun]
+    predicted: Mapping[str, Tensor]  # log-probabilities, [cell, token, vocabulary]
     residual: Mapping[str, Tensor]  # at the input of every block, [layer, cell, column, d_model]
-    rms: Mapping[str, Tensor]  # of what the next norm makes of it, [layer, cell, column, 1]
     source: Mapping[str, Tensor]  # what is injected, as `residual`
     scored: Tensor  # [cell, reference token]
 
     def gap(self, control: Control) -> Tensor:
         """KL of a control's own host with nothing injected, [cell]."""
-        return summed_kl(self.runs["XY"].logits, self.runs[control.host].logits, self.scored)
+        return summed_kl(self.predicted["XY"], self.predicted[control.host], self.scored)
 
 
 def run_prompts(
@@ -238,37 +236,23 @@ def run_prompts(
     reuse: bool,
 ) -> Batch:
     """Run every prompt followed by the reference."""
-    n_eval = reference.ids.shape[1]
     n_shown = max(len(prompt) - prompt.spans["task"].start for prompt in prompts["XY"])
-    has_norm = has_input_norms(model)
+    forced = reference.ids[:, :-1]
     runs: dict[str, CleanRun] = {}
-    residual: dict[str, Tensor] = {}
-    rms: dict[str, Tensor] = {}
     for name, of_name in prompts.items():
-        rows = [prompt.ids for prompt in of_name]
-        prefix = prefill(model, [ids[:-n_shown] for ids in rows], reuse=reuse)
-        window = open_window(rows, reference.ids[:, :-1], prefix)
-        with model.trace(window.inputs(cached=reuse), logits_to_keep=n_eval):
-            read, size = save([]), save([])
-            for block in model.layers:
-                read.append(block.input)
-                if has_norm:
-                    size.append(root_mean_square(block.input_norm.output))
-            cache = save(model.output.past_key_values)
-            predicted = save(log_probabilities(model.output.logits))
-        runs[name] = CleanRun(
-            window=window,
-            n_prompt=window.input_ids.shape[1] - n_eval + 1,
-            logits=predicted,
-            residual=torch.stack(read),
-            cache=read_cache(cache, window.attention_mask) if reuse else None,
-        )
-        residual[name] = last_columns(torch.stack(read).float(), n_shown + n_eval - 1)
-        if has_norm:
-            rms[name] = last_columns(torch.stack(size), n_shown + n_eval - 1)
+        rows = prefill_rows(model, [prompt.ids for prompt in of_name], n_shown, reuse=reuse)
+        runs[name] = force(model, rows, forced)
+    width = n_shown + forced.shape[1]
+    residual = {name: last_columns(run.residual.float(), width) for name, run in runs.items()}
     bb, xb, by, xy = (residual[name] for name in ROLE_PROMPTS)
-    source = {"cached": additive(bb, xb, by), "oracle": xy}
-    return Batch(prompts, runs, residual, rms, source, reference.scored("p_last", n_eval))
+    return Batch(
+        prompts,
+        runs,
+        predicted={name: log_probabilities(run.logits) for name, run in runs.items()},
+        residual=residual,
+        source={"cached": additive(bb, xb, by), "oracle": xy},
+        scored=reference.scored("p_last", forced.shape[1] + 1),
+    )
 
 
 def inject(
@@ -285,25 +269,25 @@ def inject(
     Under kv it has the clean residuals at task and tail at every layer, which give the clean keys
     and values at the host's positions.
     """
-    if control.rms and not batch.rms:
+    if control.rms and not has_input_norms(model):
         return torch.full((len(site),), torch.nan)
     layers = layers if source in batch.source else []
     if not (layers or control.kv):
         return batch.gap(control)
-    value, state = batch.source.get(source, batch.residual["XY"]), batch.residual["XY"]
-    if control.norm:
-        own = batch.residual[control.host].norm(dim=-1, keepdim=True)
-        value = value * own / value.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     run, n_eval = batch.runs[control.host], batch.scored.shape[1]
+    own, state = batch.residual[control.host], batch.residual["XY"]
+    value = batch.source.get(source, state)
+    if control.norm:
+        norm = value.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        value = value * own.norm(dim=-1, keepdim=True) / norm
     lowest = 0 if control.kv else layers[0]
     window = run.narrow(first_token(run, site | given), n_eval)
     n_columns = window.input_ids.shape[1]
-    value, state = (last_columns(each, n_columns) for each in (value, state))
+    value, state, own = (last_columns(each, n_columns) for each in (value, state, own))
     at, kept = (
         last_columns(where[..., None], n_columns)[..., 0].to(model.device)
         for where in (site, given)
     )
-    size = last_columns(batch.rms[control.host], n_columns) if control.rms else None
     with model.trace(window.inputs(), logits_to_keep=n_eval):
         window.resume(model, lowest)
         for layer in range(lowest, len(model.layers)):
@@ -314,12 +298,13 @@ def inject(
             if layer in layers:
                 hidden = put(hidden, at, value[layer])
             block.input = hidden
-            if layer in layers and size is not None:
+            if layer in layers and control.rms:
                 normed = block.input_norm.output
-                scale = size[layer] / root_mean_square(normed).clamp(min=1e-12)
+                size = root_mean_square(block.input_norm(own[layer].to(normed)))
+                scale = size / root_mean_square(normed).clamp(min=1e-12)
                 block.input_norm.output = put(normed, at, normed.float() * scale)
         predicted = log_probabilities(model.output.logits)
-        kl = save(summed_kl(batch.runs["XY"].logits, predicted, batch.scored))
+        kl = save(summed_kl(batch.predicted["XY"], predicted, batch.scored))
     return kl  # noqa: RET504 - there only once the trace has run
 
 

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import torch
 from nnsight import TransformersModel, save
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 from torch import Tensor
 
 from persona_nns.declarations import (
+    Count,
     ModelRecord,
     Variable,
     band_labels,
@@ -38,20 +39,21 @@ from persona_nns.tracing import (
     KVCache,
     Origins,
     Piece,
+    Prefilled,
     Window,
     block_keys,
     closure,
     fill_cache,
+    force,
+    graft_spans,
     grafted_tokens,
     log_probabilities,
     open_window,
-    pieces_of,
     read_rotation,
     say,
     spans_before_last,
     splice,
     summed_kl,
-    tokens_of,
     warn_about_prefixes,
 )
 
@@ -151,8 +153,8 @@ def measure(
     cells: list[Cell],
     *,
     grafts: Annotated[str, AfterValidator(check_grafts)] = ",".join(LABELS),
-    n_eval: Annotated[int, Field(ge=1)] = 10,
-    n_tokens: Annotated[int, Field(ge=1)] = 80,
+    n_eval: Count = 10,
+    n_tokens: Count = 80,
     reuse: bool = True,
 ) -> dict[str, Any]:
     """Measure a batch of cells.
@@ -173,11 +175,11 @@ def measure(
     cache_bytes = torch.full(kl.shape, -1)
     text, distinct = [[""] * len(cells) for _ in asked], torch.full((len(asked), len(cells)), -1)
     for g, graft in enumerate(asked):
-        rows, cache, layer_bytes = make_graft(graft, sources)
-        kl[:, g, 0] = score(model, open_window(rows, reference.forced, cache), reference, {})
+        host, layer_bytes = make_graft(sources, graft)
+        kl[:, g, 0] = score(model, host.followed_by(reference.forced), reference, {})
         cache_bytes[:, g, 0] = layer_bytes * len(bands[0])
         if graft in CONTINUED:
-            text[g] = say(model, rows, cache, n_tokens).texts(model.tokenizer)
+            text[g] = say(model, host, n_tokens).texts(model.tokenizer)
             distinct[g] = torch.tensor(count_each(text[g], cells))
         if graft == "persona":
             cache_bytes[:, g, 1:] = layer_bytes[:, None] * torch.tensor(list(map(len, bands[1:])))
@@ -223,29 +225,28 @@ class Reference:
 def read_reference(
     model: TransformersModel, cells: Sequence[Cell], sources: GraftSources, n_eval: int
 ) -> Reference:
-    """What is said to XY, and its distributions there."""
-    rows, cache = [prompt["XY"].ids for prompt in sources.prompts], sources.caches["XY"]
-    said = say(model, rows, cache, n_eval)
+    """What is said to XY, and the distributions it is said from."""
+    xy = Prefilled([prompt["XY"].ids for prompt in sources.prompts], sources.caches["XY"])
+    said = say(model, xy, n_eval)
     said.warn_if_short([cell.label for cell in cells], n_eval)
-    window = open_window(rows, said.ids[:, :-1], cache)
-    with model.trace(window.inputs(), logits_to_keep=n_eval):
-        clean = save(log_probabilities(model.output.logits))
-    return Reference(said.ids[:, :-1], clean, said.scored("p_last", n_eval))
+    forced = said.ids[:, :-1]
+    clean = log_probabilities(force(model, xy, forced).logits)
+    return Reference(forced, clean, said.scored("p_last", n_eval))
 
 
-def make_graft(graft: str, sources: GraftSources) -> tuple[list[list[int]], KVCache, Tensor]:
-    """The spans spliced at their own length, every key that moves rotated by its distance.
+def make_graft(sources: GraftSources, graft: str) -> tuple[Prefilled, Tensor]:
+    """The grafted host, every key that moves rotated by its distance.
 
     Returns:
-        Token ids, p_last included; their cache; and how many bytes a layer are not the host's.
+        The host, and how many bytes of each layer of its cache are not its own, [cell].
     """
     if graft == "additive":
+        rows = [list(prompt["BY"].ids) for prompt in sources.prompts]
         cache, sizes = add_persona(sources)
-        return tokens_of(GRAFTS["none"], sources), cache, torch.tensor(sizes) * cache.token_bytes
-    origins = GRAFTS[graft]
-    cache = splice(pieces_of(origins, sources), sources.rotation)
-    sizes = torch.tensor(grafted_tokens(origins, sources))
-    return tokens_of(origins, sources), cache, sizes * cache.token_bytes
+    else:
+        rows, cache = graft_spans(sources, GRAFTS[graft])
+        sizes = grafted_tokens(sources, GRAFTS[graft])
+    return Prefilled(rows, cache), torch.tensor(sizes) * cache.token_bytes
 
 
 def score(
@@ -279,11 +280,12 @@ def score_in_bands(
     The persona's slot is as long as the longer of the two persona spans. Each layer holds one of
     them at the slot's end, and hides the spare places before it.
     """
-    spans, origins = sources.spans, (GRAFTS["none"], GRAFTS["persona"])
-    slots = [max(len(of["XY"]["persona"]), len(of["BY"]["persona"])) for of in spans]
-    host, persona = (splice(pieces_of(of, sources, slots), sources.rotation) for of in origins)
-    both = zip(*(tokens_of(of, sources) for of in origins), strict=True)
-    window = open_window([max(pair, key=len) for pair in both], reference.forced, host)
+    slots = [max(len(of["XY"]["persona"]), len(of["BY"]["persona"])) for of in sources.spans]
+    (host_rows, host), (persona_rows, persona) = (
+        graft_spans(sources, GRAFTS[graft], slots) for graft in ("none", "persona")
+    )
+    rows = [max(pair, key=len) for pair in zip(host_rows, persona_rows, strict=True)]
+    window = open_window(rows, reference.forced, host)
     is_taken = window.attention_mask[:, : host.width] > 0
     host_lacks, persona_lacks = (is_taken & (of.attention_mask == 0) for of in (host, persona))
     if reuse:

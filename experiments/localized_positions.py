@@ -13,21 +13,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Annotated
 
 import torch
 import xarray as xr
 from nnsight import TransformersModel, save
-from pydantic import Field
 from torch import Tensor
 
-from persona_nns.declarations import Variable, generated_index, scored_tokens
+from persona_nns.declarations import Count, Variable, generated_index, scored_tokens
 from persona_nns.figures import cells_heatmap, compare_by_layer, lines_by_layer
 from persona_nns.prompts import ROLE_PROMPTS, Cell, Prompt, render_cell, tokens_from_first_site
 from persona_nns.tracing import (
     CleanRun,
-    Continuation,
-    KVCache,
+    Prefilled,
     additive,
     cos_additive,
     cos_persona_task,
@@ -37,8 +34,7 @@ from persona_nns.tracing import (
     interaction_ratio,
     log_probabilities,
     match_rms,
-    open_window,
-    prefill,
+    prefill_rows,
     run_clean,
     stack_windows,
     substitute,
@@ -143,7 +139,7 @@ def measure(
     *,
     layers: list[int],
     positions: list[str],
-    n_eval: Annotated[int, Field(ge=1)] = 10,
+    n_eval: Count = 10,
     rms: bool = True,
     reuse: bool = True,
     keep_residuals: bool = False,
@@ -168,14 +164,20 @@ def measure(
     if rms:
         written["kl_rms_matched"] = match_rms(prediction, xy)
         written["kl_rms_only"] = match_rms(xy, prediction)
-    results = substitute_each(model, batch, written, layers)
-    results["n_eval"] = batch.scored.sum(2).T
-    exists = torch.stack([batch.reference.reaches(position) for position in positions], dim=1)
-    for name, values in measure_geometry(bb, xb, by, xy, post_norm).items():
-        results[name] = torch.where(exists[:, None], values.transpose(0, 1), torch.nan)
+    kl = substitute_each(model, batch, written, layers)
+    results = {**kl, "n_eval": batch.scored.sum(2).T}
+    geometry = {
+        "cos_additive": cos_additive(bb, xb, by, xy),
+        "cos_persona_task": cos_persona_task(bb, xb, by),
+        "interaction_ratio": interaction_ratio(bb, xb, by, xy),
+        "gap_ratio": gap_ratio(prediction, xy, bb),
+        "gap_ratio_post_norm": post_norm,
+    }
+    for name, values in geometry.items():  # [layer, cell, position]
+        results[name] = torch.where(batch.exists[:, None], values.transpose(0, 1), torch.nan)
     if keep_residuals:  # [cell, prompt, layer, position, d_model]
-        of_cell = residuals.movedim(2, 0)
-        results["residuals"] = torch.where(exists[:, None, None, :, None], of_cell, torch.nan)
+        exists = batch.exists[:, None, None, :, None]
+        results["residuals"] = torch.where(exists, residuals.movedim(2, 0), torch.nan)
     return results
 
 
@@ -183,11 +185,12 @@ def measure(
 class Batch:
     """The four prompts of each cell, and the clean run: what the model says, greedily, to XY."""
 
-    rows: Sequence[Prompt]  # BB of every cell, then XB, BY and XY
-    prefix: KVCache | None  # their tokens before the first site
+    prompts: Sequence[Prompt]  # BB of every cell, then XB, BY and XY
+    rows: Prefilled  # up to the first site
     positions: Sequence[str]
-    reference: Continuation
     run: CleanRun
+    forced: Tensor  # first tokens of the reference, [cell, token]
+    exists: Tensor  # whether it is long enough for the position to exist, [cell, position]
     scored: Tensor  # [position, cell, token]
 
 
@@ -203,16 +206,23 @@ def run_xy(
 
     Each distinct prompt is run once up to the first site: its keys and values are kept.
     """
-    prompts = [render_cell(model.tokenizer, cell) for cell in cells]
-    rows = [prompt[name] for name in ROLE_PROMPTS for prompt in prompts]
-    n_shown = tokens_from_first_site(prompts, positions)
-    prefix = prefill(model, [row.ids[:-n_shown] for row in rows], reuse=reuse)
-    xy, n_tokens = slice(-len(cells), None), max(map(generated_index, positions)) + n_eval
-    before_xy = prefix and prefix.rows(xy)
-    reference, run = run_clean(model, [row.ids for row in rows[xy]], before_xy, n_tokens)
+    of_cell = [render_cell(model.tokenizer, cell) for cell in cells]
+    prompts = [prompt[name] for name in ROLE_PROMPTS for prompt in of_cell]
+    n_shown = tokens_from_first_site(of_cell, positions)
+    rows = prefill_rows(model, [prompt.ids for prompt in prompts], n_shown, reuse=reuse)
+    n_forced = max(map(generated_index, positions))
+    n_tokens = n_forced + n_eval
+    reference, run = run_clean(model, rows.some(slice(-len(cells), None)), n_tokens)
     reference.warn_if_short([cell.label for cell in cells], n_tokens)
-    scored = torch.stack([reference.scored(position, n_eval) for position in positions])
-    return Batch(rows, prefix, positions, reference, run, scored)
+    return Batch(
+        prompts,
+        rows,
+        positions,
+        run,
+        forced=reference.ids[:, :n_forced],
+        exists=torch.stack([reference.reaches(position) for position in positions], dim=1),
+        scored=torch.stack([reference.scored(position, n_eval) for position in positions]),
+    )
 
 
 def read_sites(model: TransformersModel, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -224,10 +234,9 @@ def read_sites(model: TransformersModel, batch: Batch) -> tuple[Tensor, Tensor]:
         The residuals, [prompt, layer, cell, position, d_model], and what additivity misses of
         them after the norm of the block that reads the layer, [layer, cell, position].
     """
-    n_prompts, n_forced = len(ROLE_PROMPTS), max(map(generated_index, batch.positions))
-    forced = batch.reference.ids[:, :n_forced].repeat(n_prompts, 1)
-    window = open_window([row.ids for row in batch.rows], forced, batch.prefix)
-    column = window.column(index_sites(batch.rows, batch.positions).to(model.device))
+    n_prompts = len(ROLE_PROMPTS)
+    window = batch.rows.followed_by(batch.forced.repeat(n_prompts, 1))
+    column = window.column(index_sites(batch.prompts, batch.positions).to(model.device))
     has_norm = has_input_norms(model)
     if not has_norm:
         warnings.warn(
@@ -250,19 +259,6 @@ def read_sites(model: TransformersModel, batch: Batch) -> tuple[Tensor, Tensor]:
     return residuals, post_norm
 
 
-def measure_geometry(
-    bb: Tensor, xb: Tensor, by: Tensor, xy: Tensor, post_norm: Tensor
-) -> dict[str, Tensor]:
-    """How the sum of the two effects compares with the combination, [layer, cell, position]."""
-    return {
-        "cos_additive": cos_additive(bb, xb, by, xy),
-        "cos_persona_task": cos_persona_task(bb, xb, by),
-        "interaction_ratio": interaction_ratio(bb, xb, by, xy),
-        "gap_ratio": gap_ratio(additive(bb, xb, by), xy, bb),
-        "gap_ratio_post_norm": post_norm,
-    }
-
-
 def substitute_each(
     model: TransformersModel, batch: Batch, written: Mapping[str, Tensor], layers: Sequence[int]
 ) -> dict[str, Tensor]:
@@ -270,18 +266,12 @@ def substitute_each(
 
     The positions are rows of one pass, next to each other: [position, cell].
 
-    Args:
-        model: from `load_model`.
-        batch: the clean run.
-        written: the residuals by what is measured with them, [layer, cell, position, d_model].
-        layers: where they are written to.
-
     Returns:
-        KLs, [cell, layer, position]; NaN where no token is scored.
+        KL of what is ``written``, [cell, layer, position]; NaN where no token is scored.
     """
     run, scored, clean = batch.run, batch.scored, log_probabilities(batch.run.logits)
     n_positions, n_cells, n_eval = scored.shape
-    site = index_sites(batch.rows[-n_cells:], batch.positions).to(model.device)
+    site = index_sites(batch.prompts[-n_cells:], batch.positions).to(model.device)
     firsts = [generated_index(position) for position in batch.positions]
     reached = [p for p in range(n_positions) if scored[p].any()]
     windows = [run.narrow(site[:, p], n_generated=firsts[p] + n_eval) for p in reached]

@@ -1,14 +1,21 @@
 """The clean run: what interventions are made in, and what they are compared with."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
+from nnsight import TransformersModel, save
 from torch import Tensor
 
+from persona_nns.tracing.batches import left_pad
+from persona_nns.tracing.continuations import (
+    Continuation,
+    end_tokens,
+    greedily,
+    read_continuation,
+)
 from persona_nns.tracing.kv.cache import KVCache, read_cache
-from persona_nns.tracing.window import Window, open_window
+from persona_nns.tracing.prefixes import Prefilled
+from persona_nns.tracing.window import Window
 
 
 @dataclass(frozen=True)
@@ -49,28 +56,45 @@ class CleanRun:
         return whole.behind(self.cache.until(self.window.start + first))
 
 
-def read_clean_run(
-    said: Any, prompts: Sequence[Sequence[int]], continuation: Tensor, prefix: KVCache | None
-) -> CleanRun:
-    """Read a greedy run off what ``generate`` returned.
+def run_clean(
+    model: TransformersModel, prompts: Prefilled, n_tokens: int
+) -> tuple[Continuation, CleanRun]:
+    """What a model says to prompts, greedily, and the run in which it says it.
 
-    Args:
-        said: its result, with logits, hidden states and cache (``return_dict_in_generate``).
-        prompts: the token ids it was given.
-        continuation: [row, token], what it said; where all rows ended early, its last columns
-            were never run and hold zeros in the result.
-        prefix: the caches it was given.
+    Where all rows end early, the last columns were never run and hold zeros.
     """
-    n_tokens = continuation.shape[1]
-    steps = [torch.stack(step) for step in said.hidden_states]
+    batch = left_pad(prompts.rows, device=model.device)
+    kept = {"output_logits": True, "output_hidden_states": True, "return_dict_in_generate": True}
+    with model.generate(batch.tokens, **greedily(prompts, n_tokens), **kept) as tracer:
+        run = save(tracer.result)
+    said = read_continuation(run.sequences, batch.width, n_tokens, end_tokens(model))
+    steps = [torch.stack(step) for step in run.hidden_states]
     missing = n_tokens - len(steps)
-    residual = torch.nn.functional.pad(torch.cat(steps, dim=2), (0, 0, 0, missing))
-    logits = torch.nn.functional.pad(torch.stack(said.logits, dim=1), (0, 0, 0, missing))
-    window = open_window(prompts, continuation[:, :-1], prefix)
-    return CleanRun(
+    window = prompts.followed_by(said.ids[:, :-1])
+    return said, CleanRun(
         window=window,
         n_prompt=steps[0].shape[2],
+        logits=torch.nn.functional.pad(torch.stack(run.logits, dim=1), (0, 0, 0, missing)),
+        residual=torch.nn.functional.pad(torch.cat(steps, dim=2), (0, 0, 0, missing)),
+        cache=prompts.prefix and read_cache(run.past_key_values, window.attention_mask),
+    )
+
+
+def force(model: TransformersModel, prompts: Prefilled, said: Tensor) -> CleanRun:
+    """Run prompts, and what is said to follow them, [row, token], as it stands.
+
+    The distributions are those of p_last and of all that is said; no residual is read after the
+    final norm.
+    """
+    window, n_said = prompts.followed_by(said), said.shape[1]
+    with model.trace(window.inputs(), logits_to_keep=n_said + 1):
+        residual = save([block.input for block in model.layers])
+        cache = save(model.output.past_key_values)
+        logits = save(model.output.logits)
+    return CleanRun(
+        window=window,
+        n_prompt=window.input_ids.shape[1] - n_said,
         logits=logits,
-        residual=residual,
-        cache=None if prefix is None else read_cache(said.past_key_values, window.attention_mask),
+        residual=torch.stack(residual),
+        cache=prompts.prefix and read_cache(cache, window.attention_mask),
     )

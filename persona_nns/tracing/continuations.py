@@ -15,8 +15,7 @@ from persona_nns.declarations.sites import generated_index
 from persona_nns.prompts.grids import Cell
 from persona_nns.prompts.markers import count_each
 from persona_nns.tracing.batches import left_pad
-from persona_nns.tracing.clean_run import CleanRun, read_clean_run
-from persona_nns.tracing.kv.cache import KVCache
+from persona_nns.tracing.prefixes import Prefilled
 
 
 @dataclass(frozen=True)
@@ -74,53 +73,18 @@ class Continuation:
         return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in said]
 
 
-def say(
-    model: TransformersModel,
-    rows: Sequence[Sequence[int]],
-    prefix: KVCache | None,
-    n_tokens: int,
-) -> Continuation:
-    """What a model says to prompts, greedily.
-
-    Args:
-        model: from `load_model`.
-        rows: token ids of the prompts.
-        prefix: caches of their first tokens, p_last not among them; None runs whole prompts.
-        n_tokens: how many tokens are asked for.
-    """
-    return _generate(model, rows, prefix, n_tokens)[1]
+def say(model: TransformersModel, prompts: Prefilled, n_tokens: int) -> Continuation:
+    """What a model says to prompts, greedily."""
+    batch = left_pad(prompts.rows, device=model.device)
+    with model.generate(batch.tokens, **greedily(prompts, n_tokens)) as tracer:
+        said = save(tracer.result)
+    return read_continuation(said, batch.width, n_tokens, end_tokens(model))
 
 
-def run_clean(
-    model: TransformersModel,
-    rows: Sequence[Sequence[int]],
-    prefix: KVCache | None,
-    n_tokens: int,
-) -> tuple[Continuation, CleanRun]:
-    """What a model says, and the run in which it says it; arguments as for `say`."""
-    kept = {"output_logits": True, "output_hidden_states": True}
-    run, said = _generate(model, rows, prefix, n_tokens, **kept)
-    return said, read_clean_run(run, rows, said.ids, prefix)
-
-
-def _generate(
-    model: TransformersModel,
-    rows: Sequence[Sequence[int]],
-    prefix: KVCache | None,
-    n_tokens: int,
-    **kept: bool,
-) -> tuple[Any, Continuation]:
-    batch = left_pad(rows, device=model.device)
-    settings = {**greedily(prefix, n_tokens), "return_dict_in_generate": True, **kept}
-    with model.generate(batch.tokens, **settings) as tracer:
-        run = save(tracer.result)
-    return run, read_continuation(run.sequences, batch.width, n_tokens, end_tokens(model))
-
-
-def greedily(prefix: KVCache | None, n_tokens: int) -> dict[str, Any]:
-    """How ``generate`` is called for the likeliest tokens; the arguments are those of `say`."""
+def greedily(prompts: Prefilled, n_tokens: int) -> dict[str, Any]:
+    """How ``generate`` is called for the likeliest tokens, beside the tokens of the prompts."""
     return {
-        "past_key_values": None if prefix is None else prefix.cache(),
+        "past_key_values": prompts.prefix and prompts.prefix.cache(),
         "max_new_tokens": n_tokens,
         "do_sample": False,
         "num_beams": 1,
@@ -128,15 +92,7 @@ def greedily(prefix: KVCache | None, n_tokens: int) -> dict[str, Any]:
 
 
 def mark(texts: Sequence[Any], cells: Sequence[Cell]) -> dict[str, Any]:
-    """Look for the markers of the cells' personas in what was said.
-
-    Args:
-        texts: of each cell, a text, or a list of texts, or a list of such lists, …
-        cells: the cells.
-
-    Returns:
-        The variables ``text``, ``any_marker`` and ``distinct_markers``, nested as the texts are.
-    """
+    """The variables ``text``, ``any_marker`` and ``distinct_markers`` of what each cell says."""
     distinct = torch.tensor(count_each(texts, cells))
     return {"text": texts, "any_marker": distinct > 0, "distinct_markers": distinct}
 

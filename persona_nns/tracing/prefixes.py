@@ -7,17 +7,51 @@ to the least: on the paper's grids a tree of all shared prefixes would save 5 % 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
 from nnsight import TransformersModel, save
+from torch import Tensor
 
 from persona_nns.tracing.batches import left_pad
 from persona_nns.tracing.kv.cache import KVCache, read_cache, stack
-from persona_nns.tracing.window import open_batch
+from persona_nns.tracing.window import Window, open_batch, open_window
 
 # Rows are prefilled together while padding is less than this share of their columns.
 _MOST_PADDING = 0.15
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """Prompts, and the caches of their first tokens.
+
+    Attributes:
+        rows: token ids of the prompts.
+        prefix: caches of their first tokens, p_last not among them. What is left of the prompts
+            is equally long in every row. None where nothing is reused.
+    """
+
+    rows: Sequence[Sequence[int]]
+    prefix: KVCache | None
+
+    def some(self, which: slice | Sequence[int]) -> "Prefilled":
+        """Some of the prompts, or some of them several times."""
+        if isinstance(which, slice):
+            return Prefilled(self.rows[which], self.prefix and self.prefix.rows(which))
+        prefix = self.prefix and self.prefix.rows(torch.tensor(which))
+        return Prefilled([self.rows[row] for row in which], prefix)
+
+    def followed_by(self, said: Tensor) -> Window:
+        """What the prefix does not hold, and tokens that follow the prompts, [row, token]."""
+        return open_window(self.rows, said, self.prefix)
+
+
+def prefill_rows(
+    model: TransformersModel, rows: Sequence[Sequence[int]], n_shown: int = 1, *, reuse: bool
+) -> Prefilled:
+    """Run all but the last ``n_shown`` tokens of prompts once."""
+    return Prefilled(rows, prefill(model, [ids[:-n_shown] for ids in rows], reuse=reuse))
 
 
 def prefill(

@@ -4,13 +4,6 @@ from .cache import check_alike as check_alike
 from .cache import read_cache as read_cache
 from .cache import running_cache as running_cache
 from .cache import stack as stack
-from .grafts import GraftSources as GraftSources
-from .grafts import Origins as Origins
-from .grafts import grafted_tokens as grafted_tokens
-from .grafts import pieces_of as pieces_of
-from .grafts import spans_before_last as spans_before_last
-from .grafts import tokens_of as tokens_of
-from .grafts import warn_about_prefixes as warn_about_prefixes
 from .rotation import Rotation as Rotation
 from .rotation import read_rotation as read_rotation
 from .splice import Piece as Piece

@@ -1,4 +1,4 @@
-"""Which tokens and caches a host is made of, once spans of other prompts are grafted into it."""
+"""Hosts into whose caches spans of other prompts have been grafted."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from persona_nns.prompts.grids import Cell, PromptName
 from persona_nns.prompts.render import Prompt, Span
 from persona_nns.tracing.kv.cache import KVCache
 from persona_nns.tracing.kv.rotation import Rotation
-from persona_nns.tracing.kv.splice import Piece
+from persona_nns.tracing.kv.splice import Piece, splice
 
 #: Which prompt's cache each span is taken from, in the order of the spans.
 Origins = Mapping[Span, PromptName]
@@ -39,26 +39,20 @@ def spans_before_last(prompt: Prompt) -> dict[Span, range]:
     return {name: range(span.start, min(span.stop, last)) for name, span in prompt.spans.items()}
 
 
-def tokens_of(origins: Origins, sources: GraftSources) -> list[list[int]]:
-    """Token ids of the spliced rows, p_last included."""
-    return [
-        [
-            *(
-                token
-                for span, name in origins.items()
-                for token in prompt[name].ids[of[name][span].start : of[name][span].stop]
-            ),
-            prompt["BY"].ids[-1],
-        ]
-        for prompt, of in zip(sources.prompts, sources.spans, strict=True)
-    ]
+def graft_spans(
+    sources: GraftSources, origins: Origins, slots: Sequence[int] | None = None
+) -> tuple[list[list[int]], KVCache]:
+    """The host with spans of other prompts, spliced at their own length.
 
+    Args:
+        sources: where they are cut from.
+        origins: the prompt that each span is taken from.
+        slots: of each row, how many places the persona takes; None takes no spare ones.
 
-def pieces_of(
-    origins: Origins, sources: GraftSources, slots: Sequence[int] | None = None
-) -> list[Piece]:
-    """The spans to splice; ``slots`` are the places that the persona takes."""
-    return [
+    Returns:
+        Token ids of its rows, p_last included, and their cache.
+    """
+    pieces = [
         Piece(
             sources.caches[name],
             [of[name][span] for of in sources.spans],
@@ -66,9 +60,14 @@ def pieces_of(
         )
         for span, name in origins.items()
     ]
+    rows: list[list[int]] = []
+    for prompt, of in zip(sources.prompts, sources.spans, strict=True):
+        row = [prompt[name].ids[k] for span, name in origins.items() for k in of[name][span]]
+        rows.append([*row, prompt["BY"].ids[-1]])
+    return rows, splice(pieces, sources.rotation)
 
 
-def grafted_tokens(origins: Origins, sources: GraftSources) -> list[int]:
+def grafted_tokens(sources: GraftSources, origins: Origins) -> list[int]:
     """How many tokens of each row are not the host's."""
     return [
         sum(len(of[name][span]) for span, name in origins.items() if name != "BY")
