@@ -27,12 +27,11 @@ from persona_nns.figures import distillation_curves, token_kl_figure
 from persona_nns.models import hosted, record_of, require_peft
 from persona_nns.prompts import render_chat
 from persona_nns.tracing import (
-    Asked,
     Average,
     NucleusSampling,
-    asked_batches,
-    parse_position_sets,
-    read_answers,
+    SeededPrompt,
+    prompt_batches,
+    read_replies,
     row_seed,
     steer,
     steered_steps,
@@ -126,9 +125,9 @@ class Teacher:
     seen: tuple[tuple[int, ...], ...]
     held_out: tuple[tuple[int, ...], ...]
 
-    def ask(self, prompt: tuple[int, ...], key: str) -> Asked:
+    def ask(self, prompt: tuple[int, ...], key: str) -> SeededPrompt:
         """A prompt whose answer's random draws are known by a key."""
-        return Asked(prompt, row_seed(self.trait, key))
+        return SeededPrompt(prompt, row_seed(self.trait, key))
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,11 +156,7 @@ class Condition:
 
 
 def prepare(
-    model: TransformersModel,
-    store: str | Path,  # noqa: ARG001
-    options: dict[str, Any],
-    *,
-    progress: bool,  # noqa: ARG001
+    model: TransformersModel, _store: str | Path, options: dict[str, Any], **_progress: bool
 ) -> dict[str, Any]:
     """See that the model is here: students are copies of its weights."""
     if hosted(model) is not None:
@@ -214,17 +209,16 @@ def plan(
     names, counts = parse_students(students), parse_counts(trajectories)
     if len(counts) > 1:
         parse_students(curve)
-    parse_position_sets(position_set)
     whole = load_vector(vector, trait, average, model, vector_run)
     if layer >= len(whole) - 1:
         raise UsageError(
             f"Layer {layer} is out of range: the vector has layers 0 to {len(whole) - 2}."
         )
-    prompts = [
+    prompts = (
         tuple(render_chat(tokenizer, question).ids for question in split.questions)
         for split in (seen, held_out)
-    ]
-    teacher = Teacher(trait, alpha * whole[layer], layer, position_set, prompts[0], prompts[1])
+    )
+    teacher = Teacher(trait, alpha * whole[layer], layer, position_set, *prompts)
     most = max(counts)
     trained = [(curve, count) for count in counts if count < most]
     trained += [(name, most) for name in names]
@@ -293,20 +287,19 @@ def measure(
         training: how students are trained.
     """
     teacher = units[0].teacher
-    determining = [teacher.vector.tolist(), teacher.layer, teacher.tokens, teacher.seen]
-    home = students_folder(output, record_of(model), teacher.trait, [*determining, vars(sampling)])
     # What the teacher says to the held-out questions, on which each student's KL is measured.
     once = [teacher.ask(ids, f"reference/{k}") for k, ids in enumerate(teacher.held_out)]
     reference = generate_steered(model, teacher, once, sampling)
-    asked = [
+    prompts = [
         teacher.ask(ids, f"{k}/{sample}")
         for k, ids in enumerate(teacher.held_out)
         for sample in range(n_samples)
     ]
+    shown = as_trajectories(once, reference)
     results: list[dict[str, Tensor]] = []
     for unit in units:
-        student, losses = train_student(model, unit, sampling, training, home)
-        said, kl = evaluate(model, unit, student, asked, reference, sampling)
+        student, losses = train_student(model, unit, sampling, training, output)
+        said, kl = evaluate(model, unit, student, prompts, shown, sampling)
         results.append(
             {
                 "said": said.unflatten(0, (-1, n_samples)),
@@ -325,20 +318,19 @@ def train_student(
     unit: Condition,
     sampling: NucleusSampling,
     training: TrainingOptions,
-    home: Path,
+    output: str,
 ) -> tuple[Any, list[float]]:
     """The student and the loss of each step; the model itself where there is nothing to train."""
     if not unit.n_trajectories:
         return model._module, [math.nan] * training.steps
-    teacher = unit.teacher
+    teacher, seen = unit.teacher, unit.teacher.seen
+    determining = [teacher.vector.tolist(), teacher.layer, teacher.tokens, seen, vars(sampling)]
+    home = students_folder(output, record_of(model), teacher.trait, determining)
 
-    def sample(numbers: Sequence[int]) -> list[Trajectory]:
+    def sample(numbers: range) -> list[Trajectory]:
         """What the teacher says to the extraction questions, in turn."""
-        prompts = [teacher.seen[k % len(teacher.seen)] for k in numbers]
-        asked = [
-            teacher.ask(ids, f"trajectory/{k}") for k, ids in zip(numbers, prompts, strict=True)
-        ]
-        return as_trajectories(prompts, generate_steered(model, teacher, asked, sampling))
+        prompts = [teacher.ask(seen[k % len(seen)], f"trajectory/{k}") for k in numbers]
+        return as_trajectories(prompts, generate_steered(model, teacher, prompts, sampling))
 
     trajectories = keep_trajectories(home / "trajectories.jsonl", unit.n_trajectories, sample)
     logits = partial(teacher_logits, model, teacher)
@@ -349,28 +341,29 @@ def evaluate(
     model: TransformersModel,
     unit: Condition,
     student: Any,
-    asked: Sequence[Asked],
-    reference: Tensor,
+    prompts: Sequence[SeededPrompt],
+    shown: Sequence[Trajectory],
     sampling: NucleusSampling,
 ) -> tuple[Tensor, Tensor]:
-    """What a student says, and its KL at each token of what the teacher said, [row, token]."""
-    teacher, plain = unit.teacher, None
+    """What the teacher or a student says, and its KL on what the teacher said, [row, token]."""
     if unit.student == "steered":
-        said = generate_steered(model, teacher, asked, sampling)
+        said, student = generate_steered(model, unit.teacher, prompts, sampling), None
     else:
-        said, plain = generate(student, model, asked, sampling), student
-    shown = as_trajectories(teacher.held_out, reference)
-    logits = partial(teacher_logits, model, teacher)
-    return said, compare(shown, logits, plain, reference.shape[1], device=model.device)
+        said = generate(student, model, prompts, sampling)
+    logits = partial(teacher_logits, model, unit.teacher)
+    return said, compare(shown, logits, student, said.shape[1], device=model.device)
 
 
 def generate_steered(
-    model: TransformersModel, teacher: Teacher, asked: Sequence[Asked], sampling: NucleusSampling
+    model: TransformersModel,
+    teacher: Teacher,
+    prompts: Sequence[SeededPrompt],
+    sampling: NucleusSampling,
 ) -> Tensor:
     """What the teacher says, [row, token], −1 after the end."""
-    said = torch.full((len(asked), sampling.max_new_tokens), -1)
+    said = torch.full((len(prompts), sampling.max_new_tokens), -1)
     vector = teacher.vector.to(model.device)
-    for rows, batch, settings in asked_batches(asked, sampling, device=model.device):
+    for rows, batch, settings in prompt_batches(prompts, sampling, device=model.device):
         tokens = [teacher.tokens] * len(rows)
         first = steered_tokens(batch.attention_mask, 0, tokens)
         later = steered_steps(tokens).to(model.device)
@@ -383,7 +376,7 @@ def generate_steered(
                     )
             with tracer.invoke():
                 generated = save(tracer.result)
-        said[rows] = read_answers(model, generated, batch, sampling)
+        said[rows] = read_replies(model, generated, batch, sampling)
     return said
 
 

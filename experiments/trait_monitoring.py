@@ -18,9 +18,9 @@ from persona_nns.declarations import Count, Plan, Variable, content_digest
 from persona_nns.figures import correlation_by_layer
 from persona_nns.prompts import render_chat, takes_system_role
 from persona_nns.tracing import (
-    Asked,
     Average,
     Sampling,
+    SeededPrompt,
     left_pad,
     normalised,
     row_seed,
@@ -164,13 +164,13 @@ def measure(
     """
     direction = normalised(units[0].vector)
     projection = project_last(model, [ids for unit in units for ids in unit.prompts], direction)
-    asked = [
-        Asked(ids, row_seed(unit.trait, unit.question, degree, sample))
+    prompts = [
+        SeededPrompt(ids, row_seed(unit.trait, unit.question, degree, sample))
         for unit in units
         for degree, ids in enumerate(unit.prompts)
         for sample in range(n_samples)
     ]
-    said = sample_replies(model, asked, sampling)
+    said = sample_replies(model, prompts, sampling)
     return {
         "projection": projection.view(len(units), len(DEGREES), -1),
         "said": said.view(len(units), len(DEGREES), n_samples, -1),

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from persona_nns.declarations import Count, Plan, Variable, content_digest
 from persona_nns.figures import score_bars
 from persona_nns.prompts import render_chat, takes_system_role
-from persona_nns.tracing import Asked, Sampling, row_seed, sample_replies
+from persona_nns.tracing import Sampling, SeededPrompt, row_seed, sample_replies
 from persona_nns.traits import (
     LABELS,
     JudgeOptions,
@@ -148,12 +148,12 @@ def measure(
         n_samples: answers to each prompt.
         sampling: how they are drawn.
     """
-    asked = [
-        Asked(ids, row_seed(unit.trait, unit.question, pair, label, sample))
+    prompts = [
+        SeededPrompt(ids, row_seed(unit.trait, unit.question, pair, label, sample))
         for unit in units
         for pair, of_pair in enumerate(unit.prompts)
         for label, ids in enumerate(of_pair)
         for sample in range(n_samples)
     ]
-    said = sample_replies(model, asked, sampling)
+    said = sample_replies(model, prompts, sampling)
     return {"said": said.view(len(units), -1, len(LABELS), n_samples, said.shape[1])}

@@ -22,17 +22,17 @@ from persona_nns.declarations import Count, Plan, Variable, content_digest
 from persona_nns.figures import steering_sweep
 from persona_nns.prompts import render_chat, response_ids
 from persona_nns.tracing import (
-    Asked,
     Average,
     NucleusSampling,
+    SeededPrompt,
     ablate,
-    asked_batches,
     increments,
     left_pad,
     normalised,
     parse_alphas,
     parse_position_sets,
-    read_answers,
+    prompt_batches,
+    read_replies,
     response_logprob,
     row_seed,
     steer,
@@ -232,21 +232,21 @@ def measure(
     """
     if units[0].response is not None:
         return teacher_force(model, units, layers, reuse=reuse)
-    asked = [
-        SteeredAsked(unit.prompt, row_seed(unit.trait, unit.number, sample), alpha, tokens)
+    prompts = [
+        SteeredPrompt(unit.prompt, row_seed(unit.trait, unit.number, sample), alpha, tokens)
         for unit in units
         for alpha, tokens in unit.conditions
         for sample in range(n_samples)
     ]
     vector = units[0].vector.to(model.device)
-    said = torch.stack([answer(model, layer, vector[layer], asked, sampling) for layer in layers])
+    said = torch.stack([answer(model, layer, vector[layer], prompts, sampling) for layer in layers])
     # [layer, question, α, position set, sample, token], the question first
     shape = (len(units), len(units[0].alphas), len(units[0].position_sets), n_samples)
     return {"said": said.unflatten(1, shape).transpose(0, 1)}
 
 
 @dataclass(frozen=True)
-class SteeredAsked(Asked):
+class SteeredPrompt(SeededPrompt):
     """A prompt that is answered with α v added at the tokens of a position set."""
 
     alpha: float
@@ -257,14 +257,14 @@ def answer(
     model: TransformersModel,
     layer: int,
     direction: Tensor,
-    asked: Sequence[SteeredAsked],
+    prompts: Sequence[SteeredPrompt],
     sampling: NucleusSampling,
 ) -> Tensor:
     """What the model says while it is steered at a layer, [row, token], −1 after the end."""
-    said = torch.full((len(asked), sampling.max_new_tokens), -1)
-    for rows, batch, settings in asked_batches(asked, sampling, device=model.device):
-        alpha = torch.tensor([[asked[row].alpha] for row in rows], device=model.device)
-        tokens = [asked[row].tokens for row in rows]
+    said = torch.full((len(prompts), sampling.max_new_tokens), -1)
+    for rows, batch, settings in prompt_batches(prompts, sampling, device=model.device):
+        alpha = torch.tensor([[prompts[row].alpha] for row in rows], device=model.device)
+        tokens = [prompts[row].tokens for row in rows]
         first = alpha * steered_tokens(batch.attention_mask, 0, tokens)
         later = alpha * steered_steps(tokens).to(model.device)
         with until_end_of_text(), model.generate(**settings) as tracer:
@@ -276,7 +276,7 @@ def answer(
                     )
             with tracer.invoke():
                 generated = save(tracer.result)
-        said[rows] = read_answers(model, generated, batch, sampling)
+        said[rows] = read_replies(model, generated, batch, sampling)
     return said
 
 
@@ -332,7 +332,8 @@ def read_given(model: TransformersModel, units: Sequence[Steered]) -> Given:
     inputs = {**padded.tokens, "position_ids": padded.position_ids, "use_cache": False}
     with model.trace(inputs, logits_to_keep=1):
         clean = save([block.input for block in model.layers])
-    return Given(inputs, padded.input_ids[:, -int(n_response.max()) :], n_response, clean)
+    response = padded.input_ids[:, padded.width - int(n_response.max()) :]
+    return Given(inputs, response, n_response, clean)
 
 
 def logprob(

@@ -114,6 +114,10 @@ def test_every_experiment_gives_the_same_numbers_there(
                 "alphas": "0,2",
             },
         ),
+        (
+            "trait_steering",
+            {"vector": "v.npy", "layers": "2", "alphas": "0,2", "max_new_tokens": 4, "top_p": 0.9},
+        ),
         ("trait_responses", {"max_new_tokens": 4, "temperature": 0}),
         ("trait_monitoring", {"vector": "v.npy", "max_new_tokens": 4, "temperature": 0}),
     ],

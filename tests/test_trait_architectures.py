@@ -24,13 +24,14 @@ from persona_nns.models.load import load_model
 from persona_nns.tracing.averages import averages, token_weights
 from persona_nns.tracing.batches import left_pad
 from persona_nns.tracing.continuations import until_end_of_text
-from persona_nns.tracing.sampling import RowSampler
+from persona_nns.tracing.sampling import NucleusSampling, RowSampler
 from persona_nns.tracing.steering import (
     ablate,
     steer,
     steered_steps,
     steered_tokens,
 )
+from persona_nns.traits.judging import JudgeOptions
 from persona_nns.traits.vectors import write_vector
 
 ROWS = [
@@ -348,7 +349,8 @@ def test_the_experiment_generates_what_plain_hooks_predict(
         module["Steered"]("stoic", k, prompt, None, vector, (0.0, 2.0), SETS)
         for k, prompt in enumerate(prompts)
     ]
-    said = module["measure"](model, units, layers=[1, 3], max_new_tokens=6, temperature=0.0)["said"]
+    greedy = NucleusSampling(max_new_tokens=6, temperature=0.0)
+    said = module["measure"](model, units, layers=[1, 3], sampling=greedy)["said"]
     assert said.shape == (2, 2, 2, 3, 1, 6)
     for row, prompt in enumerate(prompts):
         for k, layer in enumerate((1, 3)):
@@ -401,7 +403,8 @@ def test_a_model_without_a_system_role_is_told_in_the_question(
     assert ds.attrs["system_role"] is False
     experiment = load_experiment("trait_vectors")
     assert experiment.plan is not None
-    plan = experiment.plan(model.tokenizer, model="x", responses=str(responses), judge="none")
+    nobody = JudgeOptions("none")
+    plan = experiment.plan(model.tokenizer, model="x", responses=str(responses), judging=nobody)
     text = f"<user>{ROWS[0][1]}\n\n{ROWS[0][2]}\n<model>"
     expected = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert list(plan.token_ids["0"]["prompt"]) == expected

@@ -265,3 +265,74 @@ def test_units_are_verified_like_cells(own: Path, tmp_path: Path, model: Transfo
     (verdict,) = verify_store(store, sample=9, experiments=[str(own)])
     assert verdict.problems == ("'length' of bb|bb is not what is computed anew.",)
     assert CliRunner().invoke(app, ["verify", str(store), "--sample", "0"]).exit_code == 0
+
+
+GROUPED = (
+    PAIRS.replace(
+        "@dataclass(frozen=True)\nclass Pair:",
+        '''@dataclass(frozen=True)
+class Weighing:
+    """How lengths are weighed.
+
+    Attributes:
+        weight: what the sum is
+            multiplied by.
+    """
+
+    weight: float = 1.0
+
+@dataclass(frozen=True)
+class Shifted(Weighing):
+    """Weighed, and shifted.
+
+    Attributes:
+        shift: what is added.
+    """
+
+    shift: Annotated[float, Field(ge=0)] = 0.0
+
+@dataclass(frozen=True)
+class Pair:''',
+    )
+    .replace(
+        "import torch", "from typing import Annotated\nimport torch\nfrom pydantic import Field"
+    )
+    .replace("weight: float = 1.0):", "weighing: Shifted = Shifted(shift=2.0)):")
+    .replace("weight * size", "(weighing.weight * size + weighing.shift)")
+    + """
+def finish(tokenizer, pairs, measured, *, weighing: Weighing, halved: bool = False):
+    return {**measured, "sum": measured["sum"] * (0.5 if halved else weighing.weight)}
+"""
+)
+
+
+def test_the_fields_of_a_group_are_options(
+    own: Path, tmp_path: Path, model: TransformersModel
+) -> None:
+    """Names, defaults, help, refusals and identity are those of options that stand alone."""
+    alone = pn.run(own, model, layers="0", weight=3.0, store=tmp_path / "s.zarr")
+    own.write_text(GROUPED)
+    experiment = load_experiment(own)
+    assert list(experiment.options) == ["words", "weight", "shift"]
+    assert [each.default for each in experiment.options.values()] == ["a,bb", 1.0, 2.0]
+    ds = pn.run(own, model, layers="0", weight=3.0, store=tmp_path / "s.zarr")
+    assert ds.attrs["parameters"] == {**alone.attrs["parameters"], "shift": 2.0}
+    assert ds["sum"].sel(left="a", right="bb", letter=0).item() == 3 * (3 * 21 + 2)
+    unshifted = pn.run(own, model, layers="0", shift=0, store=tmp_path / "s.zarr")
+    assert unshifted["sum"].sel(left="a", right="bb", letter=0).item() == 21
+    with pytest.raises(pn.UsageError, match=r"no option 'weighing'; its options: words, weight, s"):
+        pn.run(own, model, weighing=1, store=tmp_path / "s.zarr")
+    with pytest.raises(pn.UsageError, match="'shift' cannot be -1: Input should be greater"):
+        pn.run(own, model, shift=-1, store=tmp_path / "s.zarr")
+    shown = CliRunner().invoke(app, ["run", str(own), "--help"], env={"COLUMNS": "200"}).output
+    assert "what the sum is multiplied by. [default: 1.0]" in shown
+    assert "what is added. [default: 2.0]" in shown
+    assert "--weighing" not in shown
+    verdicts = verify_store(tmp_path / "s.zarr", sample=1, experiments=[str(own)])
+    assert {each.info.run: each.problems for each in verdicts}[ds.attrs["run"]] == ()
+
+
+def test_what_finish_takes_is_an_option_or_has_a_default(own: Path) -> None:
+    own.write_text(GROUPED.replace("halved: bool = False", "halved: bool"))
+    with pytest.raises(pn.PersonaError, match="takes 'halved', which is an option of neither"):
+        load_experiment(own)

@@ -2,11 +2,14 @@
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 from urllib.parse import urlsplit
 
-from persona_nns.errors import UsageError
+from persona_nns.errors import UsageError, missing_extra
 
+#: What the simulated server imports beside what is needed here.
+SIMULATED = ("uvicorn", "starlette", "websockets", "python_multipart")
 BACKENDS = "local, simulate, ndif, or the URL of a server such as https://ndif.example.org"
 
 
@@ -32,11 +35,14 @@ def read_backend(backend: str) -> Server | Literal["local", "simulate"]:
     """What ``--backend`` names.
 
     Raises:
-        UsageError: no such backend.
+        UsageError: no such backend, or the packages of the simulated server are missing.
     """
     if backend == "local":
         return "local"
     if backend == "simulate":
+        for package in SIMULATED:
+            if find_spec(package) is None:
+                raise missing_extra(f"The backend 'simulate' needs {package}", "simulate")
         return "simulate"
     url = _ndif_url() if backend == "ndif" else backend
     parts = urlsplit(url)

@@ -68,12 +68,12 @@ from .residuals import root_mean_square as root_mean_square
 from .residuals import span_columns as span_columns
 from .residuals import substitute as substitute
 from .residuals import take as take
-from .sampling import Asked as Asked
 from .sampling import NucleusSampling as NucleusSampling
 from .sampling import RowSampler as RowSampler
 from .sampling import Sampling as Sampling
-from .sampling import asked_batches as asked_batches
-from .sampling import read_answers as read_answers
+from .sampling import SeededPrompt as SeededPrompt
+from .sampling import prompt_batches as prompt_batches
+from .sampling import read_replies as read_replies
 from .sampling import row_seed as row_seed
 from .sampling import sample_replies as sample_replies
 from .steering import ablate as ablate

@@ -74,10 +74,10 @@ def row_seed(*labels: str | int | float) -> int:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A prompt to be answered: its token ids, and the seed that the answer is drawn with."""
+class SeededPrompt:
+    """Token ids to be answered, and the seed that the answer is drawn with."""
 
-    prompt: Sequence[int]
+    ids: Sequence[int]
     seed: int
 
 
@@ -113,17 +113,17 @@ class NucleusSampling(Sampling):
         return RowSampler(seeds, self.temperature, self.top_p)
 
 
-def asked_batches(
-    asked: Sequence[Asked], sampling: Sampling, *, device: torch.device
+def prompt_batches(
+    prompts: Sequence[SeededPrompt], sampling: Sampling, *, device: torch.device
 ) -> Iterator[tuple[list[int], Batch, dict[str, Any]]]:
-    """Deal prompts into batches of similar length; no answer depends on which batch it is in.
+    """Deal prompts into batches of similar length; no answer depends on those beside it.
 
     Yields:
-        Which of the prompts, the batch of them, and what `generate` takes beside its tokens.
+        Which of the prompts, the batch of them, and what ``generate`` takes beside its tokens.
     """
     n_tokens = sampling.max_new_tokens
-    for rows in similar_rows([len(each.prompt) + n_tokens for each in asked]):
-        sampler = sampling.sampler([asked[row].seed for row in rows])
+    for rows in similar_rows([len(prompt.ids) + n_tokens for prompt in prompts]):
+        sampler = sampling.sampler([prompts[row].seed for row in rows])
         settings = {
             "max_new_tokens": n_tokens,
             "do_sample": False,
@@ -131,10 +131,10 @@ def asked_batches(
             "use_cache": True,
             "logits_processor": [sampler] if sampling.temperature else [],
         }
-        yield rows, left_pad([asked[row].prompt for row in rows], device=device), settings
+        yield rows, left_pad([prompts[row].ids for row in rows], device=device), settings
 
 
-def read_answers(
+def read_replies(
     model: TransformersModel, generated: Tensor, batch: Batch, sampling: Sampling
 ) -> Tensor:
     """What ``generate`` added to a batch of prompts, [row, token], −1 after the end, on the CPU."""
@@ -143,11 +143,13 @@ def read_answers(
     return said.until_end().cpu()
 
 
-def sample_replies(model: TransformersModel, asked: Sequence[Asked], sampling: Sampling) -> Tensor:
-    """Let a model from `load_model` answer, [row, token], −1 after a row's end, on the CPU."""
-    said = torch.full((len(asked), sampling.max_new_tokens), -1)
-    for rows, batch, settings in asked_batches(asked, sampling, device=model.device):
+def sample_replies(
+    model: TransformersModel, prompts: Sequence[SeededPrompt], sampling: Sampling
+) -> Tensor:
+    """Sample a reply to each prompt, [row, token], −1 after a row's end, on the CPU."""
+    said = torch.full((len(prompts), sampling.max_new_tokens), -1)
+    for rows, batch, settings in prompt_batches(prompts, sampling, device=model.device):
         with model.generate(batch.tokens, **settings) as tracer:
             generated = save(tracer.result)
-        said[rows] = read_answers(model, generated, batch, sampling)
+        said[rows] = read_replies(model, generated, batch, sampling)
     return said

@@ -27,7 +27,7 @@ from persona_nns.models.adapters import base_of, require_peft
 from persona_nns.models.checkpoints import load_weights
 from persona_nns.models.load import record_of
 from persona_nns.tracing.batches import left_pad, similar_rows
-from persona_nns.tracing.sampling import Asked, Sampling, asked_batches, read_answers
+from persona_nns.tracing.sampling import Sampling, SeededPrompt, prompt_batches, read_replies
 
 _SAVE_EVERY = 50  # steps between checkpoints
 _LOW_RANK = re.compile(r"r([1-9]\d*)")
@@ -91,10 +91,10 @@ class TrainingOptions:
         return Training(self.steps, self.rows, self.accumulation, rate, self.seed)
 
 
-def as_trajectories(prompts: Sequence[Sequence[int]], said: Tensor) -> list[Trajectory]:
+def as_trajectories(prompts: Sequence[SeededPrompt], said: Tensor) -> list[Trajectory]:
     """Prompts with what was said to them, [row, token], −1 after the end."""
     return [
-        Trajectory(tuple(prompt), tuple(token for token in row if token >= 0))
+        Trajectory(tuple(prompt.ids), tuple(token for token in row if token >= 0))
         for prompt, row in zip(prompts, said.tolist(), strict=True)
     ]
 
@@ -368,14 +368,14 @@ def distil(
 
 
 def generate(
-    student: Any, model: TransformersModel, asked: Sequence[Asked], sampling: Sampling
+    student: Any, model: TransformersModel, prompts: Sequence[SeededPrompt], sampling: Sampling
 ) -> Tensor:
     """What a student says, or the model that it is of, [row, token], −1 after a row's end."""
-    said = torch.full((len(asked), sampling.max_new_tokens), -1)
-    for rows, batch, settings in asked_batches(asked, sampling, device=model.device):
+    said = torch.full((len(prompts), sampling.max_new_tokens), -1)
+    for rows, batch, settings in prompt_batches(prompts, sampling, device=model.device):
         with torch.inference_mode():
             generated = student.generate(**batch.tokens, **settings)
-        said[rows] = read_answers(model, generated, batch, sampling)
+        said[rows] = read_replies(model, generated, batch, sampling)
     return said
 
 
