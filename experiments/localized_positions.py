@@ -164,8 +164,7 @@ def measure(
     if rms:
         written["kl_rms_matched"] = match_rms(prediction, xy)
         written["kl_rms_only"] = match_rms(xy, prediction)
-    kl = substitute_each(model, batch, written, layers)
-    results = {**kl, "n_eval": batch.scored.sum(2).T}
+    results = {**substitute_each(model, batch, written, layers), "n_eval": batch.scored.sum(2).T}
     geometry = {
         "cos_additive": cos_additive(bb, xb, by, xy),
         "cos_persona_task": cos_persona_task(bb, xb, by),
