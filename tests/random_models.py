@@ -1,6 +1,7 @@
 """Small random models of every supported architecture."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +90,13 @@ def save_random_model(
     return copy_tokenizer(folder)
 
 
-def crossed(*telling: str) -> list[Any]:
-    """The ten architectures as parameters of a test.
+def crossed(*telling: str, among: Iterable[str] = ARCHITECTURES) -> list[Any]:
+    """Architectures as parameters of a test.
 
     `make test` runs the telling ones alone, those with a path of their own through what is
     tested; `make test-slow` runs the others.
     """
-    return [
-        pytest.param(name, marks=() if name in telling else pytest.mark.slow)
-        for name in ARCHITECTURES
-    ]
+    return [pytest.param(name, marks=() if name in telling else pytest.mark.slow) for name in among]
 
 
 def architectures(*telling: str) -> Any:

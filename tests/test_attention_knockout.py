@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from nnsight import TransformersModel, save
-from random_models import GOLDEN, architectures
+from random_models import GOLDEN, architectures, crossed
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -194,7 +194,7 @@ def test_it_equals_a_knockout_in_the_softmax_of_plain_transformers(
         assert_equal(batched, row, expected, bands)
 
 
-@pytest.mark.parametrize("name", [pytest.param("qwen2", marks=pytest.mark.slow), "gemma2"])
+@pytest.mark.parametrize("name", crossed("gemma2", among=("qwen2", "gemma2")))
 def test_every_label_equals_plain_transformers_on_a_trained_model(
     golden_model: Callable[[str], TransformersModel], experiment: ModuleType, name: str
 ) -> None:

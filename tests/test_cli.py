@@ -283,15 +283,16 @@ def test_one_grid_under_two_names_is_one_result_and_can_be_drawn(
     command: Command, grid_file: str, make_folder: Callable[..., Path]
 ) -> None:
     Path("copy.toml").write_text(Path(grid_file).read_text())
+    Path("norms.py").write_text(EXAMPLE)
     for model, grid in (
         (str(GOLDEN / "qwen2"), grid_file),
         (str(make_folder("llama")), "copy.toml"),
     ):
-        request = ["run", "localized_positions", "--model", model, "--grid", grid]
-        assert command(*request, "--layers", "2", "--store", "s.zarr")[0] == 0
-    request = ["run", "localized_positions", *BASE[:2], "--grid", "copy.toml", "--layers", "2"]
+        request = ["run", "norms.py", "--model", model, "--grid", grid]
+        assert command(*request, "--store", "s.zarr")[0] == 0
+    request = ["run", "norms.py", *BASE[:2], "--grid", "copy.toml"]
     assert command(*request, "--store", "s.zarr")[0] == 0
     assert len(pn.list_runs("s.zarr")) == 2
-    code, out, err = command("plot", "s.zarr", "localized_positions")
+    code, out, err = command("plot", "s.zarr", "norms.py")
     assert (code, err) == (0, "")
-    assert "localized_positions-mine-kl_by_layer.png" in out
+    assert "norms-mine-norm_ratio_by_layer.png" in out

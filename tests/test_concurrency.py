@@ -15,7 +15,7 @@ from persona_nns.results.reading import list_runs, open_results
 from persona_nns.runs.queue import Queue
 
 WRITER = Path(__file__).with_name("store_writer.py")
-N_PROCESSES, N_CELLS, BATCH = 4, 24, 2
+N_PROCESSES, N_CELLS, BATCH = 3, 24, 2
 
 
 def start(store: str, seconds: float = 0.1) -> subprocess.Popen[str]:

@@ -29,7 +29,7 @@ CONTROLS = [
     *("every_step", "together", "together_own_size"),
 ]
 TASK_TOKENS = 3
-architecture = architectures("qwen2", "gemma3", "gpt2", "olmo2")
+architecture = architectures("gemma3", "gpt2", "olmo2")
 Edit = dict[tuple[int, int], Tensor]  # (layer, token) → what is put there
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from nnsight import TransformersModel
+from random_models import crossed
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -230,14 +231,10 @@ def close(ours: Any, theirs: Any) -> None:
     np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-3, atol=1e-5)
 
 
-# `make test` grafts where keys turn whole, in part, and by the layer; the others are alike.
-TELLING = ("qwen2", "gemma3", "gpt_neox")
-OTHERS = ("llama", "qwen3", "gemma2", "mistral", "phi3", "olmo2")
+ROTARY = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "olmo2", "gpt_neox")
 
 
-@pytest.mark.parametrize(
-    "name", [*TELLING, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
-)
+@pytest.mark.parametrize("name", crossed("qwen2", "gemma3", "gpt_neox", among=ROTARY))
 def test_every_graft_and_band_equals_plain_transformers(
     random_model: Callable[[str], TransformersModel],
     plain_model: Callable[[str], PreTrainedModel],
@@ -267,7 +264,9 @@ def test_every_graft_and_band_equals_plain_transformers(
     torch.testing.assert_close(result["closure"][:, :, 0], 1 - kl[:, :, 0] / kl[:, :1, 0])
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gemma2", "gemma3", "gpt_neox"])
+@pytest.mark.parametrize(
+    "name", crossed("qwen2", "gemma3", among=("qwen2", "gemma2", "gemma3", "gpt_neox"))
+)
 def test_a_batch_gives_the_numbers_of_single_cells_and_reuse_those_of_none(
     random_model: Callable[[str], TransformersModel],
     experiment: ModuleType,
@@ -275,9 +274,9 @@ def test_a_batch_gives_the_numbers_of_single_cells_and_reuse_those_of_none(
     name: str,
 ) -> None:
     model, cells = random_model(name), list(small_grid.cells)
-    together = experiment.measure(model, cells, n_tokens=12)
-    single = [experiment.measure(model, [cell], n_tokens=12) for cell in cells]
-    plain = experiment.measure(model, cells, n_tokens=12, reuse=False)
+    together = experiment.measure(model, cells, n_tokens=4)
+    single = [experiment.measure(model, [cell], n_tokens=4) for cell in cells]
+    plain = experiment.measure(model, cells, n_tokens=4, reuse=False)
     for name in ("kl", "cache_bytes", "n_eval", "distinct_markers", "any_marker"):
         alone = torch.cat([result[name] for result in single])
         for other in (alone, plain[name]):
@@ -400,7 +399,7 @@ def test_results_are_labelled(
         pn.run("kv_graft", model, small_grid, store=store, grafts="personas")
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("name", crossed("gemma2", among=("qwen2", "gemma2")))
 def test_no_graft_is_no_injection(
     golden_model: Callable[[str], TransformersModel], experiment: ModuleType, name: str
 ) -> None:

@@ -1,5 +1,6 @@
 """The store of published numbers holds what the paper prints, and is what the files make."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,7 @@ PRINTED = [
 ]
 
 
+@cache
 def results(experiment: str, grid: str | None = None) -> xr.Dataset:
     return open_results(STORE, experiment, grid=grid)
 

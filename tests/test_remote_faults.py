@@ -254,7 +254,10 @@ def test_a_server_killed_and_started_again_in_the_middle_of_a_job(
     assert job.submissions == 2
 
 
-@pytest.mark.parametrize(("blow", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("blow", "code"),
+    [pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow), (signal.SIGINT, 130)],
+)
 def test_a_client_that_ends_in_the_middle_of_a_job(
     client: Client, own: Path, expected: xr.Dataset, tmp_path: Path, blow: int, code: int
 ) -> None:

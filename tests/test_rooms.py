@@ -92,7 +92,7 @@ def test_a_store_is_read_and_drawn_without_torch(tmp_path: Path) -> None:
         ("jobs", "read_jobs", "runs"),
         (
             "kv",
-            "KVCache Piece Rotation hide read_cache read_rotation running_cache splice stack",
+            "KVCache Piece Rotation read_cache read_rotation running_cache splice stack",
             "tracing.kv",
         ),
         ("kv.labelled", "label_cache open_cache write_cache", "results"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import xarray as xr
-from conftest import printed
+from shared import printed
 
 from persona_nns.figures.tables import result_table
 

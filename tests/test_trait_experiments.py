@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from conftest import printed
 from nnsight import TransformersModel
+from shared import printed
 
 import persona_nns as pn
 from persona_nns.cli.commands import main

@@ -14,7 +14,7 @@ OWN = '''
 """Sizes that depend on the model, for the tests."""
 import torch
 from persona_nns import Variable
-from persona_nns.sites import label_layer_set
+from persona_nns.declarations import label_layer_set
 
 protocol_version = 1
 defaults = {"layer_sets": "0.5;all"}
