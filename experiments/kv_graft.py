@@ -198,11 +198,9 @@ def measure(
 def fill_sources(model: TransformersModel, cells: Sequence[Cell]) -> GraftSources:
     """Everything before p_last of each prompt, once; and how this model's keys are moved."""
     prompts = [render_cell(model.tokenizer, cell) for cell in cells]
-    spans: list[dict[PromptName, dict[Span, range]]] = [
-        {name: spans_before_last(prompt[name]) for name in ROLE_PROMPTS} for prompt in prompts
-    ]
+    spans = [{name: spans_before_last(prompt[name]) for name in ROLE_PROMPTS} for prompt in prompts]
     warn_about_prefixes(cells, prompts, spans)
-    caches: dict[PromptName, KVCache] = {
+    caches = {
         name: fill_cache(model, [prompt[name].ids[:-1] for prompt in prompts])
         for name in ROLE_PROMPTS
     }

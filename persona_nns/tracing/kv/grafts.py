@@ -13,7 +13,7 @@ from persona_nns.tracing.kv.splice import Piece, splice
 #: Which prompt's cache each span is taken from, in the order of the spans.
 Origins = Mapping[Span, PromptName]
 #: Where the spans of each row stand, by prompt and name.
-Spans = Sequence[Mapping[PromptName, Mapping[Span, range]]]
+Spans = Sequence[Mapping[str, Mapping[Span, range]]]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class GraftSources:
 
     prompts: Sequence[Mapping[PromptName, Prompt]]
     spans: Spans
-    caches: Mapping[PromptName, KVCache]
+    caches: Mapping[str, KVCache]
     rotation: Rotation
 
 
