@@ -191,8 +191,7 @@ def passes(batch: Batch, bands: Sequence[range]) -> Iterator[tuple[Window, Seque
 
     From the first blocked query and the lowest layer of the band on, several as rows of one pass.
     """
-    p_last = torch.tensor([len(prompt) - 1 for prompt in batch.prompts], device=batch.clean.device)
-    for first, names in ((p_last, BLOCKED[:1]), (batch.after, BLOCKED[1:])):
+    for first, names in ((batch.run.p_last, BLOCKED[:1]), (batch.after, BLOCKED[1:])):
         window = batch.run.narrow(first, batch.scored.shape[1])
         for lowest in dict.fromkeys(band.start for band in bands):
             of_layer = [band for band in bands if band.start == lowest]

@@ -184,10 +184,9 @@ def inject(
     model: TransformersModel, host: CleanRun, layers: Sequence[int], value: Tensor
 ) -> Tensor:
     """The host's logits with a source at its p_last, at each layer of a set at once."""
-    p_last = host.window.attention_mask[:, : host.window.start + host.n_prompt].sum(1) - 1
     n_kept = host.logits.shape[1]
-    window = host.narrow(p_last, n_kept)
-    column = window.column(p_last)
+    window = host.narrow(host.p_last, n_kept)
+    column = window.column(host.p_last)
     with model.trace(window.inputs(), logits_to_keep=n_kept):
         window.resume(model, layers[0])
         for layer in layers:
@@ -208,15 +207,7 @@ def say_injected(
     """What the host says, once as it is for each task, and for each cell with a source.
 
     It is put at p_last, or at p_last and then at g1 and g2 as each is reached. A site that the
-    reference does not have is left as it is.
-
-    Args:
-        model: from `load_model`.
-        host: the prompt of each cell.
-        source: by name, [layer, cell, step, d_model].
-        reference: what the sources are read on.
-        layers: where it is put.
-        n_tokens: greedy tokens.
+    reference, which the sources are read on, does not have is left as it is.
 
     Returns:
         [cell][site][source]

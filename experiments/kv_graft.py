@@ -227,9 +227,9 @@ def read_reference(
     xy = Prefilled([prompt["XY"].ids for prompt in sources.prompts], sources.caches["XY"])
     said = say(model, xy, n_eval)
     said.warn_if_short([cell.label for cell in cells], n_eval)
-    forced = said.ids[:, :-1]
-    clean = log_probabilities(force(model, xy, forced).logits)
-    return Reference(forced, clean, said.scored("p_last", n_eval))
+    run = force(model, xy, said.ids[:, :-1])
+    scored = said.scored("p_last", n_eval)
+    return Reference(said.ids[:, :-1], log_probabilities(run.logits), scored)
 
 
 def make_graft(sources: GraftSources, graft: str) -> tuple[Prefilled, Tensor]:

@@ -57,6 +57,14 @@ def test_a_model_without_end_tokens_never_ends() -> None:
     assert reference.length.tolist() == [3]
 
 
+def test_its_first_tokens_are_those_of_a_shorter_continuation() -> None:
+    rows = [10, 11, END, 0, 0], [10, 11, 12, 13, 14], [END, 0, 0, 0, 0]
+    long, short = read(*rows, n_tokens=5), read(*rows, n_tokens=3)
+    first = long.first(3)
+    assert first.ids.tolist() == short.ids.tolist()
+    assert first.length.tolist() == short.length.tolist() == [3, 3, 1]
+
+
 def test_any_of_several_end_tokens_ends_the_text() -> None:
     reference = read([10, 9, 0, 0], [10, 11, END, 0], [8, 9, END, 5], n_tokens=4, ends=(END, 9))
     assert reference.length.tolist() == [2, 3, 2]

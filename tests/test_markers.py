@@ -1,4 +1,7 @@
-from persona_nns.prompts.markers import find_markers
+from dataclasses import replace
+
+from persona_nns.prompts.grids import Grid
+from persona_nns.prompts.markers import count_each, find_markers
 
 
 def test_single_words_stand_on_word_boundaries():
@@ -15,3 +18,11 @@ def test_markers_with_a_space_or_hyphen_are_substrings():
 
 def test_case_does_not_matter():
     assert find_markers("a spof", ["SPOF"]) == ["SPOF"]
+
+
+def test_each_text_is_searched_for_the_markers_of_its_cell(small_grid: Grid) -> None:
+    one, other, *_ = small_grid.cells
+    cells = [replace(one, markers=("menu", "season")), other]
+    texts = [[["A menu, a season.", "MENU"], [""]], [["menu"], []]]
+    assert count_each(texts, cells) == [[[2, 1], [0]], [[-1], []]]
+    assert count_each(["menu", "menu"], cells) == [1, -1]

@@ -13,7 +13,9 @@ from random_models import architectures
 from persona_nns.declarations.sites import parse_layers
 from persona_nns.prompts.grids import Cell, Grid, load_grid
 from persona_nns.prompts.render import ROLE_PROMPTS, render_cell
-from persona_nns.tracing.prefixes import prefill
+from persona_nns.tracing.clean_run import force, run_clean
+from persona_nns.tracing.continuations import say
+from persona_nns.tracing.prefixes import prefill, prefill_rows
 from persona_nns.tracing.window import open_window
 
 POSITIONS = ["p_last", "g1", "g2"]
@@ -179,3 +181,26 @@ def test_without_a_prefix_the_window_is_the_whole_rows(
     window = open_window([[1, 2], [3]], torch.tensor([[4], [5]]), None)
     assert window.input_ids.tolist() == [[1, 2, 4], [0, 3, 5]]
     assert window.column(torch.tensor([0, 0])).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("reuse", [True, False])
+def test_what_is_said_and_then_forced_is_the_run_in_which_it_was_said(
+    random_model: Callable[[str], TransformersModel], small_grid: Grid, name: str, reuse: bool
+) -> None:
+    model = random_model(name)
+    rows = [render_cell(model.tokenizer, cell)["XY"].ids for cell in small_grid.cells]
+    prompts = prefill_rows(model, rows, 3, reuse=reuse)
+    said, run = run_clean(model, prompts, 6)
+    assert torch.equal(said.ids, say(model, prompts, 6).ids)
+    assert torch.equal(said.ids[:, 0], run.logits[:, 0].argmax(-1))
+    forced = force(model, prompts, said.ids[:, :-1])
+    assert forced.n_prompt == run.n_prompt
+    assert forced.p_last.tolist() == [len(row) - 1 for row in rows]
+    torch.testing.assert_close(forced.logits, run.logits, rtol=1e-4, atol=1e-4)
+    is_token = run.window.attention_mask[:, run.window.start :, None] > 0
+    ours, theirs = (torch.where(is_token, r, 0.0) for r in (forced.residual, run.residual[:-1]))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (forced.cache is None) == (run.cache is None) == (not reuse)
+    some = force(model, prompts.some([2, 0, 2]), said.ids[[2, 0, 2], :-1])
+    torch.testing.assert_close(some.logits, run.logits[[2, 0, 2]], rtol=1e-4, atol=1e-4)

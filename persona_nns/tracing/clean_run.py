@@ -37,6 +37,11 @@ class CleanRun:
     residual: Tensor
     cache: KVCache | None
 
+    @property
+    def p_last(self) -> Tensor:
+        """Its place in each row, [row]."""
+        return self.n_prompt - 1 + self.window.start - self.window.padding
+
     def narrow(self, site: Tensor, n_generated: int) -> Window:
         """The part of the run that an intervention can change and that is scored.
 
