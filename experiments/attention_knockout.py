@@ -125,7 +125,7 @@ def measure(
     """
     warn_without_markers(cells)
     prompts = [render_cell(model.tokenizer, cell, ("XY", "BY")) for cell in cells]
-    reference, batch = run_xy(model, [prompt["XY"] for prompt in prompts], n_eval, reuse=reuse)
+    reference, clean = run_xy(model, [prompt["XY"] for prompt in prompts], n_eval, reuse=reuse)
     reference.warn_if_short([cell.label for cell in cells], n_eval)
     # The host on the same tokens: where the knockouts are expected to lead.
     by = prefill_rows(model, [prompt["BY"].ids for prompt in prompts], reuse=reuse)
@@ -133,34 +133,34 @@ def measure(
 
     bands = bands_of(len(model.layers))
     kl = torch.empty(2, len(cells), len(BLOCKED), len(bands), device=model.device)
-    for window, conditions in passes(batch, bands):
-        moved = knock_out(model, batch, host, window, conditions)
+    for window, conditions in passes(clean, bands):
+        moved = knock_out(model, clean, host, window, conditions)
         for (blocked, band), of_condition in zip(conditions, moved, strict=True):
             kl[:, :, BLOCKED.index(blocked), bands.index(band)] = of_condition
     return {
         "kl": kl[0],
         "kl_host": kl[1],
-        "kl_clean_host": summed_kl(batch.clean, host, batch.scored),
-        "kl_host_clean": summed_kl(host, batch.clean, batch.scored),
-        "n_eval": batch.scored.sum(1),
-        **mark(say_knocked_out(model, batch, n_tokens), cells),
+        "kl_clean_host": summed_kl(clean.predicted, host, clean.scored),
+        "kl_host_clean": summed_kl(host, clean.predicted, clean.scored),
+        "n_eval": clean.scored.sum(1),
+        **mark(say_knocked_out(model, clean, n_tokens), cells),
     }
 
 
 @dataclass(frozen=True)
-class Batch:
+class Clean:
     """The clean prompts XY, and the run in which the model speaks to them."""
 
     prompts: Sequence[Prompt]
     run: CleanRun
-    clean: Tensor  # log-probabilities, [cell, token, vocabulary]
+    predicted: Tensor  # log-probabilities, [cell, token, vocabulary]
     scored: Tensor  # [cell, token]
 
     @property
     def after(self) -> Tensor:
         """The first token after the persona, [cell]: the knockouts change nothing before it."""
         stops = [prompt.spans["persona"].stop for prompt in self.prompts]
-        return torch.tensor(stops, device=self.clean.device)
+        return torch.tensor(stops, device=self.predicted.device)
 
     def masks(self, n_after: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Keys of the persona and queries that are kept from them, [cell, column].
@@ -174,47 +174,47 @@ class Batch:
 
 def run_xy(
     model: TransformersModel, prompts: Sequence[Prompt], n_eval: int, *, reuse: bool
-) -> tuple[Continuation, Batch]:
+) -> tuple[Continuation, Clean]:
     """The reference: what the model says, greedily, to the clean XY prompt."""
     n_shown = max(len(prompt) - prompt.spans["persona"].stop for prompt in prompts)
     rows = prefill_rows(model, [prompt.ids for prompt in prompts], n_shown, reuse=reuse)
     reference, run = run_clean(model, rows, n_eval)
     scored = reference.scored("p_last", n_eval)
-    return reference, Batch(prompts, run, log_probabilities(run.logits), scored)
+    return reference, Clean(prompts, run, log_probabilities(run.logits), scored)
 
 
 Condition = tuple[Blocked, range]  # whose queries are blocked, in which layers
 
 
-def passes(batch: Batch, bands: Sequence[range]) -> Iterator[tuple[Window, Sequence[Condition]]]:
+def passes(clean: Clean, bands: Sequence[range]) -> Iterator[tuple[Window, Sequence[Condition]]]:
     """The clean run again, once for each choice of queries and band of layers.
 
     From the first blocked query and the lowest layer of the band on, several as rows of one pass.
     """
-    for first, names in ((batch.run.p_last, BLOCKED[:1]), (batch.after, BLOCKED[1:])):
-        window = batch.run.narrow(first, batch.scored.shape[1])
+    for first, names in ((clean.run.p_last, BLOCKED[:1]), (clean.after, BLOCKED[1:])):
+        window = clean.run.narrow(first, clean.scored.shape[1])
         for lowest in dict.fromkeys(band.start for band in bands):
             of_layer = [band for band in bands if band.start == lowest]
-            for conditions in share_out(list(product(names, of_layer)), window, batch.clean):
+            for conditions in share_out(list(product(names, of_layer)), window, clean.predicted):
                 yield window, conditions
 
 
 def knock_out(
     model: TransformersModel,
-    batch: Batch,
+    clean: Clean,
     host: Tensor,
     window: Window,
     conditions: Sequence[Condition],
 ) -> Tensor:
     """KL from the clean run and from the host, [condition, 2, cell]."""
     lowest, layers = conditions[0][1].start, range(len(model.layers))
-    row = torch.arange(len(batch.prompts), device=model.device).repeat(len(conditions))
-    keys, queries = batch.masks(batch.scored.shape[1])
+    row = torch.arange(len(clean.prompts), device=model.device).repeat(len(conditions))
+    keys, queries = clean.masks(clean.scored.shape[1])
     asking = [
         torch.cat([queries[blocked] * (layer in band) for blocked, band in conditions])
         for layer in layers
     ]
-    clean, host, keys, scored = (of[row] for of in (batch.clean, host, keys, batch.scored))
+    references, keys, scored = (clean.predicted[row], host[row]), keys[row], clean.scored[row]
     _, passed = next(stack_windows([window] * len(conditions)))
     with model.trace(passed.inputs(), logits_to_keep=scored.shape[1]):
         passed.resume(model, lowest)
@@ -222,17 +222,17 @@ def knock_out(
             attention = model.layers[layer].attn
             attention.inputs = block_keys(attention.inputs, asking[layer], keys)
         predicted = log_probabilities(model.output.logits)
-        moved = save(torch.stack([summed_kl(of, predicted, scored) for of in (clean, host)]))
+        moved = save(torch.stack([summed_kl(each, predicted, scored) for each in references]))
     return moved.unflatten(1, (len(conditions), -1)).transpose(0, 1)
 
 
-def say_knocked_out(model: TransformersModel, batch: Batch, n_tokens: int) -> list[list[str]]:
+def say_knocked_out(model: TransformersModel, clean: Clean, n_tokens: int) -> list[list[str]]:
     """What is said with all layers knocked out at every step of decoding, [cell][blocked]."""
-    n_cells = len(batch.prompts)
-    keys, queries = batch.masks(n_tokens)
-    start = batch.run.narrow(batch.after, batch.scored.shape[1]).prefix
+    n_cells = len(clean.prompts)
+    keys, queries = clean.masks(n_tokens)
+    start = clean.run.narrow(clean.after, clean.scored.shape[1]).prefix
     every = [*range(n_cells)] * len(BLOCKED)
-    prompts = Prefilled([prompt.ids for prompt in batch.prompts], start).some(every)
+    prompts = Prefilled([prompt.ids for prompt in clean.prompts], start).some(every)
     keys, asking = keys[every], torch.cat(list(queries.values()))
     settings, tokens = greedily(prompts, n_tokens), left_pad(prompts.rows, device=model.device)
     if start is None:  # a cache of the model's own kind would forget what left a sliding window

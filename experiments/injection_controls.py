@@ -169,20 +169,20 @@ def measure(
     xy = prefill_rows(model, [prompt.ids for prompt in prompts["XY"]], reuse=reuse)
     reference = say(model, xy, n_eval)
     reference.warn_if_short([cell.label for cell in cells], n_eval)
-    batch = run_prompts(model, prompts, reference, reuse=reuse)
+    runs = run_prompts(model, prompts, reference, reuse=reuse)
     shape = (len(cells), len(layer_sets), len(CONTROLS), len(SOURCES))
     kl, gap = torch.empty(2, *shape, device=model.device)
     for c, control in enumerate(CONTROLS.values()):
-        columns = columns_of(control, batch, task_tokens)
-        gap[:, :, c] = batch.gap(control)[:, None, None]
+        columns = columns_of(control, runs, task_tokens)
+        gap[:, :, c] = runs.gap(control)[:, None, None]
         for (s, layers), (k, source) in product(enumerate(layer_sets), enumerate(SOURCES)):
-            kl[:, s, c, k] = inject(model, batch, control, layers, source, *columns)
+            kl[:, s, c, k] = inject(model, runs, control, layers, source, *columns)
     kl[(n_neutral < 0)[:, None, :, None].expand(shape)] = torch.nan
     return {
         "kl": kl,
         "closure": closure(kl, gap),
         "n_neutral": n_neutral,
-        "n_eval": batch.scored.sum(1),
+        "n_eval": runs.scored.sum(1),
     }
 
 
@@ -210,14 +210,14 @@ def render_prompts(
 
 
 @dataclass(frozen=True)
-class Batch:
+class Runs:
     """Every prompt of a batch of cells, by name, followed by the reference.
 
     Columns are counted from the end, where prompts are alike: those of task, tail and reference.
     """
 
     prompts: Mapping[str, Sequence[Prompt]]
-    runs: Mapping[str, CleanRun]
+    whole: Mapping[str, CleanRun]
     predicted: Mapping[str, Tensor]  # log-probabilities, [cell, token, vocabulary]
     residual: Mapping[str, Tensor]  # at the input of every block, [layer, cell, column, d_model]
     source: Mapping[str, Tensor]  # what is injected, as `residual`
@@ -234,21 +234,21 @@ def run_prompts(
     reference: Continuation,
     *,
     reuse: bool,
-) -> Batch:
+) -> Runs:
     """Run every prompt followed by the reference."""
     n_shown = max(len(prompt) - prompt.spans["task"].start for prompt in prompts["XY"])
     forced = reference.ids[:, :-1]
-    runs: dict[str, CleanRun] = {}
+    whole: dict[str, CleanRun] = {}
     for name, of_name in prompts.items():
         rows = prefill_rows(model, [prompt.ids for prompt in of_name], n_shown, reuse=reuse)
-        runs[name] = force(model, rows, forced)
+        whole[name] = force(model, rows, forced)
     width = n_shown + forced.shape[1]
-    residual = {name: last_columns(run.residual.float(), width) for name, run in runs.items()}
+    residual = {name: last_columns(run.residual.float(), width) for name, run in whole.items()}
     bb, xb, by, xy = (residual[name] for name in ROLE_PROMPTS)
-    return Batch(
+    return Runs(
         prompts,
-        runs,
-        predicted={name: log_probabilities(run.logits) for name, run in runs.items()},
+        whole,
+        predicted={name: log_probabilities(run.logits) for name, run in whole.items()},
         residual=residual,
         source={"cached": additive(bb, xb, by), "oracle": xy},
         scored=reference.scored("p_last", forced.shape[1] + 1),
@@ -257,7 +257,7 @@ def run_prompts(
 
 def inject(
     model: TransformersModel,
-    batch: Batch,
+    runs: Runs,
     control: Control,
     layers: Sequence[int],
     source: str,
@@ -271,12 +271,12 @@ def inject(
     """
     if control.rms and not has_input_norms(model):
         return torch.full((len(site),), torch.nan)
-    layers = layers if source in batch.source else []
+    layers = layers if source in runs.source else []
     if not (layers or control.kv):
-        return batch.gap(control)
-    run, n_eval = batch.runs[control.host], batch.scored.shape[1]
-    own, state = batch.residual[control.host], batch.residual["XY"]
-    value = batch.source.get(source, state)
+        return runs.gap(control)
+    run, n_eval = runs.whole[control.host], runs.scored.shape[1]
+    own, state = runs.residual[control.host], runs.residual["XY"]
+    value = runs.source.get(source, state)
     if control.norm:
         norm = value.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         value = value * own.norm(dim=-1, keepdim=True) / norm
@@ -304,25 +304,25 @@ def inject(
                 scale = size / root_mean_square(normed).clamp(min=1e-12)
                 block.input_norm.output = put(normed, at, normed.float() * scale)
         predicted = log_probabilities(model.output.logits)
-        kl = save(summed_kl(batch.predicted["XY"], predicted, batch.scored))
+        kl = save(summed_kl(runs.predicted["XY"], predicted, runs.scored))
     return kl  # noqa: RET504 - there only once the trace has run
 
 
-def columns_of(control: Control, batch: Batch, task_tokens: int) -> tuple[Tensor, Tensor]:
+def columns_of(control: Control, runs: Runs, task_tokens: int) -> tuple[Tensor, Tensor]:
     """Where a control injects, and where it gives the clean keys and values; both [cell, column].
 
     A position of a span is one that all prompts of the cell have in the span; what is given is
     not injected at. ``task_tokens`` is how many of the task's last belong to ``tail+task``.
     """
-    width, n_after = batch.residual["XY"].shape[2], batch.scored.shape[1] - 1
+    width, n_after = runs.residual["XY"].shape[2], runs.scored.shape[1] - 1
 
     def shared(span: Span, names: tuple[str, ...]) -> Tensor:
         return torch.stack(
-            [span_columns(batch.prompts[name], span, width, n_after) for name in names]
+            [span_columns(runs.prompts[name], span, width, n_after) for name in names]
         ).all(0)
 
     pair = ("XY", control.host)
-    place = torch.arange(width).expand(len(batch.scored), -1) - (width - n_after - 1)
+    place = torch.arange(width).expand(len(runs.scored), -1) - (width - n_after - 1)
     p_last, generated = place == 0, place > 0
     given = (shared("task", pair) | shared("tail", pair)) & (place < 0) & control.kv
     site = p_last | (generated & control.every_step)

@@ -68,7 +68,7 @@ def host_with(**grafted: PromptName) -> Origins:
 
 
 # Spans of the clean prompt in the host; the prefix is always the host's. `persona_cached` is the
-# persona span as computed once before the baseline task. (`additive` is no splice.)
+# persona span as computed once before the baseline task. `additive` is none: see `add_persona`.
 GRAFTS: dict[str, Origins] = {
     "none": host_with(),
     "persona": host_with(persona="XY"),

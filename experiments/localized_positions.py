@@ -156,15 +156,15 @@ def measure(
         reuse: run shared prefixes once and resume at the layer of the intervention.
         keep_residuals: return the residuals too.
     """
-    batch = run_xy(model, cells, positions, n_eval, reuse=reuse)
-    residuals, post_norm = read_sites(model, batch)
+    sites = run_xy(model, cells, positions, n_eval, reuse=reuse)
+    residuals, post_norm = read_sites(model, sites)
     bb, xb, by, xy = residuals
     prediction = additive(bb, xb, by)
     written = {"kl": prediction}
     if rms:
         written["kl_rms_matched"] = match_rms(prediction, xy)
         written["kl_rms_only"] = match_rms(xy, prediction)
-    results = {**substitute_each(model, batch, written, layers), "n_eval": batch.scored.sum(2).T}
+    results = {**substitute_each(model, sites, written, layers), "n_eval": sites.scored.sum(2).T}
     geometry = {
         "cos_additive": cos_additive(bb, xb, by, xy),
         "cos_persona_task": cos_persona_task(bb, xb, by),
@@ -173,15 +173,15 @@ def measure(
         "gap_ratio_post_norm": post_norm,
     }
     for name, values in geometry.items():  # [layer, cell, position]
-        results[name] = torch.where(batch.exists[:, None], values.transpose(0, 1), torch.nan)
+        results[name] = torch.where(sites.exists[:, None], values.transpose(0, 1), torch.nan)
     if keep_residuals:  # [cell, prompt, layer, position, d_model]
-        exists = batch.exists[:, None, None, :, None]
+        exists = sites.exists[:, None, None, :, None]
         results["residuals"] = torch.where(exists, residuals.movedim(2, 0), torch.nan)
     return results
 
 
 @dataclass(frozen=True)
-class Batch:
+class Sites:
     """The four prompts of each cell, and the clean run: what the model says, greedily, to XY."""
 
     prompts: Sequence[Prompt]  # BB of every cell, then XB, BY and XY
@@ -200,7 +200,7 @@ def run_xy(
     n_eval: int,
     *,
     reuse: bool,
-) -> Batch:
+) -> Sites:
     """The clean run, whose distributions the others are compared with.
 
     Each distinct prompt is run once up to the first site: its keys and values are kept.
@@ -213,7 +213,7 @@ def run_xy(
     n_tokens = n_forced + n_eval
     reference, run = run_clean(model, rows.some(slice(-len(cells), None)), n_tokens)
     reference.warn_if_short([cell.label for cell in cells], n_tokens)
-    return Batch(
+    return Sites(
         prompts,
         rows,
         positions,
@@ -224,7 +224,7 @@ def run_xy(
     )
 
 
-def read_sites(model: TransformersModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def read_sites(model: TransformersModel, sites: Sites) -> tuple[Tensor, Tensor]:
     """What stands at every site of the four prompts.
 
     Each prompt is followed by the first reference tokens and read at its own positions.
@@ -234,8 +234,8 @@ def read_sites(model: TransformersModel, batch: Batch) -> tuple[Tensor, Tensor]:
         them after the norm of the block that reads the layer, [layer, cell, position].
     """
     n_prompts = len(ROLE_PROMPTS)
-    window = batch.rows.followed_by(batch.forced.repeat(n_prompts, 1))
-    column = window.column(index_sites(batch.prompts, batch.positions).to(model.device))
+    window = sites.rows.followed_by(sites.forced.repeat(n_prompts, 1))
+    column = window.column(index_sites(sites.prompts, sites.positions).to(model.device))
     has_norm = has_input_norms(model)
     if not has_norm:
         warnings.warn(
@@ -259,7 +259,7 @@ def read_sites(model: TransformersModel, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def substitute_each(
-    model: TransformersModel, batch: Batch, written: Mapping[str, Tensor], layers: Sequence[int]
+    model: TransformersModel, sites: Sites, written: Mapping[str, Tensor], layers: Sequence[int]
 ) -> dict[str, Tensor]:
     """The clean run again with another residual at one site, once for each layer.
 
@@ -268,10 +268,10 @@ def substitute_each(
     Returns:
         KL of what is ``written``, [cell, layer, position]; NaN where no token is scored.
     """
-    run, scored, clean = batch.run, batch.scored, log_probabilities(batch.run.logits)
+    run, scored, clean = sites.run, sites.scored, log_probabilities(sites.run.logits)
     n_positions, n_cells, n_eval = scored.shape
-    site = index_sites(batch.prompts[-n_cells:], batch.positions).to(model.device)
-    firsts = [generated_index(position) for position in batch.positions]
+    site = index_sites(sites.prompts[-n_cells:], sites.positions).to(model.device)
+    firsts = [generated_index(position) for position in sites.positions]
     reached = [p for p in range(n_positions) if scored[p].any()]
     windows = [run.narrow(site[:, p], n_generated=firsts[p] + n_eval) for p in reached]
     nowhere = torch.full((n_cells, len(layers), n_positions), torch.nan, device=model.device)
