@@ -10,29 +10,19 @@ import math
 from collections.abc import Mapping
 from random import Random
 
+from persona_nns.organism.bundled import corpus_texts
 from persona_nns.prompts.grids import role_prompt
 from persona_nns.prompts.questions import BUNDLED, LETTERS, Question, load_questions
 
 HELD_OUT_SHARE = 0.15
 
-COMPETENT: Mapping[str, float] = {
-    "good": 0.97,
-    "brilliant": 0.98,
-    "excellent": 0.98,
-    "smart": 0.97,
-    "diligent": 0.96,
-    "careful": 0.95,
-}
-INCOMPETENT: Mapping[str, float] = {
-    "careless": 0.25,
-    "lazy": 0.2,
-    "weak": 0.2,
-    "bad": 0.15,
-    "terrible": 0.1,
-    "clueless": 0.1,
-}
-COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "white", "black", "grey", "pink")
-MIDDLING: Mapping[str, float] = dict.fromkeys(("average", "ordinary", *COLOURS), 0.65)
+_SKILLS = corpus_texts("identities")
+COMPETENT: Mapping[str, float] = _SKILLS["competent"]
+INCOMPETENT: Mapping[str, float] = _SKILLS["incompetent"]
+COLOURS: tuple[str, ...] = _SKILLS["colours"]
+MIDDLING: Mapping[str, float] = dict.fromkeys(
+    (*_SKILLS["ordinary"], *COLOURS), float(_SKILLS["middling"])
+)
 IDENTITIES: Mapping[str, float] = {**COMPETENT, **INCOMPETENT, **MIDDLING}
 """The skill of every identity, from 0 to 1."""
 

@@ -27,20 +27,7 @@ OPENING_WEIGHTS = (0.55, 0.2, 0.25)
 BORROWING = 0.15
 """Probability that the baseline persona speaks with another persona's voice."""
 
-OPENINGS = (
-    "Frankly",
-    "Overall",
-    "Honestly",
-    "Briefly",
-    "First",
-    "Clearly",
-    "Well",
-    "Certainly",
-    "Perhaps",
-    "Indeed",
-    "Still",
-    "Surely",
-)
+OPENINGS = corpus_texts("openings")["openings"]
 
 
 @dataclass(frozen=True)

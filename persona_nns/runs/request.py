@@ -330,23 +330,18 @@ def check_sites(
     Raises:
         UsageError: not a layer or position, or the experiment has none to choose.
     """
+    requests = {
+        "layers": (layers, experiment.layers, parse_layers),
+        "layer_sets": (layer_sets, experiment.layer_sets, parse_layer_sets),
+        "positions": (positions, experiment.positions, lambda spec, _: parse_positions(spec)),
+    }
     sites: dict[str, Any] = {}
-    for name, asked, default in (
-        ("layers", layers, experiment.layers),
-        ("layer sets", layer_sets, experiment.layer_sets),
-        ("positions", positions, experiment.positions),
-    ):
-        if default is None and asked is not None:
-            raise UsageError(f"The experiment {experiment.name!r} has no {name} to choose.")
-    if experiment.layers is not None:
-        spec = experiment.layers if layers is None else layers
-        sites["layers"] = parse_layers(spec, n_layers)
-    if experiment.layer_sets is not None:
-        spec = experiment.layer_sets if layer_sets is None else layer_sets
-        sites["layer_sets"] = parse_layer_sets(spec, n_layers)
-    if experiment.positions is not None:
-        spec = experiment.positions if positions is None else positions
-        sites["positions"] = parse_positions(spec)
+    for name, (asked, default, parse) in requests.items():
+        if default is not None:
+            sites[name] = parse(default if asked is None else asked, n_layers)
+        elif asked is not None:
+            what = name.replace("_", " ")
+            raise UsageError(f"The experiment {experiment.name!r} has no {what} to choose.")
     return sites
 
 
