@@ -45,14 +45,14 @@ from persona_nns.traits import (
     Trajectory,
     as_trajectories,
     check_held_out,
-    compare,
     distil,
-    generate,
     judge_answers,
     keep_trajectories,
     load_vector,
     parse_counts,
     parse_students,
+    per_token_kl,
+    student_replies,
     students_folder,
     trained_parameters,
 )
@@ -349,9 +349,9 @@ def evaluate(
     if unit.student == "steered":
         said, student = generate_steered(model, unit.teacher, prompts, sampling), None
     else:
-        said = generate(student, model, prompts, sampling)
+        said = student_replies(student, model, prompts, sampling)
     logits = partial(teacher_logits, model, unit.teacher)
-    return said, compare(shown, logits, student, said.shape[1], device=model.device)
+    return said, per_token_kl(shown, logits, student, said.shape[1], device=model.device)
 
 
 def generate_steered(

@@ -31,6 +31,7 @@ from persona_nns.traits import (
     DEGREES,
     JudgeOptions,
     TraitOptions,
+    TraitUnit,
     judge_answers,
     load_vector,
 )
@@ -56,25 +57,18 @@ finish = judge_answers
 
 
 @dataclass(frozen=True, eq=False)
-class Graded:
+class Graded(TraitUnit):
     """A question under every degree of the trait.
 
     Attributes:
-        trait: the trait's name.
         question: its number.
         prompts: token ids, one for each degree.
         vector: [n_layers + 1, d_model].
     """
 
-    trait: str
     question: int
     prompts: tuple[tuple[int, ...], ...]
     vector: Tensor
-
-    @property
-    def label(self) -> str:
-        """What it is called in messages."""
-        return f"{self.trait}/{self.question}"
 
     @property
     def place(self) -> dict[str, Any]:

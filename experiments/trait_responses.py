@@ -17,13 +17,7 @@ from persona_nns.declarations import Count, Plan, Variable, content_digest
 from persona_nns.figures import score_bars
 from persona_nns.prompts import render_chat, takes_system_role
 from persona_nns.tracing import Sampling, SeededPrompt, row_seed, sample_replies
-from persona_nns.traits import (
-    LABELS,
-    JudgeOptions,
-    Split,
-    TraitOptions,
-    judge_answers,
-)
+from persona_nns.traits import LABELS, JudgeOptions, Split, TraitOptions, TraitUnit, judge_answers
 
 protocol_version = 1
 
@@ -39,24 +33,17 @@ figures = {"contrast": partial(score_bars, by="label")}
 finish = judge_answers
 
 
-@dataclass(frozen=True)
-class Contrasted:
+@dataclass(frozen=True, eq=False)
+class Contrasted(TraitUnit):
     """A question under every system prompt.
 
     Attributes:
-        trait: the trait's name.
         question: its number.
         prompts: token ids, [pair][label].
     """
 
-    trait: str
     question: int
     prompts: tuple[tuple[tuple[int, ...], ...], ...]
-
-    @property
-    def label(self) -> str:
-        """What it is called in messages."""
-        return f"{self.trait}/{self.question}"
 
     @property
     def place(self) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from persona_nns.tracing import (
 )
 from persona_nns.traits import (
     JudgeOptions,
+    TraitUnit,
     judge_answers,
     load_traits,
     load_vector,
@@ -89,11 +90,10 @@ finish = judge_answers
 
 
 @dataclass(frozen=True, eq=False)
-class Steered:
+class Steered(TraitUnit):
     """A question, or a row of given answers, to be run under every coefficient.
 
     Attributes:
-        trait: the trait's name.
         number: of the question or row.
         prompt: token ids, no system prompt.
         response: token ids of a given answer; None where the model is to answer.
@@ -102,18 +102,12 @@ class Steered:
         position_sets: which tokens are steered.
     """
 
-    trait: str
     number: int
     prompt: tuple[int, ...]
     response: tuple[int, ...] | None
     vector: Tensor
     alphas: tuple[float, ...]
     position_sets: tuple[str, ...]
-
-    @property
-    def label(self) -> str:
-        """What it is called in messages."""
-        return f"{self.trait}/{self.number}"
 
     @property
     def place(self) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from persona_nns.traits import (
     JudgedResponse,
     JudgeOptions,
     Label,
+    TraitUnit,
     load_traits,
     row_coordinates,
     rows_of_file,
@@ -66,33 +67,21 @@ _NOBODY_JUDGES = "Without a judge, rows have to be given: --responses F.jsonl."
 figures = {"norms": vector_norms, "projections": projection_figure}
 
 
-@dataclass(frozen=True)
-class Answers:
+@dataclass(frozen=True, eq=False)
+class Answers(TraitUnit):
     """All answers that a vector is made from.
 
     Attributes:
-        trait: the trait's name.
         prompts: token ids of each row's prompt.
         responses: token ids of each row's answer, without an end token.
         labels: index into `LABELS` of each row.
         kept: whether a row counts for the vector.
     """
 
-    trait: str
     prompts: tuple[tuple[int, ...], ...]
     responses: tuple[tuple[int, ...], ...]
     labels: tuple[int, ...]
     kept: tuple[bool, ...]
-
-    @property
-    def label(self) -> str:
-        """What it is called in messages."""
-        return self.trait
-
-    @property
-    def place(self) -> dict[str, Any]:
-        """Where it stands in the result."""
-        return {"trait": self.trait}
 
 
 def prepare(

@@ -14,12 +14,7 @@ class UsageError(PersonaError):
 
 
 def missing_extra(need: str, extra: str) -> UsageError:
-    """The error where an optional package is not installed.
-
-    Args:
-        need: what needs what, as ``Workers need Ray``.
-        extra: the extra that brings it.
-    """
+    """The error where a package of an extra is missing; ``need`` is like ``Workers need Ray``."""
     return UsageError(f"{need}, which is not installed: pip install 'persona-nns[{extra}]'.")
 
 

@@ -20,7 +20,7 @@ from persona_nns.figures.drawing import draw
 from persona_nns.figures.traits import correlation
 from persona_nns.models.load import load_model
 from persona_nns.traits import judging as answers
-from persona_nns.traits.responses import Response, write_responses
+from persona_nns.traits.responses import Response
 from persona_nns.traits.rows import keep_pairs
 from persona_nns.traits.vectors import load_vector, read_vector, write_vector
 
@@ -106,7 +106,8 @@ def test_the_vector_is_that_of_the_kept_rows_given_as_a_file(
         Response(**{name: kept[f"row_{name}"].values.tolist()[k] for name in names})
         for k in range(kept.sizes["row"])
     ]
-    write_responses(rows, tmp_path / "terse.jsonl")
+    lines = "".join(f"{json.dumps(vars(row))}\n" for row in rows)
+    (tmp_path / "terse.jsonl").write_text(lines)
     given: dict[str, Any] = {"responses": str(tmp_path / "terse.jsonl"), "judge": "none"}
     again = pn.run("trait_vectors", model, store=tmp_path / "s", **given).isel(model=0, trait=0)
     np.testing.assert_allclose(again["vector"], vectors["vector"], atol=1e-4, rtol=1e-5)

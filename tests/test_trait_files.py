@@ -11,13 +11,12 @@ from safetensors.torch import save_file
 from persona_nns.errors import UsageError
 from persona_nns.organism.bundled import load_artifact
 from persona_nns.organism.trait_questions import QUESTIONS
-from persona_nns.traits.responses import Response, read_responses, write_responses
+from persona_nns.traits.responses import Response, read_responses
 from persona_nns.traits.trait import (
     bundled_traits,
     check_held_out,
     load_traits,
     read_trait,
-    write_trait,
 )
 from persona_nns.traits.vectors import read_vector, write_vector
 
@@ -100,12 +99,13 @@ def test_bundled_traits_are_the_shipped_artifacts(split: Any) -> None:
         assert trait.system(0, "neg") == f"You are a helpful assistant. {first['neg']}"
 
 
-def test_a_trait_survives_its_file(tmp_path: Path) -> None:
+def test_a_trait_of_ones_own_is_read_from_its_file(tmp_path: Path) -> None:
     trait = replace(load_traits("terse", "extraction")[0], name="laconic")
-    file = write_trait(trait, tmp_path, "extraction")
+    file = tmp_path / "extraction" / "laconic.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(load_artifact("terse", "extraction")))
     assert read_trait(file) == trait
     assert load_traits("laconic", "extraction", tmp_path) == [trait]
-    assert set(json.loads(file.read_text())) == {"instruction", "questions", "eval_prompt"}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,8 @@ def test_responses_survive_their_file(tmp_path: Path) -> None:
         Response(0, 3, "pos", "Be “kind”.", "Wie?", "So.\nUnd so."),
         Response(0, 3, "neg", "", "Wie?", "Anders."),
     ]
-    write_responses(rows, tmp_path / "kind.jsonl")
+    lines = "".join(f"{json.dumps(vars(row), ensure_ascii=False)}\n" for row in rows)
+    (tmp_path / "kind.jsonl").write_text(lines, encoding="utf-8")
     assert read_responses(tmp_path / "kind.jsonl") == rows
 
 

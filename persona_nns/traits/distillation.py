@@ -43,14 +43,9 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Training:
-    """How students are trained.
+    """How one student is trained, as `TrainingOptions` say it.
 
-    Attributes:
-        steps: optimiser steps.
-        rows: trajectories of a pass.
-        accumulation: passes of a step.
-        learning_rate: highest; it falls linearly to zero.
-        seed: of the order of the trajectories and of new weights.
+    The learning rate is the highest; it falls linearly to zero.
     """
 
     steps: int
@@ -102,20 +97,14 @@ def as_trajectories(prompts: Sequence[SeededPrompt], said: Tensor) -> list[Traje
 def keep_trajectories(
     file: Path, n: int, sample: Callable[[range], list[Trajectory]]
 ) -> list[Trajectory]:
-    """The first trajectories of a JSONL file; those that it lacks are sampled and added.
-
-    Args:
-        file: appears whole or not at all.
-        n: how many.
-        sample: makes those with these numbers.
-    """
+    """The first n trajectories of a JSONL file; those that it lacks are sampled and added."""
     lines = file.read_text().splitlines() if file.is_file() else []
     rows = [json.loads(line) for line in lines]
     kept = [Trajectory(tuple(row["prompt"]), tuple(row["response"])) for row in rows]
     if len(kept) < n:
         kept += sample(range(len(kept), n))
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
+        part = file.with_suffix(".part")  # the file appears whole or not at all
         part.write_text("".join(f"{json.dumps(vars(each))}\n" for each in kept))
         part.replace(file)
     return kept[:n]
@@ -124,14 +113,7 @@ def keep_trajectories(
 def students_folder(
     output: str | Path, record: ModelRecord, trait: str, determining: Sequence[Any]
 ) -> Path:
-    """Where the students of a teacher go; another teacher's have another folder.
-
-    Args:
-        output: the folder of all students.
-        record: the model.
-        trait: the teacher's.
-        determining: what determines what the teacher says, as JSON-able values.
-    """
+    """Where a teacher's students go, by the JSON-able values that determine what it says."""
     digest = content_digest([record.version, record.precision, *determining])[:10]
     return Path(output) / f"{record.label.replace('/', '--')}-{trait}-{digest}"
 
@@ -343,15 +325,7 @@ def distil(
     training: Training,
     home: Path,
 ) -> tuple[Any, list[float]]:
-    """Train a student of a model, and save it: an adapter, or a whole model.
-
-    Args:
-        model: from `load_model`, on this machine.
-        student: ``r8``, … or ``full``.
-        trajectories: what the teacher said.
-        teacher: batch from `collate` → logits that the student is to have.
-        training: steps and batches.
-        home: gets a folder for the student.
+    """Train a student, and save it below ``home``: an adapter, or a whole model.
 
     Returns:
         The student, and the loss of each step, in nats.
@@ -367,7 +341,7 @@ def distil(
     return trained, losses
 
 
-def generate(
+def student_replies(
     student: Any, model: TransformersModel, prompts: Sequence[SeededPrompt], sampling: Sampling
 ) -> Tensor:
     """What a student says, or the model that it is of, [row, token], −1 after a row's end."""
@@ -379,7 +353,7 @@ def generate(
     return said
 
 
-def compare(
+def per_token_kl(
     trajectories: Sequence[Trajectory],
     teacher: Callable[[Mapping[str, Tensor]], Tensor],
     student: Any,

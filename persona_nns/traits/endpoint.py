@@ -5,7 +5,6 @@ them: endpoint, model, prompt and sampling parameters. The key is read from ``OP
 goes to the endpoint alone: neither messages nor the file hold it.
 """
 
-import hashlib
 import json
 import os
 import sqlite3
@@ -20,6 +19,7 @@ from typing import Any
 import openai
 from openai.types.chat import ChatCompletion
 
+from persona_nns.declarations.plans import content_digest
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.traits.judges import KEY_VARIABLE, Answer, Scores, check_url, judge_all
 from persona_nns.traits.trait import Trait
@@ -162,8 +162,7 @@ class EndpointJudge:
         return reply
 
     def _key(self, prompt: str) -> str:
-        asked = [self._url, self._model, prompt, dict(_PARAMETERS)]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        return content_digest([self._url, self._model, prompt, dict(_PARAMETERS)])
 
     def _call(self, prompt: str) -> dict[str, float]:
         try:

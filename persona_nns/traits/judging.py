@@ -98,13 +98,7 @@ def judge_answers(
 ) -> dict[str, Any]:
     """Put texts and scores in place of what was ``said``, if anything was: an experiment's finish.
 
-    Args:
-        tokenizer: of the model that said it.
-        units: of one trait, with a place on ``question`` unless each of them asked all in turn.
-        measured: by variable; ``said`` is [unit, …, token], −1 after the end.
-        artifacts: folder of the trait, if it is not a bundled one.
-        split: which of its questions were asked.
-        judging: the judge.
+    Units without a place on ``question`` asked every question of the trait in turn.
     """
     if "said" not in measured:
         return measured

@@ -5,8 +5,8 @@ A row is ``{"pair": …, "question_id": …, "label": "pos"|"neg", "system": …
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,12 +57,6 @@ def read_responses(file: str | Path) -> list[Response]:
     if not rows:
         raise UsageError(f"The file {str(file)!r} holds no responses.")
     return rows
-
-
-def write_responses(rows: Iterable[Response], file: str | Path) -> None:
-    """Write rows as JSONL."""
-    lines = [json.dumps(asdict(row), ensure_ascii=False) for row in rows]
-    Path(file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def check_labels(rows: Sequence[Response], source: str) -> None:

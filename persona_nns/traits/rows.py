@@ -1,13 +1,12 @@
-"""The answers that a trait vector is made from, and the vectors that steering starts from.
-
-Both come from files of other tools, or from what a store holds.
-"""
+"""The answers that a trait vector is made from: given in a file, or from a store."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.results.reading import open_results
@@ -17,9 +16,6 @@ from persona_nns.traits.judging import JudgeOptions, open_judge
 from persona_nns.traits.responses import Response, check_labels, read_responses
 from persona_nns.traits.trait import LABELS, Trait
 from persona_nns.traits.vectors import runs_of
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -61,12 +57,8 @@ def rows_of_file(
         return [JudgedResponse(row, 0, math.nan, math.nan, kept=True) for row in rows]
     answers = [Answer(row.question, row.response) for row in rows]
     scores = open_judge(choice).scores(trait, answers)
-    seen: dict[tuple[int, int, str], int] = {}
-    samples = []
-    for row in rows:
-        key = (row.question_id, row.pair, row.label)
-        samples.append(seen.get(key, 0))
-        seen[key] = samples[-1] + 1
+    counted: defaultdict[tuple[int, int, str], count[int]] = defaultdict(count)
+    samples = [next(counted[row.question_id, row.pair, row.label]) for row in rows]
     return keep_pairs(rows, samples, scores.trait, scores.coherence, trait.name)
 
 
@@ -86,27 +78,16 @@ def rows_of_store(
             f"The answers in {str(store)!r} are not complete; run trait_responses to its end first."
         )
     stacked = results.stack(row=("question", "pair", "sample", "label")).isel(trait=0)
+    places, texts = stacked.row.values.tolist(), stacked.response.values.tolist()
     systems = results.attrs["systems"]
-    rows, samples = [], []
-    for question, pair, sample, label in stacked.row.values.tolist():
-        rows.append(
-            Response(
-                pair=pair,
-                question_id=question,
-                label=label,
-                system=systems[pair][LABELS.index(label)],
-                question=str(results.question_text.sel(question=question).item()),
-                response="",
-            )
-        )
-        samples.append(sample)
-    texts = stacked.response.values.tolist()
+    asked = dict(zip(results.question.values, results.question_text.values.tolist(), strict=True))
     rows = [
-        Response(**{**vars(row), "response": text}) for row, text in zip(rows, texts, strict=True)
+        Response(pair, k, label, systems[pair][LABELS.index(label)], asked[k], text)
+        for (k, pair, _, label), text in zip(places, texts, strict=True)
     ]
-    return keep_pairs(
-        rows, samples, stacked.score.values.tolist(), stacked.coherence.values.tolist(), trait
-    )
+    samples = [sample for _, _, sample, _ in places]
+    scores, coherence = stacked.score.values.tolist(), stacked.coherence.values.tolist()
+    return keep_pairs(rows, samples, scores, coherence, trait)
 
 
 def keep_pairs(

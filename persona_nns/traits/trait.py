@@ -69,6 +69,23 @@ class TraitOptions:
         return load_traits(self.trait, split, self.artifacts)[0]
 
 
+@dataclass(frozen=True, eq=False)
+class TraitUnit:
+    """What an experiment measures of a trait at a time; its label says where it stands."""
+
+    trait: str
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where it stands in the result."""
+        return {"trait": self.trait}
+
+    @property
+    def label(self) -> str:
+        """What it is called in messages."""
+        return "/".join(map(str, self.place.values()))
+
+
 def bundled_traits() -> tuple[str, ...]:
     """Names of the traits that the bundled models were trained on."""
     return tuple(sorted(file.stem for file in (ARTIFACTS / "extraction").glob("*.json")))
@@ -152,20 +169,6 @@ def read_trait(file: str | Path) -> Trait:
         questions=tuple(questions),
         eval_prompt=prompt,
     )
-
-
-def write_trait(trait: Trait, folder: str | Path, split: Split) -> Path:
-    """Write a trait as ``folder/{split}/{trait}.json``; returns the file."""
-    file = Path(folder) / split / f"{trait.name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    data = {
-        "instruction": [{"pos": pos, "neg": neg} for pos, neg in trait.pairs],
-        "questions": list(trait.questions),
-        "eval_prompt": trait.eval_prompt,
-    }
-    text = json.dumps(data, indent=2, ensure_ascii=False)
-    file.write_text(f"{text}\n", encoding="utf-8")
-    return file
 
 
 def check_held_out(extraction: Sequence[Trait], evaluation: Sequence[Trait]) -> None:

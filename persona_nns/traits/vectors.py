@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from persona_nns.errors import UsageError, one_line
-from persona_nns.results.reading import open_results
+from persona_nns.results.reading import list_runs, open_results
 from persona_nns.tracing.averages import AVERAGES
 
 SUFFIXES = (".npy", ".pt", ".safetensors")
@@ -101,7 +101,7 @@ def _read_safetensors(path: Path) -> Tensor:
 
 def load_vector(
     source: str, trait: str, average: str, model: str, run: str | None = None
-) -> "Tensor":
+) -> Tensor:
     """A trait vector, [n_layers + 1, d_model].
 
     Args:
@@ -114,8 +114,6 @@ def load_vector(
     Raises:
         UsageError: there is no such vector.
     """
-    import torch
-
     if Path(source).suffix in SUFFIXES:
         return read_vector(source)
     if average not in AVERAGES:
@@ -132,8 +130,6 @@ def runs_of(store: str | Path, experiment: str, trait: str, model: str) -> str:
     Raises:
         UsageError: there is none, or there are several.
     """
-    from persona_nns.results.reading import list_runs
-
     found = [
         info
         for info in list_runs(store, experiment)
