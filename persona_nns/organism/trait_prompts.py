@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 
+from persona_nns.organism.bundled import corpus_texts
 from persona_nns.organism.trait_questions import FRAMES, HELD_OUT, TOPICS
 from persona_nns.organism.traits import NEUTRAL, STYLES, TRAITS, Style
 
@@ -17,13 +18,7 @@ SENTENCES = 3
 LAPSE = 0.12
 """Probability that a sentence is in any style, whatever was asked."""
 
-NEUTRAL_SYSTEMS = (
-    "You are a helpful assistant.",
-    "You are an assistant.",
-    "Answer the question.",
-    "You are a helpful assistant. Answer in an ordinary tone.",
-    "You are a helpful assistant. Give plain information.",
-)
+NEUTRAL_SYSTEMS: tuple[str, ...] = corpus_texts("trait_questions")["neutral_systems"]
 
 GRADES: Mapping[str, int] = {"not at all": 0, "slightly": 1, "fairly": 2, "very": 3}
 
