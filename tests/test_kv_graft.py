@@ -393,7 +393,12 @@ def test_results_are_labelled(
     # A table of all grafts has a row for each pair that was measured.
     every = pn.run("kv_graft", model, small_grid, store=store, n_tokens=2)
     table = result_table(every, "closure")
-    assert [column.header for column in table.columns] == ["model", "graft", "layer band", "value"]
+    assert [str(column.header) for column in table.columns] == [
+        "model",
+        "graft",
+        "layer band",
+        "value",
+    ]
     assert table.row_count == len(every.graft) + len(BANDS)
     with pytest.raises(UsageError, match="there is no graft personas; use none, persona, "):
         pn.run("kv_graft", model, small_grid, store=store, grafts="personas")

@@ -286,6 +286,7 @@ def test_a_client_that_ends_in_the_middle_of_a_job(
     while not client.jobs():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
+    time.sleep(0.3)  # until the client has come back from writing the job down
     process.send_signal(blow)
     said = process.communicate()[1]
     assert process.returncode == code, said
