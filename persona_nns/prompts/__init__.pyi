@@ -35,7 +35,10 @@ from .render import ROLE_PROMPTS as ROLE_PROMPTS
 from .render import Prompt as Prompt
 from .render import RenderedCell as RenderedCell
 from .render import Span as Span
+from .render import apply_template as apply_template
+from .render import find_shown as find_shown
 from .render import read_template as read_template
 from .render import render as render
 from .render import render_cell as render_cell
+from .render import tokens_between as tokens_between
 from .render import with_prompts as with_prompts
