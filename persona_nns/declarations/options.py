@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+# What an option may be, beside plain types: pydantic words what is wrong with a value.
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -27,12 +28,7 @@ def options_of(function: Callable[..., Any], n_given: int) -> dict[str, Paramete
     """
     options: dict[str, Parameter] = {}
     for name, parameter in list(_parameters(function).items())[n_given:]:
-        if not _is_group(parameter):
-            options[name] = parameter
-            continue
-        for field, of_field in _parameters(parameter.annotation).items():
-            default = getattr(parameter.default, field, of_field.default)
-            options[field] = of_field.replace(default=default)
+        options |= _fields(parameter) if _is_group(parameter) else {name: parameter}
     return options
 
 
@@ -46,9 +42,8 @@ def arguments_of(function: Callable[..., Any], options: Mapping[str, Any]) -> di
     arguments: dict[str, Any] = {}
     for name, parameter in _parameters(function).items():
         if _is_group(parameter):
-            group = parameter.annotation
-            fields = [field for field in _parameters(group) if field in options]
-            arguments[name] = group(**{field: options[field] for field in fields})
+            given = {f: options.get(f, own.default) for f, own in _fields(parameter).items()}
+            arguments[name] = parameter.annotation(**given)
         elif name in options:
             arguments[name] = options[name]
     return arguments
@@ -61,6 +56,14 @@ def groups_of(function: Callable[..., Any]) -> list[type]:
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, Parameter]:
     return inspect.signature(function, eval_str=True).parameters
+
+
+def _fields(group: Parameter) -> dict[str, Parameter]:
+    """The fields of a group by name; a default of the whole group holds for each of them."""
+    return {
+        name: field.replace(default=getattr(group.default, name, field.default))
+        for name, field in _parameters(group.annotation).items()
+    }
 
 
 def _is_group(parameter: Parameter) -> bool:
