@@ -98,8 +98,8 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
         table.add_column(dim.replace("_", " "), justify="right")
     columns = _labels(array, across)
     for labels in columns:
-        heading = " · ".join(map(str, labels)) or statistic
-        table.add_column(Text(heading), justify="right", overflow="fold")
+        heading = Text(" · ".join(map(str, labels))) if labels else statistic
+        table.add_column(heading, justify="right", overflow="fold")
     _add_rows(table, array, down, columns, cells)
     return table
 
