@@ -206,7 +206,7 @@ def test_a_checkpoint_that_lacks_layers_is_refused(
 @pytest.mark.filterwarnings("ignore:Module .*nnsight already serves")
 def test_a_model_that_is_no_decoder_is_one_sentence(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {
-        "vocab_size": 64,
+        "vocab_size": 1024,
         "hidden_size": 8,
         "num_hidden_layers": 1,
         "num_attention_heads": 1,

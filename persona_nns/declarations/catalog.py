@@ -4,7 +4,7 @@ An experiment is a Python file with a docstring (its first line is the summary),
 (name → `Variable`) and ``measure(model, cells, *, layers, positions, …)``. It may set
 ``defaults`` for grid, layers, layer sets and positions, ``figures`` (name → function of the
 result), and ``protocol_version``, to be raised by hand whenever a change alters the numbers;
-without it, every edit of the file counts as another version.
+without it, every edit of the code that they come from counts as another version (`source`).
 
 One that does not run on a grid of personas and tasks also has ``plan(tokenizer, *, …)``, which
 makes a `Plan` of its inputs: the units, with their token ids, that `measure` then gets instead of
@@ -22,7 +22,6 @@ options of `plan` or `measure`, or have a default.
 """
 
 import ast
-import hashlib
 import importlib.util
 import inspect
 import os
@@ -33,7 +32,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from persona_nns.declarations.options import options_of
-from persona_nns.declarations.plans import Plan
+from persona_nns.declarations.plans import Plan, content_digest
+from persona_nns.declarations.source import Code
 from persona_nns.declarations.variables import Variable
 from persona_nns.errors import PersonaError, UsageError
 
@@ -124,10 +124,32 @@ def load_experiment(name: str | Path) -> Experiment:
         )
     if not os.path.isfile(file):  # False, too, for what can be no path
         raise UsageError(f"The experiment file {str(name)!r} does not exist.")
-    return _read(file)
+    return _loaded(file.resolve(), str(name))
 
 
-def _read(file: Path) -> Experiment:
+#: Experiments by their file, with the code that they were read from.
+_LOADED: dict[Path, tuple[Code, Experiment]] = {}
+
+
+def _loaded(file: Path, shown: str) -> Experiment:
+    """An experiment as its file is now: executed anew where any of its code has changed."""
+    if file in _LOADED and _LOADED[file][0].is_as_read():
+        return _LOADED[file][1]
+    try:
+        code = Code(file)
+    except (SyntaxError, ValueError, OSError) as error:
+        raise PersonaError(
+            f"The experiment file {shown!r} does not run: {type(error).__name__}: {error}."
+        ) from error
+    if file in _LOADED:
+        _LOADED.pop(file)[0].forget()
+    code.forget()
+    experiment = _read(file, code)
+    _LOADED[file] = code, experiment
+    return experiment
+
+
+def _read(file: Path, code: Code) -> Experiment:
     module = _execute(file)
     variables = getattr(module, "variables", None)
     measure = getattr(module, "measure", None)
@@ -147,7 +169,6 @@ def _read(file: Path) -> Experiment:
     _check_declarations(file, variables, {**of_plan, **parameters}, on_grid=plan is None)
     site_axes = _site_axes(parameters)
     defaults = getattr(module, "defaults", {})
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
     def site(name: str, otherwise: str) -> str | None:
         """What is asked for by default, where `measure` has such an argument."""
@@ -156,7 +177,7 @@ def _read(file: Path) -> Experiment:
     return Experiment(
         name=file.stem,
         summary=(inspect.getdoc(module) or "").partition("\n")[0],
-        version=str(getattr(module, "protocol_version", digest)),
+        version=str(getattr(module, "protocol_version", code.digest)),
         variables=variables,
         measure=cast("Callable[..., dict[str, Any]]", measure),
         plan=cast("Callable[..., Plan] | None", plan),
@@ -247,13 +268,14 @@ def _check_declarations(
 
 
 def _execute(file: Path) -> Any:
-    name = f"persona_nns_experiment_{file.stem}"
+    # Two files may have one name.
+    name = f"persona_nns_experiment_{file.stem}_{content_digest(str(file))[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    sys.path.insert(0, str(file.parent.resolve()))  # as for a script: what lies beside it
+    sys.path.insert(0, str(file.parent))  # as for a script: what lies beside it
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -261,5 +283,5 @@ def _execute(file: Path) -> Any:
             f"The experiment file {str(file)!r} does not run: {type(error).__name__}: {error}."
         ) from error
     finally:
-        sys.path.pop(0)
+        sys.path.remove(str(file.parent))
     return module

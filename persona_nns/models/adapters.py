@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from persona_nns.errors import PersonaError, missing_extra, one_line
+from persona_nns.errors import PersonaError, missing_extra
+from persona_nns.organism.bundled import ORGANISMS, organism_folder
 
 CONFIG = "adapter_config.json"
+# Kinds of adapters that are vectors in front of a prompt.
+_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING")
 
 
 def base_of(source: str) -> str | None:
@@ -26,7 +30,40 @@ def base_of(source: str) -> str | None:
         raise PersonaError(f"The adapter {source!r} cannot be read: {error}.") from error
     if not base:
         raise PersonaError(f"The adapter {source!r} does not say which model it belongs to.")
-    return str(base)
+    if str(base) in ORGANISMS:
+        return str(organism_folder(str(base)))
+    beside = Path(source) / str(base)
+    return str(beside) if not Path(base).is_dir() and beside.is_dir() else str(base)
+
+
+def _check_mergeable(folder: str) -> None:
+    """See that an adapter has weights that can be added to a model's.
+
+    Raises:
+        PersonaError: it has none.
+    """
+    kind = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")).get("peft_type", "")
+    if kind in _PROMPTS:
+        raise PersonaError(
+            f"The adapter {folder!r} is of the type {kind}: it puts vectors before the prompt and "
+            "has no weights to merge, so that no position would stand where it is said to."
+        )
+    if not any(Path(folder).glob("adapter_model.*")):
+        raise PersonaError(f"The adapter {folder!r} holds no weights (adapter_model.safetensors).")
+
+
+def embedded_tokens(folder: str) -> int | None:
+    """How many token embeddings an adapter was trained with; None where it holds none."""
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():
+        return None
+    with safe_open(file, "pt") as weights:
+        rows = {
+            weights.get_slice(name).get_shape()[0]
+            for name in weights.keys()  # noqa: SIM118
+            if name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        }
+    return rows.pop() if len(rows) == 1 else None
 
 
 def require_peft() -> Any:
@@ -53,7 +90,11 @@ def merge_adapter(module: PreTrainedModel, folder: str) -> PreTrainedModel:
         PersonaError: peft is missing, or the adapter does not go with the model.
     """
     peft = require_peft()
+    _check_mergeable(folder)
     try:
+        if (tokens := embedded_tokens(folder)) is not None:
+            module.resize_token_embeddings(tokens)
         return peft.PeftModel.from_pretrained(module, folder).merge_and_unload()
     except (RuntimeError, ValueError, OSError) as error:
-        raise PersonaError(f"The adapter {folder!r} cannot be loaded: {one_line(error)}") from error
+        reason = " ".join(str(error).split()[:60])
+        raise PersonaError(f"The adapter {folder!r} does not fit its model: {reason}.") from error

@@ -25,9 +25,10 @@ from transformers import (
 from persona_nns.errors import PersonaError, UsageError, one_line
 from persona_nns.models.adapters import CONFIG, base_of, merge_adapter
 from persona_nns.organism.bundled import ORGANISMS, organism_folder
-from persona_nns.prompts.render import read_template
+from persona_nns.prompts.render import check_template, read_template
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -78,15 +79,62 @@ def load_tokenizer(
     """
     chat_template = read_template(template) if template is not None else None
     source, shown = find_checkpoint(str(name))
+    base = base_of(source)
+    # What saves an adapter need not save a tokenizer: then it is its model's.
+    own = base is None or any((Path(source) / file).exists() for file in _TOKENIZER_FILES)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source if own else base, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise PersonaError(
             f"The tokenizer of {shown!r} could not be loaded: {one_line(error)}"
         ) from error
+    trained = None if base is None else embedded_tokens(source)
+    config = read_config(source, shown, trust_remote_code=trust_remote_code)
+    _check_vocabulary(tokenizer, trained or config.get_text_config().vocab_size, shown)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
+    elif isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = _default_template(tokenizer.chat_template, shown)
+    check_template(tokenizer)
     return tokenizer
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, embedded: int, shown: str) -> None:
+    """See that a tokenizer can be the model's: transformers makes an empty one of no files.
+
+    Args:
+        tokenizer: the tokenizer.
+        embedded: tokens that the model has an embedding of.
+        shown: the model's name, for messages.
+
+    Raises:
+        PersonaError: it has far fewer tokens than the model, or more.
+    """
+    tokens = len(tokenizer)
+    # Embeddings are padded by up to some per cent; a few tokens, of an image part, say, may lie
+    # beyond them. (A prompt that holds one is refused: `runs.tokens`.)
+    padding, beyond = max(128, embedded // 10), max(16, embedded // 1000)
+    if tokens < min(256, embedded // 2) or not embedded - padding <= tokens <= embedded + beyond:
+        raise PersonaError(
+            f"The tokenizer of {shown!r} has {tokens:,} tokens, and the model {embedded:,}: its "
+            "files are missing, or are another model's (tokenizer.json, tokenizer_config.json)."
+        )
+
+
+def _default_template(templates: Mapping[str, str], shown: str) -> str:
+    """The template that is rendered where a model has several by name.
+
+    Raises:
+        UsageError: none of them is the default.
+    """
+    if "default" not in templates:
+        raise UsageError(
+            f"The model {shown!r} has the chat templates {', '.join(sorted(templates))}, and none "
+            "is the default; put one into a file and pass it with --template."
+        )
+    return templates["default"]
 
 
 def count_layers(name: str | Path, *, trust_remote_code: bool = False) -> int:
@@ -145,18 +193,20 @@ def read_config(source: str, shown: str, *, trust_remote_code: bool) -> PreTrain
     Raises:
         UsageError: there is none, or it needs code that comes with the model.
     """
+    base = base_of(source)
     try:
-        return AutoConfig.from_pretrained(
-            base_of(source) or source, trust_remote_code=trust_remote_code
-        )
+        return AutoConfig.from_pretrained(base or source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         if "trust_remote_code" in str(error):
             raise UsageError(
                 f"The model {shown!r} brings code of its own; read it, and run it with "
                 "--trust-remote-code (trust_remote_code=True) if you trust it."
             ) from error
+        what = f"The model {shown!r}"
+        if base is not None:
+            what = f"The model {base!r}, which the adapter {shown!r} belongs to,"
         raise UsageError(
-            f"The model {shown!r} was not found, as a folder or on the hub: {one_line(error)}"
+            f"{what} was not found, as a folder or on the hub: {one_line(error)}"
         ) from error
 
 
@@ -175,7 +225,13 @@ def version_of(source: str, config: PreTrainedConfig) -> str:
     """Commit of the hub repository, or digest of a folder's weights and configurations."""
     folder = Path(source)
     if not folder.is_dir():
-        return str(getattr(config, "_commit_hash", None))
+        commit = getattr(config, "_commit_hash", None)
+        if commit is None:
+            raise PersonaError(
+                f"The hub did not tell which revision of {source!r} it gave, so that runs could "
+                "not be told apart; download it into a folder and name that."
+            )
+        return str(commit)
     base = base_of(source)
     if base is not None:
         own = digest_of([*sorted(folder.glob("adapter_model.*")), folder / CONFIG])

@@ -308,6 +308,10 @@ def _normalise_generation(module: PreTrainedModel) -> None:
     generation.use_cache = True
     generation.cache_implementation = None
     generation.stop_strings = None
+    # Tokens alone come back, whatever else a checkpoint asks for.
+    generation.return_dict_in_generate = False
+    for extra in ("scores", "logits", "attentions", "hidden_states"):
+        setattr(generation, f"output_{extra}", False)
 
 
 def _choose_device(device: str | None) -> torch.device:

@@ -25,9 +25,15 @@ class Server:
     url: str
     sends_key: bool = True
 
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody on the way reads what is sent: over https, or to this machine."""
+        parts = urlsplit(self.url)
+        return parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1")
+
     def headers(self) -> dict[str, str]:
-        """What identifies the user; read anew each time, and kept nowhere."""
-        key = _api_key() if self.sends_key else None
+        """What identifies the user, where it can be sent; read anew each time, kept nowhere."""
+        key = _api_key() if self.sends_key and self.is_private else None
         return {"ndif-api-key": key} if key else {}
 
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.prompts.render import apply_template
+from persona_nns.errors import PersonaError
+from persona_nns.prompts.render import TemplateError, apply_template, find_shown
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, question: str, system: str =
 
     Raises:
         UsageError: the model has no chat template.
+        PersonaError: the template does not show the question as it is.
     """
     with_role = bool(system) and takes_system_role(tokenizer)
     if with_role:
@@ -35,6 +36,11 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, question: str, system: str =
         content = f"{system}\n\n{question}" if system else question
         messages = [{"role": "user", "content": content}]
     text = apply_template(tokenizer, messages, header=True)
+    if find_shown(question, text)[0] < 0:
+        raise PersonaError(
+            f"The chat template does not show the question {question!r} as it is; pass one that "
+            "does (--template FILE)."
+        )
     return Chat(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]), with_role)
 
 

@@ -4,16 +4,19 @@ A prompt is ``As {persona}, {task}`` as one user turn in the model's chat templa
 generation header. It is tokenised as it stands, without special tokens being added again.
 """
 
+import json
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.errors import PersonaError, UsageError, one_line
+from persona_nns.errors import PersonaError, UsageError, first_line
 from persona_nns.prompts.grids import Cell, PromptName, role_prompt
 
 Span = Literal["prefix", "persona", "task", "tail"]
@@ -23,9 +26,22 @@ ROLE_PROMPTS: tuple[PromptName, ...] = ("BB", "XB", "BY", "XY")
 # stands in front where the tokenizer itself would have put one (see `apply_template`).
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
+_DAY = datetime(2024, 7, 26)
 # Templates that print today's date or open a thinking block would make token ids depend on
 # the day or on a default; both are pinned, and templates that know neither ignore them.
-_PINNED: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
+_PINNED: dict[str, Any] = {
+    "date_string": f"{_DAY:%d %b %Y}",
+    "strftime_now": _DAY.strftime,
+    "enable_thinking": False,
+}
+
+
+# Words in front of a text that name roles ("user", "start_header_id"), not a system text.
+_ROLE_WORDS = 4
+
+
+class TemplateError(UsageError):
+    """A chat template does not take a conversation."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +94,8 @@ def render(tokenizer: PreTrainedTokenizerBase, persona: str | None, task: str) -
 
     Raises:
         UsageError: the model has no chat template.
-        PersonaError: the template does not show the text as it is, or the tokenizer reports
-            no character offsets.
+        PersonaError: the template does not show the text as it is, the tokenizer reports no
+            character offsets, or has no token for the persona or the task.
     """
     content = role_prompt(persona, task)
     messages = [{"role": "user", "content": content}]
@@ -105,6 +121,13 @@ def render(tokenizer: PreTrainedTokenizerBase, persona: str | None, task: str) -
     edges = [*(bisect_left(starts, bound) for bound in bounds), len(starts)]
     names: tuple[Span, ...] = ("prefix", "persona", "task", "tail")
     spans: dict[Span, range] = {name: range(edges[k], edges[k + 1]) for k, name in enumerate(names)}
+    said: dict[Span, str | None] = {"persona": persona, "task": task}
+    for name, words in said.items():
+        if words is not None and not spans[name]:
+            raise PersonaError(
+                f"The {name} {words!r} has no token of its own in the rendered prompt {text!r}; is "
+                "this the model's own tokenizer?"
+            )
     return Prompt(
         text=text,
         ids=tuple(encoded["input_ids"]),
@@ -151,12 +174,56 @@ def apply_template(
         )
     except TemplateSyntaxError as error:
         raise UsageError(
-            f"The chat template is not Jinja ({one_line(error)}); pass another with --template."
+            f"The chat template is not Jinja ({first_line(error)}); pass another with --template."
+        ) from error
+    except Exception as error:  # whatever a template does with what it is not given
+        roles = ", ".join(message["role"] for message in messages)
+        raise TemplateError(
+            f"The chat template of {tokenizer.name_or_path!r} fails on messages of {roles} "
+            f"({type(error).__name__}: {first_line(error)}); pass another with --template."
         ) from error
     assert isinstance(text, str)
-    if tokenizer.chat_template == PLAIN_TEMPLATE and _adds_bos(tokenizer):
+    if tokenizer.chat_template == PLAIN_TEMPLATE and adds_bos(tokenizer):
         return f"{tokenizer.bos_token}{text}"
     return text
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """See that a chat template gives the same text each time, and tell what it puts in front.
+
+    Warns of a beginning-of-text token that the tokenizer would have put and the template does
+    not, and of a system text of the template's own.
+
+    Raises:
+        UsageError: the template fails, or does not give the same text twice.
+    """
+    if tokenizer.chat_template is None:
+        return
+    probe = "A probe of the template."
+    messages = [{"role": "user", "content": probe}]
+    texts = {apply_template(tokenizer, messages, header=True) for _ in range(4)}
+    if len(texts) > 1:
+        raise UsageError(
+            f"The chat template of {tokenizer.name_or_path!r} gives another text each time, so "
+            "no number could be measured again; pass another with --template."
+        )
+    (text,) = texts
+    bos = tokenizer.bos_token
+    if adds_bos(tokenizer) and not text.startswith(str(bos)):
+        warnings.warn(
+            f"The chat template does not begin with {bos!r}, which the tokenizer puts in front of "
+            "a text: the model may have been trained with it.",
+            stacklevel=2,
+        )
+    own = text.partition(probe)[0]
+    for special in tokenizer.all_special_tokens:
+        own = own.replace(special, " ")
+    if len(own.split()) > _ROLE_WORDS:
+        warnings.warn(
+            f"The chat template puts a text of its own before every prompt: "
+            f"{' '.join(own.split())!r}.",
+            stacklevel=2,
+        )
 
 
 def read_template(template: str | Path) -> str:
@@ -168,15 +235,31 @@ def read_template(template: str | Path) -> str:
     if template == "plain":
         return PLAIN_TEMPLATE
     try:
-        return Path(template).read_text(encoding="utf-8-sig")
+        text = Path(template).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UsageError(
             f"The template {str(template)!r} cannot be read ({error}); "
             "use 'plain' or the path of a Jinja file."
         ) from error
+    if _is_json(text) or "messages" not in text:
+        what = "JSON" if _is_json(text) else "a text that shows no messages"
+        raise UsageError(
+            f"The template {str(template)!r} is {what}, not a Jinja chat template; put the "
+            "template alone into a file."
+        )
+    return text
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts a beginning-of-text token in front of a text."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 

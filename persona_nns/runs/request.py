@@ -22,6 +22,7 @@ from persona_nns.prompts.positions import position_index
 from persona_nns.prompts.render import ROLE_PROMPTS, Prompt, render_cell
 from persona_nns.results.block import Block
 from persona_nns.runs.identity import identity, run_attributes, run_name
+from persona_nns.runs.tokens import check_tokens
 
 _PROMPTS: tuple[PromptName, ...] = (*ROLE_PROMPTS, "BARE")
 
@@ -135,10 +136,10 @@ def check_request(
         experiment, model.tokenizer, grid, sites.get("positions", []), own, record.label
     )
     _check_width(plan, record)
-    _check_length(plan, model, record)
     taken = {name: own[name] for name in own if name not in experiment.plan_only}
     planning = {name: own[name] for name in own if name in experiment.plan_only}
     arguments = {**sites, **taken}
+    check_tokens(plan, model, record, arguments)
     units = plan.units if grid is None else grid.select_cells(asked.cells)
     digest = identity(experiment, record, plan, arguments)
     template = model.tokenizer.chat_template
@@ -187,24 +188,6 @@ def _check_width(plan: Plan, record: ModelRecord) -> None:
         raise UsageError(
             f"The vector has {blocks + 1} layers of width {width}, but the model {record.label!r} "
             f"needs {record.n_layers + 1} of width {record.d_model} (n_layers + 1, d_model)."
-        )
-
-
-def _check_length(plan: Plan, model: TransformersModel, record: ModelRecord) -> None:
-    """See that a model whose positions are learned has enough of them for every prompt.
-
-    Raises:
-        UsageError: a prompt is longer.
-    """
-    config = model.config.get_text_config()
-    rows = (ids for of_key in plan.token_ids.values() for ids in of_key.values())
-    longest = max(map(len, rows), default=0)
-    positions = getattr(config, "max_position_embeddings", None)
-    rotary = getattr(config, "rope_parameters", None)
-    if positions is not None and not rotary and longest > positions:
-        raise UsageError(
-            f"The longest prompt has {longest} tokens, but the model {record.label!r} has "
-            f"{positions} positions; use shorter texts, or another model."
         )
 
 

@@ -79,7 +79,7 @@ class Connection:
         self.patience = patience
         self._tell = tell
         timeout = httpx.Timeout(min(10.0, patience.read), read=patience.read)
-        self._http = httpx.Client(timeout=timeout, follow_redirects=True)
+        self._http = httpx.Client(timeout=timeout)  # a redirect would carry the key elsewhere
 
     def close(self) -> None:
         """Close what is open."""
@@ -137,7 +137,7 @@ class Connection:
             JobLostError: there is no such result (any more), or it cannot be read.
         """
         try:
-            answer = self._http.get(url)
+            answer = self._http.get(url, follow_redirects=True)
             answer.raise_for_status()
             content = answer.content
             data = zstandard.ZstdDecompressor().decompress(content) if compressed else content
@@ -184,10 +184,18 @@ class Connection:
         if isinstance(error, httpx.HTTPStatusError):
             status, detail = error.response.status_code, _detail(error.response)
             if status in (401, 403):
+                if not self.server.is_private:
+                    return AccessError(
+                        f"The server {url} wants an API key ({detail}), which is sent over https "
+                        "only; use its https address."
+                    )
                 return AccessError(
                     f"The server {url} does not accept the API key ({detail}); set NDIF_API_KEY to "
                     "yours, or save it with `nnsight login`."
                 )
+            if error.response.is_redirect:
+                there = error.response.headers.get("location", "nowhere")
+                return RemoteError(f"The server {url} has moved to {there}; give that --backend.")
             if status not in _TRY_AGAIN:
                 return RemoteError(f"The server {url} refuses the request ({status}: {detail}).")
         if isinstance(error, httpx.HTTPError):
