@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from persona_nns.errors import PersonaError, missing_extra
+from persona_nns.errors import PersonaError, missing_extra, one_line
 from persona_nns.organism.bundled import ORGANISMS, organism_folder
 
 CONFIG = "adapter_config.json"
@@ -53,16 +53,25 @@ def _check_mergeable(folder: str) -> None:
 
 
 def embedded_tokens(folder: str) -> int | None:
-    """How many token embeddings an adapter was trained with; None where it holds none."""
+    """How many token embeddings an adapter was trained with; None where it holds none.
+
+    Raises:
+        PersonaError: its weights are damaged.
+    """
     file = Path(folder) / "adapter_model.safetensors"
     if not file.is_file():
         return None
-    with safe_open(file, "pt") as weights:
-        rows = {
-            weights.get_slice(name).get_shape()[0]
-            for name in weights.keys()  # noqa: SIM118
-            if name.endswith(("embed_tokens.weight", "lm_head.weight"))
-        }
+    try:
+        with safe_open(file, "pt") as weights:
+            rows = {
+                weights.get_slice(name).get_shape()[0]
+                for name in weights.keys()  # noqa: SIM118
+                if name.endswith(("embed_tokens.weight", "lm_head.weight"))
+            }
+    except (SafetensorError, OSError) as error:
+        raise PersonaError(
+            f"The weights of the adapter {folder!r} cannot be read: {one_line(error)}"
+        ) from error
     return rows.pop() if len(rows) == 1 else None
 
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from persona_nns.errors import PersonaError, UsageError, one_line
-from persona_nns.models.adapters import CONFIG, base_of, merge_adapter
+from persona_nns.models.adapters import CONFIG, base_of, embedded_tokens, merge_adapter
 from persona_nns.organism.bundled import ORGANISMS, organism_folder
 from persona_nns.prompts.render import check_template, read_template
 

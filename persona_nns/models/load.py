@@ -10,6 +10,7 @@ Gemma2, Gemma3 (text), Mistral, Phi3, OLMo2 (no input norm: its blocks normalise
 GPT-2 and GPT-NeoX. Another decoder is loaded if it passes the same checks.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from persona_nns.declarations.record import ModelRecord
@@ -40,6 +42,7 @@ from persona_nns.models.checkpoints import (
 from persona_nns.models.checks import check_model, check_names
 from persona_nns.models.memory import keep_freed_memory
 from persona_nns.models.servers import Server, read_backend
+from persona_nns.prompts.render import end_of_turn
 from persona_nns.tracing.continuations import end_tokens as end_tokens
 
 #: Precision of a model on somebody's server, until its first job has told.
@@ -151,10 +154,24 @@ def load_model(
             f"The model {shown!r} ({type(module).__name__}) is not supported: {one_line(error)}"
         ) from error
     check_model(model, shown)
+    _warn_of_other_ends(model, shown)
     _RECORDS[model] = _record(
         model, label or shown, str(name), version_of(source, config), precision
     )
     return model
+
+
+def _warn_of_other_ends(model: TransformersModel, shown: str) -> None:
+    """Warn where the model would not stop at the end of its turn."""
+    tokenizer = cast("PreTrainedTokenizerBase", model.tokenizer)
+    end, ends = end_of_turn(tokenizer), end_tokens(model)
+    if end is not None and end not in ends:
+        warnings.warn(
+            f"The template ends an answer with {tokenizer.convert_ids_to_tokens(end)!r}, but "
+            f"{shown!r} stops at {tokenizer.convert_ids_to_tokens(ends)}: a text runs on behind "
+            "its end, and what follows is scored too (eos_token_id in generation_config.json).",
+            stacklevel=3,
+        )
 
 
 def _record(

@@ -9,15 +9,15 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from persona_nns.errors import PersonaError, UsageError, first_line
 from persona_nns.prompts.grids import Cell, PromptName, role_prompt
+from persona_nns.prompts.pinned import PINNED, with_the_day
 
 Span = Literal["prefix", "persona", "task", "tail"]
 ROLE_PROMPTS: tuple[PromptName, ...] = ("BB", "XB", "BY", "XY")
@@ -25,16 +25,6 @@ ROLE_PROMPTS: tuple[PromptName, ...] = ("BB", "XB", "BY", "XY")
 # The text and a newline, for models without a chat template. The beginning-of-text token
 # stands in front where the tokenizer itself would have put one (see `apply_template`).
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-
-_DAY = datetime(2024, 7, 26)
-# Templates that print today's date or open a thinking block would make token ids depend on
-# the day or on a default; both are pinned, and templates that know neither ignore them.
-_PINNED: dict[str, Any] = {
-    "date_string": f"{_DAY:%d %b %Y}",
-    "strftime_now": _DAY.strftime,
-    "enable_thinking": False,
-}
-
 
 # Words in front of a text that name roles ("user", "start_header_id"), not a system text.
 _ROLE_WORDS = 4
@@ -170,7 +160,11 @@ def apply_template(
         )
     try:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=header, **_PINNED
+            messages,
+            chat_template=with_the_day(tokenizer.get_chat_template()),
+            tokenize=False,
+            add_generation_prompt=header,
+            **PINNED,
         )
     except TemplateSyntaxError as error:
         raise UsageError(
@@ -201,7 +195,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         return
     probe = "A probe of the template."
     messages = [{"role": "user", "content": probe}]
-    texts = {apply_template(tokenizer, messages, header=True) for _ in range(4)}
+    texts = {apply_template(tokenizer, messages, header=True) for _ in range(16)}
     if len(texts) > 1:
         raise UsageError(
             f"The chat template of {tokenizer.name_or_path!r} gives another text each time, so "
@@ -224,6 +218,21 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
             f"{' '.join(own.split())!r}.",
             stacklevel=2,
         )
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token with which the chat template ends an answer; None where it has none."""
+    if tokenizer.chat_template is None:
+        return None
+    answer = "An answer to the probe."
+    messages = [
+        {"role": "user", "content": "A probe of the template."},
+        {"role": "assistant", "content": answer},
+    ]
+    _, _, after = apply_template(tokenizer, messages, header=False).rpartition(answer)
+    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((id_ for id_ in ids[:1] if id_ in special), None)
 
 
 def read_template(template: str | Path) -> str:
