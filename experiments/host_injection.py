@@ -98,6 +98,7 @@ variables = {
         "distinct persona markers, long persona",
         description="How many different ones occur in it.",
         kind="int",
+        unmeasured=-1,
     ),
     "clean_text": Variable(
         "cell",

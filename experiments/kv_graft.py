@@ -127,6 +127,7 @@ variables = {
         description="Size of the keys and values that are put into the host, in the model's "
         f"precision. {_ONLY_PERSONA}",
         kind="int",
+        unmeasured=-1,
         coords=_coords,
     ),
     "n_eval": scored_tokens(),
@@ -136,7 +137,7 @@ variables = {
         {"graft": graft_labels},
         text=f"Greedy continuation of the grafted host. {_ONLY_CONTINUED}",
         any_marker=f"Whether a marker of the persona occurs in it. {_ONLY_CONTINUED}",
-        distinct_markers="How many different markers of the persona occur in it; −1 where nothing "
+        distinct_markers="How many different markers of the persona occur in it; NaN where nothing "
         f"was generated. {_ONLY_CONTINUED}",
     ),
 }

@@ -24,20 +24,21 @@ def host() -> xr.Dataset:
     rng = np.random.default_rng(0)
     kl = rng.lognormal(0, 1, size=(2, 6, 2, 3)).astype(np.float32)
     kl[0, :, 1] = kl[1, :, 0] = np.nan  # each model has a layer set of its own
-    any_marker = rng.random((2, 6, 2, 3)) < 0.5
-    distinct = np.where(any_marker, 2, 0)
-    distinct[1, 0] = -1  # a cell without markers
+    any_marker = (rng.random((2, 6, 2, 3)) < 0.5).astype(float)
+    distinct = np.where(any_marker, 2.0, 0.0)
+    any_marker[1, 0] = distinct[1, 0] = np.nan  # a cell without markers
     completed = np.array([[True] * 6, [True] * 5 + [False]])
-    kl[1, 5], distinct[1, 5], any_marker[1, 5] = np.nan, -1, False
+    kl[1, 5] = distinct[1, 5] = any_marker[1, 5] = np.nan
     cell = ("model", "cell")
     by_set, by_site = (*cell, "layer_set", "source"), (*cell, "site", "source")
+    truth = {"kind": "bool"}
     return xr.Dataset(
         {
             "kl": (by_set, kl, {"units": "nat", "long_name": "KL"}),
             "closure": (by_set, 1 - kl / kl[..., :1]),
-            "any_marker": (by_site, any_marker, {"long_name": "any persona marker"}),
+            "any_marker": (by_site, any_marker, {"long_name": "any persona marker", **truth}),
             "distinct_markers": (by_site, distinct),
-            "clean_any_marker": (cell, any_marker[:, :, 0, 0]),
+            "clean_any_marker": (cell, any_marker[:, :, 0, 0], truth),
             "clean_distinct_markers": (cell, distinct[:, :, 0, 0]),
             "completed": (cell, completed),
         },
@@ -63,7 +64,7 @@ def test_an_estimate_is_of_the_measured_cells(host: xr.Dataset) -> None:
     assert (row["low"], row["high"]) == pytest.approx(interval(cells.astype(float)))
 
 
-def test_a_false_that_only_fills_counts_in_no_rate(host: xr.Dataset) -> None:
+def test_a_cell_that_was_not_measured_counts_in_no_rate(host: xr.Dataset) -> None:
     table = estimate_table(host, "any_marker", "mean").set_index(["model", "site", "source"])
     site = {"site": "p_last", "source": "cached"}
     measured = host.any_marker.sel({"model": "n", **site}).values[1:5]
@@ -74,13 +75,11 @@ def test_a_false_that_only_fills_counts_in_no_rate(host: xr.Dataset) -> None:
 
 def test_a_layer_that_a_model_lacks_has_no_rate() -> None:
     dims = ("model", "cell", "layer", "condition")
-    found = np.zeros((2, 3, 2, 2), dtype=bool)
-    found[0, :, 0], found[1, :, 1] = True, True
-    counts = np.where(found, 1, -1)
+    found = np.full((2, 3, 2, 2), np.nan)
+    found[0, :, 0] = found[1, :, 1] = 1
     results = xr.Dataset(
         {
-            "any_marker": (dims, found),
-            "distinct_markers": (dims, counts),
+            "any_marker": (dims, found, {"kind": "bool"}),
             "completed": (("model", "cell"), np.ones((2, 3), dtype=bool)),
         },
         coords={

@@ -17,6 +17,7 @@ import persona_nns as pn
 from persona_nns.declarations.catalog import load_experiment
 from persona_nns.models.load import record_of
 from persona_nns.prompts.grids import Grid
+from persona_nns.results.attributes import read_attribute
 from persona_nns.runs.identity import identity
 from persona_nns.runs.request import make_plan
 from persona_nns.runs.run import run
@@ -85,7 +86,7 @@ def test_layers_asked_for_are_spread_onto_the_axis(
     np.testing.assert_array_equal(row, [np.nan, 3, np.nan, 9, np.nan, np.nan])
     assert ds.every.values[0, 0].tolist() == [0, 1, 2, 3, 4, 5]
     assert ds.text.values[0].tolist() == [cell.label for cell in small_grid.cells]
-    assert ds.attrs["parameters"] == {"layers": [1, 3], "weight": 3.0}
+    assert read_attribute(ds, "parameters") == {"layers": [1, 3], "weight": 3.0}
 
 
 def test_a_second_run_computes_only_what_is_missing(

@@ -15,6 +15,7 @@ from persona_nns.errors import UsageError
 from persona_nns.prompts.grids import Cell, Grid
 from persona_nns.results.allocation import attach
 from persona_nns.results.block import Block
+from persona_nns.results.measured import measured_values
 from persona_nns.results.reading import list_runs, open_results
 from persona_nns.results.store import check_writable
 
@@ -148,11 +149,75 @@ def test_a_cell_that_is_not_completed_reads_as_missing(tmp_path: Path) -> None:
     raw["text"][0, 1] = "half"  # type: ignore[index]
     ds = open_results(tmp_path / "s.zarr", "e")
     assert np.isnan(ds.kl.sel(cell="chef/policy")).all()
-    assert ds.n_eval.sel(cell="chef/policy").values.tolist() == [[-1, -1]]
+    assert np.isnan(ds.n_eval.sel(cell="chef/policy")).all()
+    assert ds.n_eval.mean() == 9.5
+    assert ds.hit.mean() == 0.5
     assert ds.text.sel(cell="chef/policy").item() == ""
     assert ds.kl.sel(cell="chef/haiku", layer=3, position="g1").item() == 3.0
-    assert ds.n_eval.dtype.kind == "i"
     assert ds.completed.dtype == bool
+
+
+def test_what_was_measured_throughout_is_read_as_declared(tmp_path: Path) -> None:
+    group = attach(tmp_path / "s.zarr", make_block())
+    measured = [(cell, values_of(index)) for index, cell in enumerate(CELLS.values())]
+    measured[1][1]["n_eval"] = np.array([-1, 3])  # a difference, say: −1 is a number like others
+    group.write_units(measured, seconds=1.0)
+    ds = open_results(tmp_path / "s.zarr", "e")
+    assert (ds.n_eval.dtype, ds.hit.dtype) == (np.dtype("int64"), np.dtype(bool))
+    assert (ds.n_eval.attrs["kind"], ds.hit.attrs["kind"]) == ("int", "bool")
+    assert ds.n_eval.sel(cell="chef/policy").values.tolist() == [[-1, 3]]
+    assert measured_values(ds, "n_eval").sel(cell="chef/policy").values.tolist() == [[-1.0, 3.0]]
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_what_a_complete_cell_leaves_out_enters_no_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazily: bool
+) -> None:
+    if lazily:
+        monkeypatch.setattr("persona_nns.results.opening._EAGER", 0)
+    dims = "cell layer condition"
+    coords = {"condition": ["clean", "bare"]}
+    variables = {
+        "every": Variable("cell layer", "all layers", every_layer=True),
+        "any": Variable(dims, "any", kind="bool", coords=coords),
+        "count": Variable(dims, "count", kind="int", coords=coords, unmeasured=-1),
+        "steps": Variable("cell layer", "steps", kind="int"),
+    }
+    attrs = {"parameters": {"layers": [1, 2]}}
+    block = make_block(variables=variables, layers=[0, 1, 2], positions=[], attrs=attrs)
+    values = {
+        "every": np.zeros(3, dtype=np.float32),
+        "any": np.array([[False, False], [True, False], [False, False]]),
+        "count": np.array([[-1, -1], [2, 0], [-1, -1]]),  # layer 0 not asked, 2 without markers
+        "steps": np.array([-1, 4, 6]),
+    }
+    attach(tmp_path / "s.zarr", block).write_units(
+        [(cell, values) for cell in CELLS.values()], seconds=1.0
+    )
+    ds = open_results(tmp_path / "s.zarr", "e")
+    assert (bool(ds["any"].chunks), float(ds["any"].mean())) == (lazily, 0.5)
+    assert (float(ds["count"].mean()), float(ds["steps"].mean())) == (1.0, 5.0)
+    assert np.isnan(ds["any"].sel(layer=[0, 2])).all()
+
+
+def test_truth_values_and_counts_that_one_model_lacks_enter_no_mean(tmp_path: Path) -> None:
+    store = tmp_path / "s.zarr"
+    dims = "cell layer"
+    variables = {"hit": Variable(dims, "hit", kind="bool"), "n": Variable(dims, "n", kind="int")}
+    for model, layers in (("m", [1, 3]), ("n", [2])):
+        attrs = {"model": model, "parameters": {"layers": layers}}
+        block = make_block(
+            run=f"{model}.g.1", model=model, layers=layers, variables=variables, attrs=attrs
+        )
+        values = {"hit": np.ones(len(layers), dtype=bool), "n": np.full(len(layers), 2)}
+        attach(store, block).write_units([(cell, values) for cell in CELLS.values()], seconds=1.0)
+    ds = open_results(store, "e")
+    assert (float(ds.hit.mean()), float(ds.n.mean())) == (1.0, 2.0)
+    assert np.isnan(ds.hit.sel(model="n", layer=1)).all()
+    assert ds.completed.dtype == bool
+    for model in ("m", "n"):
+        alone = open_results(store, "e", run=f"{model}.g.1")
+        assert (alone.hit.dtype, alone.n.dtype) == (np.dtype(bool), np.dtype("int64"))
 
 
 def test_models_are_joined_and_missing_layers_are_nan(tmp_path: Path) -> None:
@@ -182,7 +247,7 @@ def test_models_are_joined_and_missing_layers_are_nan(tmp_path: Path) -> None:
     assert np.isnan(ds.kl.sel(model="m", cell="chef/haiku", layer=2)).all()
     assert ds.kl.sel(model="n", cell="angelou/haiku", layer=2, position="g1").item() == 21.0
     assert ds.completed.dtype == bool
-    assert ds.n_eval.dtype.kind == "i"
+    assert ds.n_eval.mean() == np.mean([10, 9, 10, 7])
     assert ds.text.sel(model="n", cell="angelou/haiku").item() == "naïve “text” 2"
     assert list(ds.data_vars) == [*VARIABLES, "seconds", "completed"]
 

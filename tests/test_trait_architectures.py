@@ -400,7 +400,7 @@ def test_a_model_without_a_system_role_is_told_in_the_question(
     ds = pn.run(
         "trait_vectors", model, responses=str(responses), judge="none", store=tmp_path / "s"
     )
-    assert ds.attrs["system_role"] is False
+    assert ds.attrs["system_role"] == 0
     experiment = load_experiment("trait_vectors")
     assert experiment.plan is not None
     nobody = JudgeOptions("none")

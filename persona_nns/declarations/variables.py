@@ -39,6 +39,8 @@ class Variable:
         description: one or two sentences: what it is, over what, in which direction.
         kind: what it holds; ``float`` is stored as float32.
         every_layer: it has all layers 0 … n_layers, not only those asked for.
+        unmeasured: of ``int``, the value that stands where there was nothing to measure in a
+            complete unit. It is read as NaN, and so are truth values of the same dimensions there.
         coords: labels of the dimensions of its own; those that depend on the model or on the
             options are given as a function of the model's record and the run's parameters.
     """
@@ -49,6 +51,7 @@ class Variable:
     description: str = ""
     kind: Kind = "float"
     every_layer: bool = False
+    unmeasured: int | None = None
     coords: Mapping[str, Labels] = field(default_factory=dict[str, Labels])
 
     @property
@@ -108,6 +111,12 @@ def marker_variables(
     for name, description in descriptions.items():
         long_name, kind = named[name]
         variables[name] = Variable(
-            dims, long_name, description=description, kind=kind, coords=coords
+            dims,
+            long_name,
+            description=description,
+            kind=kind,
+            coords=coords,
+            # Of a persona without markers, or where nothing is said.
+            unmeasured=-1 if kind == "int" else None,
         )
     return variables

@@ -24,7 +24,7 @@ from persona_nns.figures.style import (
     panel_title,
     panels,
 )
-from persona_nns.results.measured import measured_values
+from persona_nns.results.measured import is_truth, measured_values
 
 Summary = Literal["mean", "median"]
 #: A row of panels: what its axis says, and what is drawn.
@@ -48,7 +48,7 @@ def estimate_table(results: xr.Dataset, name: str, summary: Summary) -> pd.DataF
         rows where nothing was measured.
     """
     values = measured_values(results, name).astype(float)
-    if results[name].dtype.kind == "b":
+    if is_truth(results[name]):
         values = 100 * values
     return _estimate(_STATISTICS[summary], values)
 
@@ -91,7 +91,7 @@ def estimates(results: xr.Dataset, summaries: Mapping[str, Summary], *, x: str, 
     """
     rows: list[Row] = []
     for name, how in summaries.items():
-        is_share = results[name].dtype.kind == "b"
+        is_share = is_truth(results[name])
         shared = f"cells with {results[name].attrs.get('long_name', name)} (%)"
         label = shared if is_share else f"{how} {axis_label(results[name])}"
         rows.append((label, estimate_table(results, name, how)))

@@ -15,7 +15,8 @@ from rich.text import Text
 
 from persona_nns.errors import UsageError
 from persona_nns.figures.intervals import interval
-from persona_nns.results.measured import measured_values
+from persona_nns.results.attributes import read_attribute
+from persona_nns.results.measured import is_truth, measured_values
 
 # Values of a row; where there are more, those of numbered labels are summarised over.
 _MOST_VALUES = 12
@@ -74,7 +75,7 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
     # A summary over cells is five numbers, whose median and quartiles are its own.
     is_summary = "statistic" in array.dims
     array = array.rename(statistic="cell") if is_summary else measured_values(results, name)
-    is_share = results[name].dtype.kind == "b"
+    is_share = is_truth(results[name])
     summarise = _share if is_share else _median_interval if bootstrap else _quartiles
     statistic = "share" if is_share else "median"
     spread = "95 % bootstrap interval" if is_share or bootstrap else "25 %, 75 %"
@@ -135,7 +136,7 @@ def _summarised(
     results: xr.Dataset, array: xr.DataArray, down: list[str]
 ) -> tuple[list[str], list[str]]:
     """The dimensions that a table summarises over, and those that make its columns."""
-    placed = {axis for place in results.attrs.get("units", []) for axis in place}
+    placed = {axis for place in read_attribute(results, "units", []) for axis in place}
     dims = [str(dim) for dim in array.dims if dim not in ("model", *down)]
     over = [dim for dim in dims if dim in results["completed"].dims]
     across = [dim for dim in dims if dim not in over]

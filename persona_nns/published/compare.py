@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from persona_nns.errors import UsageError
 from persona_nns.figures.estimates import closures_of_medians
 from persona_nns.figures.style import groups
-from persona_nns.results.measured import measured_values
+from persona_nns.results.attributes import read_attribute
+from persona_nns.results.measured import is_count, is_truth, measured_values
 from persona_nns.results.reading import RunInfo, list_runs, open_results
 
 #: Site labels that differ between models, and are paired by depth.
@@ -152,7 +153,7 @@ def _open(store: str | Path, runs: Sequence[RunInfo]) -> tuple[xr.Dataset, ...]:
 def _warn_about_parameters(matched: Matched) -> None:
     """Say where two runs were not asked for the same: they still can be looked at together."""
     for published, measured in matched.pairs():
-        theirs, ours = published.attrs["parameters"], measured.attrs["parameters"]
+        theirs, ours = (read_attribute(each, "parameters") for each in (published, measured))
         for name in sorted(set(theirs) & set(ours) - set(_SITE_PARAMETERS)):
             if theirs[name] != ours[name]:
                 warnings.warn(
@@ -216,7 +217,7 @@ def summarise(results: xr.Dataset, name: str) -> pd.DataFrame:
     array, present = results[name], measured_values(results, name).astype(float)
     sites = [str(dim) for dim in array.dims if dim not in _NOT_SITES]
     known = "statistic" in array.dims
-    if array.dtype.kind == "f":
+    if not (is_count(array) or is_truth(array)):
         quartiles = ["q25", "median", "q75"]
         statistics = present if known else _statistics(present, quartiles)
         low, middle, high = (statistics.sel(statistic=name) for name in quartiles)
@@ -334,7 +335,8 @@ def agreement(matched: Matched, tolerance: Tolerance | None = None) -> pd.DataFr
         precisions = {str(results.precision.item()) for results in (published, measured)}
         by_precision = TOLERANCES["float32" if precisions == {"float32"} else "bfloat16"]
         for name in compared_variables(published, measured):
-            allowed = (tolerance or by_precision) if published[name].dtype.kind == "f" else EXACT
+            exact = is_count(published[name]) or is_truth(published[name])
+            allowed = EXACT if exact else tolerance or by_precision
             both = _aligned(published, measured, name)
             rows += _sites_agreement(_headed(both, matched, published, name), allowed)
     return pd.DataFrame(rows)

@@ -1,9 +1,12 @@
+from .attributes import read_attribute as read_attribute
 from .block import Block as Block
 from .caches import label_cache as label_cache
 from .caches import open_cache as open_cache
 from .caches import write_cache as write_cache
 from .claims import Claims as Claims
 from .locations import location_of as location_of
+from .measured import is_count as is_count
+from .measured import is_truth as is_truth
 from .measured import measured_values as measured_values
 from .reading import PUBLISHED_VERSION as PUBLISHED_VERSION
 from .reading import RunInfo as RunInfo

@@ -54,7 +54,14 @@ def _allocate(group: zarr.Group, block: Block, location: Location) -> dict[str, 
     """
     described = _write_coordinates(group, block)
     # xarray finds coordinates that are no dimensions by this attribute.
-    listing = {"variables": list(block.variables), "coordinates": " ".join(described)}
+    listing = {
+        "variables": list(block.variables),
+        "every_layer": [name for name, v in block.variables.items() if v.every_layer],
+        "unmeasured": {
+            name: v.unmeasured for name, v in block.variables.items() if v.unmeasured is not None
+        },
+        "coordinates": " ".join(described),
+    }
     placed = block.plan.placed_axes
     if placed - set(block.plan.unit_axes):  # what tells which units write such a dimension
         listing["units"] = [dict(unit.place) for unit in block.plan.units]

@@ -13,6 +13,7 @@ import xarray as xr
 from persona_nns.declarations.plans import Unit
 from persona_nns.errors import PersonaError
 from persona_nns.prompts.grids import Grid
+from persona_nns.results.measured import is_count, is_truth
 from persona_nns.results.reading import PUBLISHED_VERSION, RunInfo, list_runs, open_results
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def _check_arrays(results: xr.Dataset, info: RunInfo) -> Iterator[str]:
         if name in results.coords and not set(asked or ()) <= set(results[name].values.tolist()):
             yield f"It lacks some of the {name}s that it was asked for."
     for name, array in results.data_vars.items():
-        if array.dtype.kind != "f":
+        if array.dtype.kind != "f" or is_count(array) or is_truth(array):
             continue
         values = array.sel(layer=parameters["layers"]) if _at_asked(array, parameters) else array
         if np.isinf(values).any():
@@ -179,8 +180,8 @@ def _compare(results: xr.Dataset, planned: "PlannedRun", units: Sequence[Unit]) 
             kept, values = results[name].sel(here).values, anew[name].sel(here).values
             same = (
                 np.allclose(kept, values, rtol=_RTOL, atol=_ATOL, equal_nan=True)
-                if kept.dtype.kind == "f"
-                else np.array_equal(kept, values)
+                if kept.dtype.kind == "f" and not is_count(results[name])
+                else np.array_equal(kept, values, equal_nan=kept.dtype.kind == "f")
             )
             if not same:
                 wrong.setdefault(name, []).append(unit.label)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_nns.errors import PersonaError, UsageError
+from persona_nns.results.attributes import read_attribute
 from persona_nns.results.reading import open_results
 from persona_nns.tracing.averages import keeps_pair
 from persona_nns.traits.judges import Answer
@@ -79,7 +80,7 @@ def rows_of_store(
         )
     stacked = results.stack(row=("question", "pair", "sample", "label")).isel(trait=0)
     places, texts = stacked.row.values.tolist(), stacked.response.values.tolist()
-    systems = results.attrs["systems"]
+    systems = read_attribute(results, "systems")
     asked = dict(zip(results.question.values, results.question_text.values.tolist(), strict=True))
     rows = [
         Response(pair, k, label, systems[pair][LABELS.index(label)], asked[k], text)
