@@ -55,6 +55,7 @@ class Experiment:
 
     Attributes:
         name: its file's stem.
+        file: where it is.
         summary: first line of its docstring.
         version: its protocol version, or the digest of its source.
         variables: what `measure` returns, by name.
@@ -77,6 +78,7 @@ class Experiment:
     """
 
     name: str
+    file: Path
     summary: str
     version: str
     variables: Mapping[str, Variable]
@@ -94,6 +96,11 @@ class Experiment:
     reuses: bool
     keeps_residuals: bool
     figures: Mapping[str, Callable[..., Any]]
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether it is one of the package's own."""
+        return self.file in {file.resolve() for file in bundled_experiments().values()}
 
 
 def bundled_experiments() -> dict[str, Path]:
@@ -176,6 +183,7 @@ def _read(file: Path, code: Code) -> Experiment:
 
     return Experiment(
         name=file.stem,
+        file=file,
         summary=(inspect.getdoc(module) or "").partition("\n")[0],
         version=str(getattr(module, "protocol_version", code.digest)),
         variables=variables,

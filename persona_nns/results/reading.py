@@ -13,6 +13,7 @@ from persona_nns.declarations.plans import noun_of
 from persona_nns.errors import UsageError
 from persona_nns.results.block import Block
 from persona_nns.results.joining import join_models
+from persona_nns.results.kindred import families, open_family
 from persona_nns.results.locations import location_of
 from persona_nns.results.opening import open_run
 from persona_nns.results.store import RunGroup, find_group, is_allocated, open_root, subgroups
@@ -102,8 +103,29 @@ def find_run(store: str | Path, block: Block) -> str | None:
     wanted = (block.attrs["identity"], block.model)
     for info in list_runs(store, block.experiment):
         if (info.attrs["identity"], info.attrs["model"]) == wanted:
+            _check_declared(info, block)
             return info.run
     return None
+
+
+def _check_declared(info: RunInfo, block: Block) -> None:
+    """See that a run's arrays are those that its experiment declares now.
+
+    Raises:
+        UsageError: they are others; its complete units would lack what was added.
+    """
+    stored = {name: info.group.axes(name) for name in info.attrs["variables"]}
+    declared = {name: variable.axes for name, variable in block.variables.items()}
+    if stored == declared:
+        return
+    differing = sorted(
+        name for name in {*stored, *declared} if stored.get(name) != declared.get(name)
+    )
+    raise UsageError(
+        f"The run {info.run!r} was measured with other variables ({', '.join(differing)}) under "
+        f"the same protocol_version {info.attrs['protocol_version']!r}; raise protocol_version in "
+        f"the file of {block.experiment!r}."
+    )
 
 
 def open_results(
@@ -116,10 +138,11 @@ def open_results(
 ) -> xr.Dataset:
     """Open an experiment's results as one Dataset over models.
 
-    Runs are joined if they agree in grid, parameters and protocol version; their layers may
-    differ (what a model lacks is NaN). Arrays as wide as a model (``d_model``) are never joined:
-    they are there where one run is opened; residuals that a run kept (``keep_residuals``), where
-    they are asked for with ``residuals=True``.
+    Models are joined if their runs agree in grid, parameters and protocol version; their layers
+    may differ (what a model lacks is NaN). Runs of one model are joined if they differ in nothing
+    but their layers, or in how many cells their grid has. Arrays as wide as a model (``d_model``)
+    are never joined: they are there where one run is opened; residuals that a run kept
+    (``keep_residuals``), where they are asked for with ``residuals=True``.
 
     What was not measured is NaN and enters no mean: cells (or other units) that are not complete,
     layers that a model lacks. Integers and truth values are floats where that is so, and what they
@@ -151,6 +174,8 @@ def open_results(
     if not chosen:
         choices = "; ".join(info.describe() for info in runs)
         raise UsageError(f"No run of {experiment!r} matches; there are: {choices}.")
+    grouped = [[info] for info in chosen] if run is not None else families(chosen)
+    chosen = [family[0] for family in grouped]
     if len({info.kin for info in chosen}) > 1:
         raise UsageError(
             f"Several sets of results of {experiment!r} match; choose with grid or run: "
@@ -164,7 +189,11 @@ def open_results(
                 + "; ".join(info.describe() for info in chosen if info.attrs["model"] == label)
             )
     location = location_of(store)
-    opened = [open_run(location, f"{experiment}/{info.run}", info.group) for info in chosen]
+
+    def opened_run(info: RunInfo) -> xr.Dataset:
+        return open_run(location, f"{experiment}/{info.run}", info.group)
+
+    opened = [open_family(family, opened_run) for family in grouped]
     if residuals:
         opened = [opened[0].assign(_kept_residuals(store, chosen).data_vars)]
     return join_models(opened, experiment)

@@ -141,6 +141,31 @@ class RunGroup:
         for part in self._parts("completed", flags):
             write_chunks(*part)
 
+    def read_unit(self, unit: Unit, name: str) -> NDArray[Any]:
+        """What a complete unit has written into an array: its dimensions but those of its place.
+
+        Args:
+            unit: of this run.
+            name: of an array that the unit writes.
+        """
+        array, place = self._array(name), self._index_axes(name, unit)
+        return np.asarray(array[(0, *place)])
+
+    def labels(self, axis: str) -> list[Label]:
+        """The labels of a dimension, in their order."""
+        return list(np.asarray(self._array(axis)[...]).tolist())
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """The dimensions of an array after ``model``."""
+        return _axes(self._array(name))
+
+    def _index_axes(self, name: str, unit: Unit) -> tuple[int | slice, ...]:
+        place = unit.place
+        return tuple(
+            self._index_of(axis)[place[axis]] if axis in place else slice(None)
+            for axis in self.axes(name)
+        )
+
     def _parts(self, name: str, rows: Sequence[tuple[Unit, NDArray[Any]]]) -> Iterator[_Part]:
         """Where in one array units are written, and what: neighbours are one part."""
         array = self._array(name)

@@ -50,6 +50,31 @@ def identity(
     return content_digest(determining)
 
 
+def kindred(experiment: Experiment, record: ModelRecord, parameters: Mapping[str, Any]) -> str:
+    """Hash of all that determines the numbers of a unit at a layer, but for the unit itself.
+
+    Runs that agree in it have measured the same wherever they share units (`unit_digests`) and
+    layers.
+    """
+    of_a_layer = {name: value for name, value in parameters.items() if name != "layers"}
+    nothing = Plan("", (), {}, (), {}, {}, "")
+    return identity(experiment, record, nothing, of_a_layer)
+
+
+def unit_digests(plan: Plan) -> dict[str, str]:
+    """What tells by label whether two plans mean the same by a unit, 12 hexadecimal digits each.
+
+    The unit of an experiment's own plan may depend on any of the inputs.
+    """
+    if plan.unit_axes == ("cell",):
+        return {
+            unit.label: content_digest([plan.content[unit.label], plan.token_ids[unit.label]])[:12]
+            for unit in plan.units
+        }
+    whole = content_digest([dict(plan.content), {k: dict(v) for k, v in plan.token_ids.items()}])
+    return {unit.label: whole[:12] for unit in plan.units}
+
+
 def _is_digest(version: str) -> bool:
     """Whether it is a folder's SHA-256, which says all; a commit needs its repository's name."""
     return len(version) == 64
@@ -91,6 +116,8 @@ def run_attributes(
         "run": run_name(record.label, plan, digest),
         "protocol_version": experiment.version,
         "identity": digest,
+        "kindred": kindred(experiment, record, parameters),
+        "unit_digests": unit_digests(plan),
         "model": record.label,
         "model_source": record.source,
         "model_version": record.version,

@@ -20,6 +20,7 @@ from persona_nns.results.claims import Claims
 from persona_nns.results.reading import find_run, open_results
 from persona_nns.results.store import check_writable, completed_units
 from persona_nns.runs.identity import now, session_attributes, session_name
+from persona_nns.runs.known import Known, agrees, known_of, missing_layers, take_over
 from persona_nns.runs.progress import progress_bar
 from persona_nns.runs.queue import Queue
 from persona_nns.runs.remote.dispatch import carry_out_remotely
@@ -34,6 +35,8 @@ class PlannedRun:
     Attributes:
         request: what to measure, and the groups it goes to.
         model: the loaded model, or the client of a hosted one.
+        grid: where the experiment runs on one.
+        asked: what the request was made of.
         store: path or URL of the store.
         execution: keyword arguments of `measure` that do not change its numbers.
         batch_size: units at a time; None is as many as fit.
@@ -43,6 +46,8 @@ class PlannedRun:
 
     request: Request
     model: TransformersModel
+    grid: Grid | None
+    asked: Asked
     store: str | Path
     execution: Mapping[str, Any]
     batch_size: int | None
@@ -72,11 +77,55 @@ class PlannedRun:
             progress: show a progress bar.
             shared: others start at the same moment: allocate the run before the first batch.
         """
+        self._take_over(progress=progress, shared=shared)
         elsewhere = hosted(self.model)
         if elsewhere is None:
             _carry_out(self, progress=progress, shared=shared)
             return
         carry_out_remotely(self, elsewhere, progress=progress)
+
+    def _take_over(self, *, progress: bool, shared: bool) -> None:
+        """Take what other runs of the store hold, after measuring the layers that they lack."""
+        done = self.done()
+        pending = [unit for unit in self.request.units if unit.label not in done]
+        if not pending or not (known := self._known(pending)):
+            return
+        for layers, units in missing_layers(known, self.request, pending).items():
+            self._at(layers, units).carry_out(progress=progress, shared=shared)
+            known = known_of(self.store, self.request)
+        precision = known[0].info.attrs["precision"]
+        take_over(self.store, self.request.as_hosted(precision), known, session_attributes())
+
+    def _known(self, pending: Sequence[Unit]) -> list[Known]:
+        """The runs that hold some of what is asked for, as far as that can be told."""
+        known = known_of(self.store, self.request)
+        asked = set(self.request.arguments.get("layers", ()))
+        others = [each for each in known if each.layers != asked]
+        if others and not self._layers_stand_alone(others[0], pending):
+            return [each for each in known if each not in others]
+        return known
+
+    def _layers_stand_alone(self, known: Known, pending: Sequence[Unit]) -> bool:
+        """Whether a layer's numbers depend on no other that was asked for."""
+        experiment = self.request.experiment
+        if experiment.finish is not None:  # what a judge says of a sample, say
+            return False
+        unit = next((unit for unit in pending if unit.label in known.units), None)
+        if experiment.is_shipped or unit is None:
+            return experiment.is_shipped
+        if hosted(self.model) is not None:
+            return False
+        layer = min(known.layers & set(self.request.arguments["layers"]))
+        request = self._at([layer], [unit]).request
+        measured = measure_batch(request, self.model, [unit], self.execution)
+        return agrees(known, request, unit, declared_arrays(request, measured, 1))
+
+    def _at(self, layers: Sequence[int], units: Sequence[Unit]) -> "PlannedRun":
+        """The same for some of the layers and units."""
+        asked = replace(self.asked, layers=list(layers), cells=None)
+        request = check_request(self.request.experiment, self.model, self.grid, asked)
+        request = request.into(find_run(self.store, request.block) or request.block.run)
+        return replace(self, request=replace(request, units=tuple(units)), asked=asked)
 
 
 def run(
@@ -195,6 +244,8 @@ def _plan(
     return PlannedRun(
         request=request.into(find_run(store, request.block) or request.block.run),
         model=model,
+        grid=loaded_grid,
+        asked=asked,
         store=store,
         execution=asked.execution(experiment),
         batch_size=asked.batch_size or request.plan.batch_size,
