@@ -51,7 +51,7 @@ def families(runs: Sequence[R]) -> list[list[R]]:
         ]
         if len(family) > 1 and _holds(family[1], family[0]):
             family.pop(0)
-    return found
+    return sorted(found, key=lambda family: min(map(runs.index, family)))
 
 
 def _age(run: Run) -> float:

@@ -61,12 +61,12 @@ def kindred(experiment: Experiment, record: ModelRecord, parameters: Mapping[str
     return identity(experiment, record, nothing, of_a_layer)
 
 
-def unit_digests(plan: Plan) -> dict[str, str]:
+def unit_digests(experiment: Experiment, plan: Plan) -> dict[str, str]:
     """What tells by label whether two plans mean the same by a unit, 12 hexadecimal digits each.
 
     The unit of an experiment's own plan may depend on any of the inputs.
     """
-    if plan.unit_axes == ("cell",):
+    if experiment.plan is None:
         return {
             unit.label: content_digest([plan.content[unit.label], plan.token_ids[unit.label]])[:12]
             for unit in plan.units
@@ -117,7 +117,7 @@ def run_attributes(
         "protocol_version": experiment.version,
         "identity": digest,
         "kindred": kindred(experiment, record, parameters),
-        "unit_digests": unit_digests(plan),
+        "unit_digests": unit_digests(experiment, plan),
         "model": record.label,
         "model_source": record.source,
         "model_version": record.version,

@@ -166,11 +166,12 @@ def _on_layers(
 def agrees(known: Known, request: Request, unit: Unit, anew: Mapping[str, NDArray[Any]]) -> bool:
     """Whether a unit measured anew, on the request's layers, is what a run holds of it."""
     return all(
-        _close(held, anew[name][0]) for name, held in values_of(request, [known], unit).items()
+        _close(held, np.asarray(anew[name][0]))
+        for name, held in values_of(request, [known], unit).items()
     )
 
 
 def _close(held: NDArray[Any], anew: NDArray[Any]) -> bool:
     if held.shape != anew.shape or anew.dtype.kind not in "fiu":
-        return np.array_equal(held, anew)
+        return held.tolist() == anew.tolist()
     return np.allclose(held, anew, rtol=_RTOL, atol=_ATOL, equal_nan=True)
