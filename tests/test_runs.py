@@ -118,11 +118,12 @@ def test_cells_measured_before_a_failure_are_kept(
     settings: dict[str, Any] = {"store": tmp_path / "s.zarr", "batch_size": 1}
     with pytest.raises(RuntimeError, match="gone"):
         run(own, model, small_grid, **settings)
+    (kept,) = [info.n_completed for info in pn.list_runs(tmp_path / "s.zarr")]
     own.write_text(OWN)
     ds = run(own, model, small_grid, **settings)
     assert bool(ds.completed.all())
     assert len(pn.list_runs(tmp_path / "s.zarr")) == 1
-    assert load_experiment(own).measure.__globals__["calls"] == [["yoda/haiku"]]
+    assert len(load_experiment(own).measure.__globals__["calls"]) == ds.cell.size - kept
 
 
 def test_what_changes_the_numbers_changes_the_identity(

@@ -165,10 +165,8 @@ def _on_layers(
 
 def agrees(known: Known, request: Request, unit: Unit, anew: Mapping[str, NDArray[Any]]) -> bool:
     """Whether a unit measured anew, on the request's layers, is what a run holds of it."""
-    return all(
-        _close(held, np.asarray(anew[name][0]))
-        for name, held in values_of(request, [known], unit).items()
-    )
+    held = values_of(request, [known], unit)
+    return all(_close(value, np.asarray(anew[name][0])) for name, value in held.items())
 
 
 def _close(held: NDArray[Any], anew: NDArray[Any]) -> bool:
