@@ -26,7 +26,9 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -204,6 +206,30 @@ def _read(file: Path, code: Code) -> Experiment:
     )
 
 
+@contextmanager
+def shown_where(experiment: Experiment) -> Iterator[None]:
+    """Add to what is raised in here where in the experiment's own files it comes from."""
+    try:
+        yield
+    except PersonaError:
+        raise
+    except Exception as error:
+        if place := _place_of(error, experiment.file.parent):
+            error.add_note(place)
+        if isinstance(error, UnboundLocalError):
+            error.add_note(
+                "What a trace sets is known after it only where it was saved: name = save(...)."
+            )
+        raise
+
+
+def _place_of(error: BaseException, folder: Path) -> str:
+    """The innermost line of a file in or below a folder that an exception went through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if folder in Path(frame.filename).parents]
+    return f"{own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else ""
+
+
 def _check_finish(file: Path, finish: Callable[..., Any], known: Mapping[str, Any]) -> None:
     """See that `finish` takes options of `plan` and `measure`, or what has a default.
 
@@ -287,8 +313,10 @@ def _execute(file: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        place = _place_of(error, file.parent)
         raise PersonaError(
-            f"The experiment file {str(file)!r} does not run: {type(error).__name__}: {error}."
+            f"The experiment file {str(file)!r} does not run: {type(error).__name__}: {error}"
+            + (f" ({place})." if place else ".")
         ) from error
     finally:
         sys.path.remove(str(file.parent))

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from persona_nns.errors import PersonaError
+
 if TYPE_CHECKING:
     from persona_nns.declarations.record import ModelRecord
 
@@ -53,6 +55,17 @@ class Variable:
     every_layer: bool = False
     unmeasured: int | None = None
     coords: Mapping[str, Labels] = field(default_factory=dict[str, Labels])
+
+    def __post_init__(self) -> None:
+        if self.kind not in FILL:
+            raise PersonaError(
+                f"A variable cannot be of the kind {self.kind!r}; use {', '.join(FILL)}."
+            )
+        if not isinstance(self.dims, str) or not self.dims.split():
+            raise PersonaError(
+                f"The dims of a variable cannot be {self.dims!r}; give their names in a text, such "
+                "as 'cell layer'."
+            )
 
     @property
     def axes(self) -> tuple[str, ...]:

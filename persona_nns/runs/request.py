@@ -9,7 +9,7 @@ from nnsight import TransformersModel
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations.catalog import Experiment, check_axes
+from persona_nns.declarations.catalog import Experiment, check_axes, shown_where
 from persona_nns.declarations.options import arguments_of
 from persona_nns.declarations.plans import Plan, Unit
 from persona_nns.declarations.record import ModelRecord
@@ -108,7 +108,8 @@ class Request:
         finish = self.experiment.finish
         if finish is None:
             return measured
-        return finish(tokenizer, units, measured, **arguments_of(finish, self.options))
+        with shown_where(self.experiment):
+            return finish(tokenizer, units, measured, **arguments_of(finish, self.options))
 
     def into(self, run: str) -> "Request":
         """The same request with its results in the group of this name."""
@@ -236,7 +237,8 @@ def make_plan(
         assert grid is not None
         return plan_of_grid(grid, render_grid(tokenizer, grid, positions))
     own = arguments_of(experiment.plan, {"model": label, **options})
-    plan = experiment.plan(tokenizer, **own)
+    with shown_where(experiment):
+        plan = experiment.plan(tokenizer, **own)
     for name, variable in experiment.variables.items():
         if plan.variables is not None and name not in plan.variables:
             continue

@@ -28,6 +28,7 @@ def declared_arrays(
     Raises:
         PersonaError: `measure` did not return what its file declares.
     """
+    check_named(request, measured)
     declared = dict(request.block.variables)
     if request.residuals is not None:
         declared |= request.residuals.variables
@@ -60,6 +61,41 @@ def declared_arrays(
             )
         arrays[name] = array
     return arrays
+
+
+def check_named(request: Request, measured: Any) -> None:
+    """See that `measure` returned arrays by name.
+
+    Raises:
+        PersonaError: it returned something else.
+    """
+    if not isinstance(measured, Mapping):
+        hint = "; does it end without a return?" if measured is None else "."
+        raise PersonaError(
+            f"measure() of {request.experiment.name!r} returned {type(measured).__name__} in place "
+            f"of its arrays by name{hint}"
+        )
+
+
+def unmistakable(request: Request, n_units: int, batch_size: int) -> int:
+    """The largest batch size in which no array has the same shape when it is transposed.
+
+    A batch of as many units as another dimension has labels would hide that a user's file gives
+    the dimensions in another order.
+    """
+    block, placed = request.block, request.plan.placed_axes
+    sizes = {
+        len(block.labels(variable, axis))
+        for variable in block.variables.values()
+        for axis in variable.axes
+        if axis not in placed
+    } | {len(request.arguments.get("layers", ()))}
+    fits = (
+        size
+        for size in range(min(batch_size, n_units), 1, -1)
+        if size not in sizes and n_units % size not in sizes - {0}
+    )
+    return next(fits, 1)
 
 
 def _spread_layers(

@@ -10,7 +10,7 @@ from typing import Any
 import xarray as xr
 from nnsight import TransformersModel
 
-from persona_nns.declarations.catalog import Experiment, load_experiment
+from persona_nns.declarations.catalog import Experiment, load_experiment, shown_where
 from persona_nns.declarations.plans import Unit
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.models.load import hosted, load_model
@@ -25,7 +25,7 @@ from persona_nns.runs.progress import progress_bar
 from persona_nns.runs.queue import Queue
 from persona_nns.runs.remote.dispatch import carry_out_remotely
 from persona_nns.runs.request import Asked, Request, check_inputs, check_request
-from persona_nns.runs.returned import declared_arrays
+from persona_nns.runs.returned import check_named, declared_arrays, unmistakable
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,8 @@ def _plan(
     if asked.keep_residuals and not experiment.keeps_residuals:
         raise UsageError(f"The experiment {experiment.name!r} keeps no residuals.")
     if experiment.prepare is not None:
-        options = experiment.prepare(model, store, asked.options, progress=progress)
+        with shown_where(experiment):
+            options = experiment.prepare(model, store, asked.options, progress=progress)
         asked = replace(asked, options=options)
     request = check_request(experiment, model, loaded_grid, asked)
     return PlannedRun(
@@ -261,7 +262,10 @@ def measure_batch(
     execution: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What `measure` returns for some units: by variable, leading axis = unit."""
-    return request.experiment.measure(model, list(units), **request.measuring(execution))
+    with shown_where(request.experiment):
+        measured = request.experiment.measure(model, list(units), **request.measuring(execution))
+        check_named(request, measured)
+        return measured
 
 
 def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
@@ -273,6 +277,8 @@ def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
     rows = [ids for of_key in request.plan.token_ids.values() for ids in of_key.values()]
     batch_size = planned.batch_size or fitting_batch_size(model, rows)
     how = {**planned.execution, "batch_size": batch_size, "device": str(model.device)}
+    if not request.experiment.is_shipped:
+        batch_size = unmistakable(request, len(pending), batch_size)
     claims = Claims(store, request.blocks, session_name(), {**session_attributes(), **how})
     if shared:
         claims.begin()
