@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import persona_nns as pn
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.traits.endpoint import EndpointJudge, ReplyCache
 from persona_nns.traits.judges import (
@@ -33,6 +35,8 @@ class Endpoint:
         self.statuses: list[int] = []  # given before the answers
         self.tokens: dict[str, dict[str, float]] = {}  # text in the prompt → token → probability
         self.with_logprobs = True
+        self.pieces: list[str] = []  # the tokens of every reply, as many as are asked for
+        self.first_only = False  # log-probabilities of the first token alone
         self.page = b""  # sent in place of the answer
         self.content_type = "application/json"
         self.busy = self.most_busy = 0
@@ -80,9 +84,16 @@ class Endpoint:
             for token, p in tokens.items()
         ]
         content = [{**listed[0], "top_logprobs": listed}]
+        text = listed[0]["token"]
+        if self.pieces:
+            said = self.pieces[: body["max_tokens"]]
+            each = [{"token": token, "logprob": -0.02, "bytes": None} for token in said]
+            content = [{**one, "top_logprobs": [one]} for one in each]
+            content = content[:1] if self.first_only else content
+            text = "".join(token for token in said if not token.startswith("<"))
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": listed[0]["token"]},
+            "message": {"role": "assistant", "content": text},
             "logprobs": {"content": content} if self.with_logprobs else None,
             "finish_reason": "length",
         }
@@ -146,7 +157,7 @@ def test_scores_over_an_endpoint_are_exact(endpoint: Endpoint, judge: EndpointJu
     assert scores.trait[0] == pytest.approx((95 * 0.6 + 90 * 0.3) / 0.9)
     assert math.isnan(scores.trait[1])
     assert scores.coherence == pytest.approx((88.0, 88.0))
-    sent = endpoint.requests[0]
+    sent = endpoint.requests[2]  # after the two numbers that show how it writes them
     assert (sent["max_tokens"], sent["temperature"], sent["top_logprobs"]) == (1, 0, 20)
     assert sent["logprobs"] is True
     assert sent["model"] == "judge-1"
@@ -157,14 +168,68 @@ def test_scores_over_an_endpoint_are_exact(endpoint: Endpoint, judge: EndpointJu
 
 def test_a_second_asking_costs_no_call(endpoint: Endpoint, judge: EndpointJudge, tmp_path: Path):
     first = judge.scores(CHEERFUL, answers("Hooray.", "Hooray.", "Alas."))
-    assert len(endpoint.requests) == 4  # two different answers, two prompts each
+    assert len(endpoint.requests) == 6  # two numbers; two different answers, two prompts each
     again = EndpointJudge(endpoint.url, "judge-1", cache=tmp_path / "judge.sqlite")
     assert again.scores(CHEERFUL, answers("Hooray.", "Hooray.", "Alas.")) == first
-    assert len(endpoint.requests) == 4
+    assert len(endpoint.requests) == 6
     assert (again.usage.calls, again.usage.cached) == (0, 4)
     other = EndpointJudge(endpoint.url, "judge-2", cache=tmp_path / "judge.sqlite")
     other.scores(CHEERFUL, answers("Hooray."))
-    assert len(endpoint.requests) == 6
+    assert len(endpoint.requests) == 10
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        (["8", "5", "<|im_end|>"], "writes 85 as 2 tokens ('8', '5')"),
+        (["▁", "8", "5", "</s>"], "writes 85 as 2 tokens ('8', '5')"),
+        (["The", " score", " is ", "8", "5"], "writes 85 as 2 tokens"),
+        (["10", "0", "<|im_end|>"], "writes 100 as 2 tokens ('10', '0')"),
+        (["1", "0", "0", "<|im_end|>"], "writes 100 as 3 tokens ('1', '0', '0')"),
+    ],
+)
+def test_a_judge_that_splits_numbers_is_refused_before_it_is_asked(
+    endpoint: Endpoint, tmp_path: Path, pieces: list[str], shown: str, first_only: bool
+):
+    endpoint.pieces, endpoint.first_only = pieces, first_only
+    judge = EndpointJudge(endpoint.url, "splits", cache=tmp_path / "judge.sqlite")
+    if first_only and not pieces[0].isdigit():
+        return  # nothing to see in the first token; its scores are refusals
+    if first_only:
+        shown = shown.partition(" as ")[0]
+    for _ in range(2):  # from the cache, too
+        with pytest.raises(UsageError, match=re.escape(shown)):
+            judge.scores(CHEERFUL, answers("Hooray."))
+    assert len(endpoint.requests) == 1
+    assert "85" in endpoint.requests[0]["messages"][0]["content"]
+
+
+@pytest.mark.parametrize("pieces", [["85", "<|im_end|>"], [" 85"], ["The", " ", "100"], ["1024"]])
+def test_a_judge_whose_numbers_are_tokens_is_asked(
+    endpoint: Endpoint, judge: EndpointJudge, pieces: list[str]
+):
+    endpoint.pieces = pieces
+    judge.check()
+    assert len(endpoint.requests) == 2
+
+
+def test_a_run_whose_judge_splits_numbers_stores_nothing(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    endpoint.pieces = ["8", "5"]
+    monkeypatch.setenv("HOME", str(tmp_path))  # where replies are kept
+    asked = {"trait": "terse", "judge": endpoint.url, "judge_model": "splits"}
+    with pytest.raises(UsageError, match="a score is read off one"):
+        pn.run(
+            "trait_responses",
+            "organism-qwen2",
+            store=tmp_path / "s.zarr",
+            batch_size=1,
+            max_new_tokens=1,
+            **asked,
+        )
+    assert not (tmp_path / "s.zarr").exists()
 
 
 def test_requests_are_made_at_the_same_time(endpoint: Endpoint, judge: EndpointJudge):

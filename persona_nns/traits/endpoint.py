@@ -3,21 +3,26 @@
 Replies are kept on disk in an SQLite file, as JSON, under a hash of everything that determines
 them: endpoint, model, prompt and sampling parameters. The key is read from ``OPENAI_API_KEY`` and
 goes to the endpoint alone: neither messages nor the file hold it.
+
+The score is read off one token, so a number has to be one. A model that writes 85 as 8 and 5 would
+have its 85 taken for 8: it is asked for such numbers first, and refused.
 """
 
 import json
 import os
+import re
 import sqlite3
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import openai
-from openai.types.chat import ChatCompletion
+from openai.types.chat import ChatCompletion, ChatCompletionTokenLogprob
 
 from persona_nns.declarations.plans import content_digest
 from persona_nns.errors import PersonaError, UsageError
@@ -32,6 +37,9 @@ _PARAMETERS: Mapping[str, Any] = {
     "logprobs": True,
     "top_logprobs": 20,
 }
+#: What a judge is asked to say first, and how much of its reply is read.
+_PROBES = (85, 100)
+_PROBE_PARAMETERS: Mapping[str, Any] = {**_PARAMETERS, "max_tokens": 8}
 _CONCURRENCY = 16
 _RETRIES = 6  # of 408, 409, 429, 5xx and lost connections, with growing pauses
 _TIMEOUT_S = 60
@@ -57,13 +65,13 @@ class ReplyCache:
     def _open(self) -> sqlite3.Connection:
         return sqlite3.connect(self._file, timeout=30)
 
-    def get(self, key: str) -> dict[str, float] | None:
+    def get(self, key: str) -> Any:
         """A reply, or None."""
         with closing(self._open()) as connection:
             row = connection.execute("SELECT value FROM reply WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
-    def put(self, key: str, reply: Mapping[str, float]) -> None:
+    def put(self, key: str, reply: Any) -> None:
         """Keep a reply."""
         with self._lock, closing(self._open()) as connection, connection:
             connection.execute(
@@ -120,6 +128,7 @@ class EndpointJudge:
         check_url(url)
         self.usage = Usage()
         self._lock = threading.Lock()
+        self._checked = False
         self._url, self._model = url.rstrip("/"), model
         self._cache = ReplyCache(cache)
         self._client = openai.OpenAI(
@@ -131,7 +140,31 @@ class EndpointJudge:
 
     def scores(self, trait: Trait, answers: Sequence[Answer]) -> Scores:
         """Ask for the trait and the coherence of each answer."""
+        self.check()
         return judge_all(self.ask, trait, answers)
+
+    def check(self) -> None:
+        """See that the model writes numbers up to 100 as one token each; asks for some, once.
+
+        Raises:
+            UsageError: it splits them.
+            PersonaError: the endpoint does not answer, or not with log-probabilities.
+        """
+        for number in () if self._checked else _PROBES:
+            prompt = f"Reply with the number {number} and nothing else."
+            key = self._key(prompt, _PROBE_PARAMETERS)
+            reply = self._cache.get(key)
+            if reply is None:
+                reply = self._probe(prompt)
+                self._cache.put(key, reply)
+            if split := split_number(**reply):
+                raise UsageError(
+                    f"The judge {self._model!r} at {self._url} writes {''.join(split)} as "
+                    f"{len(split)} tokens ({', '.join(map(repr, split))}), and a score is read off "
+                    "one; use a model for which each number up to 100 is a token (OpenAI's and "
+                    "Llama 3's, not Qwen's, Gemma's or Mistral's)."
+                )
+        self._checked = True
 
     def ask(self, prompts: Sequence[str]) -> list[dict[str, float]]:
         """Log-probabilities of the candidates for the reply to each prompt.
@@ -161,13 +194,27 @@ class EndpointJudge:
         self._cache.put(key, reply)
         return reply
 
-    def _key(self, prompt: str) -> str:
-        return content_digest([self._url, self._model, prompt, dict(_PARAMETERS)])
+    def _key(self, prompt: str, parameters: Mapping[str, Any] = _PARAMETERS) -> str:
+        return content_digest([self._url, self._model, prompt, dict(parameters)])
 
     def _call(self, prompt: str) -> dict[str, float]:
+        reply: dict[str, float] = {}
+        for candidate in self._request(prompt, _PARAMETERS)[1][0].top_logprobs:
+            reply.setdefault(candidate.token, candidate.logprob)
+        return reply
+
+    def _probe(self, prompt: str) -> dict[str, Any]:
+        """What `split_number` takes."""
+        text, said = self._request(prompt, _PROBE_PARAMETERS)
+        return {"text": text, "tokens": [each.token for each in said]}
+
+    def _request(
+        self, prompt: str, parameters: Mapping[str, Any]
+    ) -> tuple[str, list[ChatCompletionTokenLogprob]]:
+        """The text of a reply, and its tokens with their log-probabilities, at least one."""
         try:
             completion = self._client.chat.completions.create(
-                model=self._model, messages=[{"role": "user", "content": prompt}], **_PARAMETERS
+                model=self._model, messages=[{"role": "user", "content": prompt}], **parameters
             )
         except openai.APIStatusError as error:  # its text may repeat a part of the key
             raise PersonaError(_status_message(self._url, error.status_code)) from None
@@ -191,10 +238,27 @@ class EndpointJudge:
                 f"The judge at {self._url} gives no log-probabilities for {self._model!r}; use a "
                 "model and an endpoint that do (logprobs, top_logprobs 20)."
             )
-        reply: dict[str, float] = {}
-        for candidate in logprobs.content[0].top_logprobs:
-            reply.setdefault(candidate.token, candidate.logprob)
-        return reply
+        return completion.choices[0].message.content or "", logprobs.content
+
+
+def split_number(text: str, tokens: Sequence[str]) -> list[str] | None:
+    """The pieces of the first number up to 100 that does not stand in one token; None without.
+
+    Args:
+        text: of a reply.
+        tokens: of the reply, or of its beginning; an end token may follow.
+    """
+    joined = "".join(tokens)
+    text = text if text.startswith(joined) else joined
+    edges = [0]
+    for token in tokens:
+        edges.append(edges[-1] + len(token))
+    for found in re.finditer(r"\d+", text, re.ASCII):
+        inside = [edge for edge in edges if found.start() < edge < found.end()]
+        if inside and int(found[0]) <= 100:
+            bounds = [found.start(), *inside, found.end()]
+            return [text[start:stop] for start, stop in pairwise(bounds)]
+    return None
 
 
 def _not_openai(url: str) -> str:

@@ -4,6 +4,7 @@ Two kinds. The lexicon judge knows the bundled traits and needs nothing. The end
 language model behind an OpenAI-compatible endpoint for one token and takes the mean of the
 numbers 0 to 100 that it might have said, weighted by their probability. Where it hardly says a
 number at all (their probability sums to less than a quarter), it refuses, and the score is none.
+A model that splits numbers into several tokens is not asked.
 """
 
 import math
