@@ -205,7 +205,7 @@ def plan(
     """
     trait, seen, held_out = chosen.trait, chosen.load("extraction"), chosen.load("evaluation")
     check_held_out([seen], [held_out])
-    judging.check(trait)
+    judging.check(trait, held_out.questions, tokenizer)
     names, counts = parse_students(students), parse_counts(trajectories)
     if len(counts) > 1:
         parse_students(curve)

@@ -100,7 +100,7 @@ def plan(
         judging: the judge.
     """
     trait, asked = chosen.trait, chosen.load("evaluation")
-    judging.check(trait)
+    judging.check(trait, asked.questions, tokenizer)
     direction = load_vector(vector, trait, average, model, vector_run)
     units = [
         Graded(

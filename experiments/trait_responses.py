@@ -69,7 +69,7 @@ def plan(
         judging: the judge.
     """
     asked = chosen.load(split)
-    judging.check(asked.name)
+    judging.check(asked.name, asked.questions, tokenizer)
     units = [
         Contrasted(
             asked.name,

@@ -163,7 +163,7 @@ def plan(
         axis = "row"
     else:
         asked = load_traits(name, "evaluation", artifacts)[0]
-        judging.check(name)
+        judging.check(name, asked.questions, tokenizer)
         shown = [(question, None) for question in asked.questions]
         texts, axis = list(asked.questions), "question"
         content |= {"judge": judging.identity, "eval_prompt": asked.eval_prompt}

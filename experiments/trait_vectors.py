@@ -134,8 +134,11 @@ def plan(
         raise UsageError(f"The trait of {responses!r} is its stem {name!r}, not {trait!r}.")
     if judging.judge == "none" and not from_file:
         raise UsageError(_NOBODY_JUDGES)
-    judging.check(name)
-    asked = None if judging.judge == "none" else load_traits(name, "extraction", artifacts)[0]
+    asked = None
+    if judging.judge != "none":
+        judging.check(name)
+        asked = load_traits(name, "extraction", artifacts)[0]
+        judging.check(name, asked.questions, tokenizer)
     if responses is None:  # `prepare` has them made; until then there is nothing to render
         return _plan_of(name, [], [], tokenizer)
     rows = (

@@ -2,6 +2,8 @@
 
 import json
 import tomllib
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,15 @@ ARTIFACTS = Path(__file__).parent / "artifacts"
 def load_artifact(trait: str, split: str) -> dict[str, Any]:
     """The file of a bundled trait: instruction pairs, 20 questions, the judge's prompt."""
     return json.loads((ARTIFACTS / split / f"{trait}.json").read_text("utf-8"))
+
+
+@cache
+def bundled_vocabulary() -> Mapping[str, int]:
+    """The tokens of the bundled models, which share a tokenizer, and their ids."""
+    file = Path(__file__).parent / ORGANISMS[0] / "tokenizer.json"
+    tokenizer = json.loads(file.read_text("utf-8"))
+    added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    return {**tokenizer["model"]["vocab"], **added}
 
 
 def corpus_texts(name: str) -> dict[str, Any]:

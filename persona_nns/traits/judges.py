@@ -9,15 +9,18 @@ A model that splits numbers into several tokens is not asked.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from transformers import PreTrainedTokenizerBase
+
 from persona_nns.errors import PersonaError, UsageError
+from persona_nns.organism.bundled import bundled_vocabulary
 from persona_nns.organism.coherence import coherence_score
 from persona_nns.organism.traits import TRAITS, lexicon_score
-from persona_nns.traits.trait import Trait
+from persona_nns.traits.trait import Split, Trait, load_traits
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -74,24 +77,46 @@ class LexiconJudge:
 
     def scores(self, trait: Trait, answers: Sequence[Answer]) -> Scores:
         """Shares of sentences, in percent: in the trait's style, and grammatical."""
-        check_lexicon(trait.name)
+        check_lexicon(trait.name, trait.questions)
         return Scores(
             tuple(lexicon_score(trait.name, given.answer) for given in answers),
             tuple(coherence_score(given.answer) for given in answers),
         )
 
 
-def check_lexicon(trait: str) -> None:
-    """See that the lexicon judge knows a trait.
+def check_lexicon(
+    trait: str, questions: Iterable[str] = (), tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """See that the lexicon judge can judge: it was made for the bundled models and traits.
+
+    Args:
+        trait: a trait's name.
+        questions: that are answered.
+        tokenizer: of the model that answers.
 
     Raises:
-        UsageError: it does not.
+        UsageError: it does not know the trait, or was not made for the questions or the model.
     """
     if trait not in TRAITS:
         raise UsageError(
             f"The lexicon judge knows {', '.join(TRAITS)} only, not {trait!r}; give the URL of an "
             "OpenAI-compatible endpoint (--judge URL)."
         )
+    splits: tuple[Split, ...] = ("extraction", "evaluation")
+    bundled = {each for split in splits for each in load_traits(trait, split)[0].questions}
+    strange = next((question for question in questions if question not in bundled), None)
+    if strange is not None:
+        raise UsageError(_not_made_for(f"{strange!r} is no question of the bundled {trait!r}"))
+    if tokenizer is not None and not bundled_vocabulary().items() <= tokenizer.get_vocab().items():
+        raise UsageError(_not_made_for("this model is neither bundled nor a student of such a one"))
+
+
+def _not_made_for(why: str) -> str:
+    return (
+        "The lexicon judge is made for what the bundled models answer to the bundled questions, "
+        f"and {why}; give the URL of an OpenAI-compatible endpoint (--judge URL), or nobody judges "
+        "(--judge none)."
+    )
 
 
 def check_url(url: str) -> None:

@@ -36,8 +36,18 @@ class JudgeOptions:
         """What determines the scores."""
         return [self.judge, self.judge_model] if "://" in self.judge else [self.judge]
 
-    def check(self, trait: str) -> None:
+    def check(
+        self,
+        trait: str,
+        questions: Sequence[str] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
         """See that this judge can judge a trait.
+
+        Args:
+            trait: its name.
+            questions: that are answered.
+            tokenizer: of the model that answers.
 
         Raises:
             UsageError: it cannot, or is none.
@@ -45,7 +55,7 @@ class JudgeOptions:
         if self.judge == "none":
             return
         if self.judge == "lexicon":
-            check_lexicon(trait)
+            check_lexicon(trait, questions, tokenizer)
             return
         check_url(self.judge)
         self.price_pair()

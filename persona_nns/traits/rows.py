@@ -56,6 +56,7 @@ def rows_of_file(
     check_labels(rows, str(file))
     if trait is None:
         return [JudgedResponse(row, 0, math.nan, math.nan, kept=True) for row in rows]
+    choice.check(trait.name, [row.question for row in rows])
     answers = [Answer(row.question, row.response) for row in rows]
     scores = open_judge(choice).scores(trait, answers)
     counted: defaultdict[tuple[int, int, str], count[int]] = defaultdict(count)
