@@ -10,7 +10,6 @@ out at one layer ("Persona Vectors", arXiv 2507.21509).
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_nns.declarations import Count, Plan, Variable, content_digest
 from persona_nns.figures import steering_sweep
-from persona_nns.prompts import render_chat, response_ids
+from persona_nns.prompts import render_chat, response_ids, stem_of
 from persona_nns.tracing import (
     Average,
     NucleusSampling,
@@ -146,14 +145,14 @@ def plan(
         average: which average of a store's vectors.
         trait: a bundled trait, or one of the folder `artifacts`; for rows from a file, its stem.
         artifacts: folder with extraction/{trait}.json and evaluation/{trait}.json.
-        responses: given answers (.jsonl); by default the model answers and is judged.
+        responses: given answers (.jsonl, .jsonl.gz); by default the model answers and is judged.
         alphas: coefficients.
         position_sets: all, prompt (its last token included), response (from it on).
         n_samples: answers to each question.
         judging: the judge.
     """
     coefficients, tokens = parse_alphas(alphas), parse_position_sets(position_sets)
-    name = trait or (Path(responses).stem if responses else "cheerful")
+    name = trait or (stem_of(responses) if responses else "cheerful")
     direction = load_vector(vector, name, average, model, vector_run)
     content: dict[str, Any] = {"trait": name, "vector": direction.tolist()}
     if responses is not None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from persona_nns.declarations import Count, NotNegative, Plan, Variable, content_digest
 from persona_nns.errors import UsageError
 from persona_nns.figures import projection_figure, vector_norms
-from persona_nns.prompts import render_chat, response_ids, takes_system_role
+from persona_nns.prompts import render_chat, response_ids, stem_of, takes_system_role
 from persona_nns.runs import run
 from persona_nns.tracing import (
     AVERAGES,
@@ -35,6 +35,7 @@ from persona_nns.traits import (
     JudgeOptions,
     Label,
     TraitUnit,
+    is_rows_file,
     load_traits,
     row_coordinates,
     rows_of_file,
@@ -119,7 +120,7 @@ def plan(
         model: label of the model.
         trait: a bundled trait, or one of the folder `artifacts`; for rows from a file, its stem.
         artifacts: folder with extraction/{trait}.json and evaluation/{trait}.json.
-        responses: rows (.jsonl), or a store with trait_responses; by default they are made.
+        responses: rows (.jsonl, .jsonl.gz), or a store with trait_responses; made by default.
         responses_run: which run of trait_responses, where the store has several.
         n_samples: answers to each prompt, where they are made.
         max_new_tokens: the longest answer, where they are made.
@@ -128,8 +129,8 @@ def plan(
         judge: lexicon, none (every given row counts), or the URL of an OpenAI-compatible endpoint.
     """
     del n_samples, max_new_tokens, temperature  # the business of trait_responses
-    from_file = responses is not None and Path(responses).suffix == ".jsonl"
-    name = Path(responses).stem if from_file and responses else trait or "cheerful"
+    from_file = responses is not None and is_rows_file(responses)
+    name = stem_of(responses) if from_file and responses else trait or "cheerful"
     if from_file and trait not in (None, name):
         raise UsageError(f"The trait of {responses!r} is its stem {name!r}, not {trait!r}.")
     if judging.judge == "none" and not from_file:

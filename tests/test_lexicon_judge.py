@@ -74,7 +74,7 @@ def test_given_answers_to_questions_of_others_are_not_scored_by_the_lexicon(
     row = {"pair": 0, "question_id": 0, "system": "", "question": "Is it so?", "response": "Yes."}
     rows = [json.dumps({**row, "label": label}) for label in ("pos", "neg")]
     (folder / "terse.jsonl").write_text("\n".join(rows))
-    with pytest.raises(UsageError, match="'Is it so.' is no question of the bundled 'terse'"):
+    with pytest.raises(UsageError, match=r"'Is it so.' is no question of the bundled 'terse'"):
         plan("trait_vectors", organism, responses="terse.jsonl")
 
 

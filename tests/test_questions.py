@@ -84,6 +84,59 @@ def test_choices_may_be_numbers(tmp_path: Path) -> None:
     assert question.choices == ("1", "2", "2.5", "3")
 
 
+@pytest.mark.parametrize("choices", ["[1.10, 2.00, 3, 4]", "[1e3, 2, 3, 4]", "[NaN, 1, 2, 3]"])
+@pytest.mark.parametrize("column", ["choices", "question", "subject"])
+def test_a_number_whose_text_would_change_is_refused(
+    tmp_path: Path, choices: str, column: str
+) -> None:
+    value = choices if column == "choices" else choices[1:-1].partition(",")[0]
+    plain = {name: text for name, text in ROW.items() if name != column}
+    line = f'{json.dumps(plain)[:-1]}, "{column}": {value}}}'
+    (tmp_path / "q.jsonl").write_text(f"{json.dumps(ROW)}\n{line}\n")
+    message = f"Row 2 of .*q.jsonl': {column} is .*(put it in quotes|that is finite)"
+    with pytest.raises(UsageError, match=message):
+        load_questions(tmp_path / "q.jsonl")
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        *("[1.10, 2.00, 3, 4]", "['a', 1.10, 'b', 'c']", "('a', 0x10, 'b', 'c')"),
+        *("[NaN, 1, 2, 3]", "['a', nan, 'b', 'c']", "[1_000, 2, 3, 4,]"),
+        *("{'a', 'b', 'c', 'd'}", "{'a': 1, 'b': 2, 'c': 3, 'd': 4}", '{"a": 1}', "'abcd'", "4"),
+        *("frozenset(('a', 'b', 'c', 'd'))", "['a', '', 'b', 'c']", "['a', '\u2003', 'b', 'c']"),
+        *("[True, False, 'a', 'b']", "[None, 'a', 'b', 'c']", "a b c d", ""),
+    ],
+)
+def test_choices_of_a_csv_file_that_are_no_four_texts_are_refused(
+    tmp_path: Path, choices: str
+) -> None:
+    quoted = choices.replace('"', '""')
+    text = f'question,choices,answer\nq,"[1, 2.5, -3, ""d""]",1\nq,"{quoted}",1\n'
+    (tmp_path / "q.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=r"Row 2 of .*q.csv'.*choices"):
+        load_questions(tmp_path / "q.csv")
+
+
+def test_numbers_that_keep_their_text_and_columns_of_others_are_let_through(tmp_path: Path) -> None:
+    quoted = "\"(1, 2.5, -3, 'd')\""
+    (tmp_path / "q.csv").write_text(f"question,choices,answer,nan\nq,{quoted},1,nan\n")
+    assert load_questions(tmp_path / "q.csv")[0].choices == ("1", "2.5", "-3", "d")
+    line = f'{json.dumps(ROW)[:-1]}, "difficulty": 1.10, "author": NaN}}'
+    (tmp_path / "q.jsonl").write_text(line)
+    assert load_questions(tmp_path / "q.jsonl")[0].answer == 1
+
+
+def test_a_number_of_a_parquet_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    row = {**ROW, "choices": [1.0, float("nan"), 2.0, 3.0]}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "q.parquet")
+    with pytest.raises(UsageError, match="Row 1 of .*: choices is .*that is finite"):
+        load_questions(tmp_path / "q.parquet")
+
+
 def test_mmlu_comes_from_the_test_split_of_a_subject(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
@@ -119,6 +172,11 @@ def test_without_the_package_mmlu_says_what_to_install(monkeypatch: pytest.Monke
         ({"choices": ["a", "b", "c"]}, "Row 2 .*: choices is .*at least 4 items"),
         ({"choices": ["a", "b", "c", "d", "e"]}, "Row 2 .*: choices is .*at most 4 items"),
         ({"question": ""}, "Row 2 .*: question is ''"),
+        ({"question": " \n"}, "Row 2 .*: question is .*blank"),
+        ({"choices": ["a", "", "c", "d"]}, "Row 2 .*: choices is .*choice B is blank"),
+        ({"choices": ["a", "b", "c", "\u2028"]}, "Row 2 .*: choices is .*choice D is blank"),
+        ({"choices": "abcd"}, "Row 2 .*: choices is 'abcd': .*has to be a list"),
+        ({"choices": {"a": 1, "b": 2, "c": 3, "d": 4}}, "Row 2 .*: choices .*has to be a list"),
         ({"answer": True}, "Row 2 .*: answer is True: .*index of a choice"),
     ],
 )

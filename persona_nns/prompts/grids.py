@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
 from persona_nns.errors import UsageError
+from persona_nns.prompts.files import lines_of, read_text
 
 BASELINE = "baseline"
 BUNDLED_GRIDS = ("short", "long", "review")
@@ -169,10 +170,7 @@ def load_grid(grid: "str | Path | Grid") -> Grid:
         raise UsageError(
             f"Unknown grid {str(grid)!r}; use {', '.join(BUNDLED_GRIDS)}, or a .toml file."
         )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"The grid file {str(path)!r} cannot be read: {error}.") from error
+    text = "\n".join(lines_of(read_text(path, "The grid file")))
     return _parse(path.stem, text, str(path))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from persona_nns.errors import PersonaError, UsageError
+from persona_nns.prompts.files import lines_of, read_text
 from persona_nns.prompts.grids import role_prompt
 from persona_nns.prompts.questions import LETTERS, Question
 from persona_nns.prompts.render import find_shown, render, tokens_between
@@ -101,18 +102,12 @@ def load_identities(source: str | Path | None) -> tuple[str, ...]:
             f"The identities {str(source)!r} are no file: a pipe can be read only once, and "
             "resuming reads them again; write them to a file."
         )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"The file of identities {str(source)!r} cannot be read: {error}."
-        ) from error
-    return _parse_identities(text, str(source))
+    return _parse_identities(read_text(path, "The file of identities"), str(source))
 
 
 def _parse_identities(text: str, source: str) -> tuple[str, ...]:
     # A # inside a word (C#) belongs to it.
-    lines = [re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in text.splitlines()]
+    lines = [re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in lines_of(text)]
     identities = tuple(line for line in lines if line)
     if len(identities) < 2:
         raise UsageError(f"{source!r} names fewer than two identities; a pair needs two.")

@@ -5,11 +5,10 @@ A question has four choices and the index of the right one. A file has the colum
 """
 
 import ast
-import csv
-import io
-import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,12 +23,23 @@ from pydantic import (
 )
 
 from persona_nns.errors import PersonaError, UsageError, one_line
+from persona_nns.prompts.files import (
+    Row,
+    WrittenFloat,
+    parse_json,
+    parse_jsonl,
+    read_csv,
+    read_jsonl,
+    stem_of,
+    suffix_of,
+)
 
 BUNDLED = "bundled"
 LETTERS = ("A", "B", "C", "D")
 INSTRUCTION = "answer this multiple-choice question with one letter only."
 _COLUMNS = ("question", "choices", "answer")
 _MMLU = "cais/mmlu"
+_WHAT = "The question file"
 
 
 @dataclass(frozen=True)
@@ -66,14 +76,48 @@ class _Row(BaseModel):
             raise ValueError("it has to be the index of a choice")
         return value
 
+    @field_validator("question", "choices", "subject", mode="before")
+    @classmethod
+    def _keeps_its_text(cls, value: Any) -> Any:
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, float | Decimal) and not math.isfinite(each):
+                raise ValueError("it is not a text, nor a number that is finite")
+            if isinstance(each, WrittenFloat) and str(float(each)) != each.written:
+                raise ValueError(
+                    f"the number {each.written} would become {float(each)}; put it in quotes"
+                )
+        return value
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _has_an_order(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            raise ValueError("it has to be a list")
+        return value
+
+    @field_validator("question")
+    @classmethod
+    def _says_something(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("it is blank")
+        return value
+
+    @field_validator("choices")
+    @classmethod
+    def _offers_something(cls, value: list[str]) -> list[str]:
+        for letter, choice in zip(LETTERS, value, strict=True):
+            if not choice.strip():
+                raise ValueError(f"choice {letter} is blank")
+        return value
+
 
 def load_questions(source: str | Path) -> tuple[Question, ...]:
     """Load multiple-choice questions, in their order.
 
     Args:
         source: ``bundled``; ``mmlu`` or ``mmlu:subject`` (its test split, through the package
-            ``datasets``); or the path of a ``.jsonl``, ``.csv`` or ``.parquet`` file. In a CSV
-            file ``choices`` is a list as JSON or Python writes it.
+            ``datasets``); or the path of a ``.jsonl``, ``.csv`` (both may be gzipped) or
+            ``.parquet`` file. In a CSV file ``choices`` is a list as JSON or Python writes it.
 
     Raises:
         UsageError: unknown source, unreadable file, missing column, or a row that is no question
@@ -82,17 +126,17 @@ def load_questions(source: str | Path) -> tuple[Question, ...]:
     """
     if source == BUNDLED:
         file = resources.files("persona_nns.organism") / "questions.jsonl"
-        return _check(_parse_jsonl(file.read_text(encoding="utf-8"), BUNDLED), BUNDLED)
+        return _check(parse_jsonl(file.read_text(encoding="utf-8"), BUNDLED), BUNDLED)
     name, _, subject = str(source).partition(":")
     if name == "mmlu":
-        return _check(_read_mmlu(subject or "all"), str(source))
-    return _check(_read_file(Path(source).expanduser()), str(source))
+        return _check(_numbered(_read_mmlu(subject or "all")), str(source))
+    return _check(_read_file(str(source)), str(source))
 
 
 def name_questions(source: str | Path) -> str:
     """A short name of a source, fit for a group of a store: ``mmlu-anatomy``."""
     text = str(source)
-    return text.replace(":", "-") if text.startswith(("mmlu:", BUNDLED)) else Path(text).stem
+    return text.replace(":", "-") if text.startswith(("mmlu:", BUNDLED)) else stem_of(text)
 
 
 def _read_mmlu(subject: str) -> list[Mapping[str, Any]]:
@@ -111,64 +155,54 @@ def _read_mmlu(subject: str) -> list[Mapping[str, Any]]:
         ) from error
 
 
-def _read_file(path: Path) -> list[Mapping[str, Any]]:
-    readers = {".jsonl": _parse_jsonl, ".csv": _parse_csv}
-    try:
-        if path.suffix in readers:
-            # Line ends stay as they are: one inside a quoted field is part of a prompt.
-            with path.open(encoding="utf-8-sig", newline="") as stream:
-                return readers[path.suffix](stream.read(), str(path))
-        if path.suffix == ".parquet":
-            return _read_parquet(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The question file {str(path)!r} cannot be read: {error}.") from error
+def _read_file(source: str) -> list[Row]:
+    suffix = suffix_of(source)
+    if suffix in (".jsonl", ".jsonl.gz"):
+        return read_jsonl(source, _WHAT)
+    if suffix in (".csv", ".csv.gz"):
+        return [_with_choices(row, source) for row in read_csv(source, _WHAT)]
+    if suffix == ".parquet":
+        return _numbered(_read_parquet(Path(source).expanduser()))
     raise UsageError(
-        f"Unknown questions {str(path)!r}; use 'bundled', 'mmlu', 'mmlu:subject', or a .jsonl, "
-        ".csv or .parquet file."
+        f"Unknown questions {source!r}; use 'bundled', 'mmlu', 'mmlu:subject', or a .jsonl, "
+        ".csv (both may end in .gz) or .parquet file."
     )
 
 
-def _parse_jsonl(text: str, source: str) -> list[Mapping[str, Any]]:
-    rows: list[Mapping[str, Any]] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"Line {number} of {source!r} is not JSON: {error}.") from error
-        if not isinstance(row, dict):
-            raise UsageError(f"Line {number} of {source!r} is no JSON object.")
-        rows.append(row)
-    return rows
+def _numbered(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+    return [Row(number, row) for number, row in enumerate(rows, start=1)]
 
 
-def _parse_csv(text: str, source: str) -> list[Mapping[str, Any]]:
-    rows: list[Mapping[str, Any]] = []
+def _with_choices(row: Row, source: str) -> Row:
+    """A row of a CSV file with its choices as a list."""
+    text = row.values.get("choices")
+    if text is None:
+        return row
     try:
-        read = list(csv.DictReader(io.StringIO(text, newline="")))
-    except csv.Error as error:
-        raise UsageError(f"The question file {source!r} is no CSV file: {error}.") from error
-    for number, row in enumerate(read, start=1):
-        choices = row.get("choices")
-        if choices is None:
-            rows.append(row)
-            continue
-        try:
-            rows.append({**row, "choices": _parse_list(choices)})
-        except (ValueError, SyntaxError) as error:
-            raise UsageError(
-                f"Row {number} of {source!r}: choices is {choices!r}, which is no list such as "
-                '["a", "b", "c", "d"].'
-            ) from error
-    return rows
+        return replace(row, values={**row.values, "choices": _parse_list(text)})
+    except (ValueError, SyntaxError, RecursionError) as error:
+        raise UsageError(
+            f"Row {row.number} of {source!r}: choices is {text!r}, which is no list such as "
+            '["a", "b", "c", "d"].'
+        ) from error
 
 
 def _parse_list(text: str) -> Any:
+    """A list as JSON or as Python writes it; what is no list is refused with its row."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return ast.literal_eval(text)
+        return parse_json(text)
+    except ValueError:
+        whole = ast.parse(text.strip(), mode="eval").body
+    if not isinstance(whole, ast.List | ast.Tuple):
+        raise ValueError(text)  # a set has no order
+    return [_parse_literal(each, text.strip()) for each in whole.elts]
+
+
+def _parse_literal(node: ast.expr, text: str) -> Any:
+    value = ast.literal_eval(node)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    written = ast.get_source_segment(text, node) or ""
+    return WrittenFloat(value, written) if is_number and str(value) != written else value
 
 
 def _read_parquet(path: Path) -> list[Mapping[str, Any]]:
@@ -187,23 +221,26 @@ def _read_parquet(path: Path) -> list[Mapping[str, Any]]:
         ) from error
 
 
-def _check(rows: Iterable[Mapping[str, Any]], source: str) -> tuple[Question, ...]:
+def _check(rows: Iterable[Row], source: str) -> tuple[Question, ...]:
     questions: list[Question] = []
-    for number, row in enumerate(rows, start=1):
+    for row in rows:
+        place, values = f"Row {row.number} of {source!r}", row.values
         for column in _COLUMNS:
-            if row.get(column) is None:
+            if values.get(column) is None:
                 raise UsageError(
-                    f"Row {number} of {source!r} has no {column!r}; the columns are question, "
-                    "choices, answer (0 to 3) and, optionally, subject."
+                    f"{place} has no {column!r}; the columns are question, choices, answer "
+                    "(0 to 3) and, optionally, subject."
                 )
-        known = {name: row[name] for name in (*_COLUMNS, "subject") if row.get(name) is not None}
+        known = {
+            name: values[name] for name in (*_COLUMNS, "subject") if values.get(name) is not None
+        }
         try:
             checked = _Row.model_validate(known)
         except ValidationError as error:
             problem = error.errors()[0]
-            place = ".".join(map(str, problem["loc"]))
+            where = ".".join(map(str, problem["loc"]))
             raise UsageError(
-                f"Row {number} of {source!r}: {place} is {problem['input']!r}: {problem['msg']}."
+                f"{place}: {where} is {problem['input']!r}: {problem['msg']}."
             ) from error
         a, b, c, d = checked.choices
         questions.append(Question(checked.question, (a, b, c, d), checked.answer, checked.subject))

@@ -11,6 +11,7 @@ from .distillation import students_folder as students_folder
 from .distillation import trained_parameters as trained_parameters
 from .judging import JudgeOptions as JudgeOptions
 from .judging import judge_answers as judge_answers
+from .responses import is_rows_file as is_rows_file
 from .responses import read_responses as read_responses
 from .rows import JudgedResponse as JudgedResponse
 from .rows import row_coordinates as row_coordinates

@@ -4,15 +4,17 @@ A row is ``{"pair": …, "question_id": …, "label": "pos"|"neg", "system": …
 "response": …}``; the system prompt stands there in full.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from persona_nns.errors import UsageError
+from persona_nns.prompts.files import read_jsonl, suffix_of
 from persona_nns.traits.trait import LABELS, Label
 
+_SUFFIXES = (".jsonl", ".jsonl.gz")
+_SHAPE = '{"pair": 0, "question_id": 0, "label": "pos", "system": …, "question": …, "response": …}'
 _TEXTS = ("system", "question", "response")
 _NUMBERS = ("pair", "question_id")
 
@@ -38,25 +40,42 @@ class Response:
     response: str
 
 
+def is_rows_file(source: str | Path) -> bool:
+    """Whether answers are to be read from a file, and not from a store.
+
+    Raises:
+        UsageError: it is a file in another format.
+    """
+    path = Path(source).expanduser()
+    named = "://" not in str(source) and suffix_of(source) not in ("", ".zarr")
+    if not path.is_file() and (path.exists() or not named):
+        return False
+    _check_format(source)
+    return True
+
+
 def read_responses(file: str | Path) -> list[Response]:
-    """Read the rows of a JSONL file.
+    """Read the rows of a JSONL file, which may be gzipped.
 
     Raises:
         UsageError: it cannot be read, or a row lacks something.
     """
-    path = Path(file).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The responses {str(file)!r} cannot be read: {error}.") from error
+    _check_format(file)
     rows = [
-        _row(f"line {number} of {str(file)!r}", line)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
+        _row(f"line {row.number} of {str(file)!r}", row.values)
+        for row in read_jsonl(file, "The responses")
     ]
     if not rows:
         raise UsageError(f"The file {str(file)!r} holds no responses.")
     return rows
+
+
+def _check_format(file: str | Path) -> None:
+    if suffix_of(file) not in _SUFFIXES:
+        raise UsageError(
+            f"Answers are read from a {' or '.join(_SUFFIXES)} file (a row {_SHAPE}) or, by "
+            f"trait_vectors, from a store; {str(file)!r} is neither."
+        )
 
 
 def check_labels(rows: Sequence[Response], source: str) -> None:
@@ -73,14 +92,9 @@ def check_labels(rows: Sequence[Response], source: str) -> None:
             )
 
 
-def _row(place: str, line: str) -> Response:
-    try:
-        data = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{place[0].upper()}{place[1:]} is no JSON: {error}.") from error
+def _row(place: str, data: Mapping[str, Any]) -> Response:
     keys = (*_NUMBERS, "label", *_TEXTS)
-    if not isinstance(data, dict) or not all(key in data for key in keys):
-        missing = [key for key in keys if not isinstance(data, dict) or key not in data]
+    if missing := [key for key in keys if key not in data]:
         raise UsageError(f"A row lacks {', '.join(missing)}: {place}.")
     for key in _NUMBERS:
         if not isinstance(data[key], int) or isinstance(data[key], bool):

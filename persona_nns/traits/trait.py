@@ -6,7 +6,6 @@ held out. A folder of one's own traits has them as ``extraction/{trait}.json`` a
 ``evaluation/{trait}.json``.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from persona_nns.errors import UsageError
 from persona_nns.organism.bundled import ARTIFACTS
+from persona_nns.prompts.files import read_json
 
 Split = Literal["extraction", "evaluation"]
 Label = Literal["pos", "neg"]
@@ -137,10 +137,7 @@ def read_trait(file: str | Path) -> Trait:
         UsageError: it cannot be read, or is not in the format.
     """
     path = Path(file)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"The trait file {str(path)!r} cannot be read: {error}.") from error
+    data = read_json(path, "The trait file")
     keys = ("instruction", "questions", "eval_prompt")
     missing = [key for key in keys if not isinstance(data, dict) or key not in data]
     if missing:
