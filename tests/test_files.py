@@ -101,7 +101,7 @@ def test_what_is_no_json_says_the_line_and_the_reason(tmp_path: Path) -> None:
         for read in (read_responses, load_questions):
             with pytest.raises(UsageError, match=message):
                 read(file)
-    with pytest.raises(UsageError, match="t.json' cannot be read: Expecting .* line 2"):
+    with pytest.raises(UsageError, match=r"t.json' cannot be read: Expecting .* line 2"):
         read_trait(write(tmp_path / "t.json", '{"a": 1,\n'))
     rows = json_line({**RESPONSE, "response": "x"}) + "\n" + json_line(RESPONSE)
     with pytest.raises(UsageError, match=r"lacks response: line 3 of .*b.jsonl'"):
@@ -149,5 +149,5 @@ def test_names_of_files_have_an_ending_and_a_stem() -> None:
 
 def test_a_folder_and_what_can_be_no_path_are_refused(tmp_path: Path) -> None:
     for file in (tmp_path, "a\0b", "x" * 999, "~nobody-of-this-name/x"):
-        with pytest.raises(UsageError, match="The text .* cannot be read: "):
+        with pytest.raises(UsageError, match=r"The text .* cannot be read: "):
             read_text(file, "The text")

@@ -133,7 +133,7 @@ def test_a_number_of_a_parquet_file_that_is_none_is_refused(tmp_path: Path) -> N
 
     row = {**ROW, "choices": [1.0, float("nan"), 2.0, 3.0]}
     parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "q.parquet")
-    with pytest.raises(UsageError, match="Row 1 of .*: choices is .*that is finite"):
+    with pytest.raises(UsageError, match=r"Row 1 of .*: choices is .*that is finite"):
         load_questions(tmp_path / "q.parquet")
 
 

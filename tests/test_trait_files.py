@@ -18,7 +18,7 @@ from persona_nns.traits.trait import (
     load_traits,
     read_trait,
 )
-from persona_nns.traits.vectors import read_vector, write_vector
+from persona_nns.traits.vectors import load_vector, read_vector, write_vector
 
 VECTOR = torch.arange(12.0).reshape(3, 4) / 7
 
@@ -34,6 +34,40 @@ def test_a_bfloat16_vector_is_read_in_float32(tmp_path: Path) -> None:
     read = read_vector(tmp_path / "v.pt")
     assert read.dtype == torch.float32
     assert torch.equal(read, VECTOR.bfloat16().float())
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sparse_vector_is_read_with_its_zeros(
+    tmp_path: Path, layout: torch.layout, dtype: torch.dtype
+) -> None:
+    torch.save(VECTOR.to(dtype).to_sparse(layout=layout), tmp_path / "v.pt")
+    read = read_vector(tmp_path / "v.pt")
+    assert read.layout is torch.strided
+    assert torch.equal(read, VECTOR)
+
+
+def test_a_parameter_and_small_floats_are_read_as_plain_numbers(tmp_path: Path) -> None:
+    torch.save(torch.nn.Parameter(VECTOR), tmp_path / "v.PT")
+    read = read_vector(tmp_path / "v.PT")
+    assert not read.requires_grad
+    assert torch.equal(read, VECTOR)
+    torch.save(VECTOR.to(torch.float8_e4m3fn), tmp_path / "v.pt")
+    assert torch.equal(read_vector(tmp_path / "v.pt"), VECTOR.to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("name", ["v.gguf", "v.pth", "v.npz", "v.bin", "v", "v.json"])
+def test_a_vector_in_another_format_is_refused_with_those_that_are_read(
+    tmp_path: Path, name: str
+) -> None:
+    source = str(tmp_path / name)
+    with pytest.raises(
+        UsageError, match=r"nothing at .*\.npy, \.pt or \.safetensors file, or in a"
+    ):
+        load_vector(source, "terse", "response_avg", "m")
+    (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(UsageError, match=r"ends in none of \.npy, \.pt, \.safetensors"):
+        load_vector(source, "terse", "response_avg", "m")
 
 
 class Malice:
@@ -60,6 +94,11 @@ def test_a_file_that_runs_code_is_refused(
         ("v.pt", torch.zeros(3), r"holds \[3\]"),
         ("v.pt", {"v": torch.zeros(3, 4)}, "holds dict"),
         ("v.pt", torch.zeros(3, 4, dtype=torch.long), r"holds \[3, 4\]"),
+        ("v.pt", torch.zeros(3, 4, 5).to_sparse(), r"holds \[3, 4, 5\]"),
+        ("v.pt", torch.zeros(3, 4, dtype=torch.long).to_sparse(), r"holds \[3, 4\]"),
+        ("v.pt", torch.full((3, 4), torch.inf).to_sparse(), "not finite"),
+        ("v.pt", torch.zeros(3, 4, device="meta"), "without numbers"),
+        ("v.pt", torch.zeros(3, 4, dtype=torch.complex64), r"holds \[3, 4\]"),
         ("v.pt", torch.full((3, 4), torch.nan), "not finite"),
         ("v.pt", b"nonsense", "cannot be read"),
         ("v.pt", b"junk", "cannot be read"),

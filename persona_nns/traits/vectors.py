@@ -38,21 +38,38 @@ def read_vector(file: str | Path) -> Tensor:
     if not path.is_file():
         raise UsageError(f"The vector {str(file)!r} does not exist.")
     readers = {".npy": _read_npy, ".pt": _read_pt, ".safetensors": _read_safetensors}
-    if path.suffix not in readers:
+    suffix = path.suffix.lower()
+    if suffix not in readers:
         raise UsageError(f"The vector {str(file)!r} ends in none of {', '.join(SUFFIXES)}.")
     try:
-        tensor = readers[path.suffix](path)
+        tensor = readers[suffix](path)
+        plain = _plain(tensor)
+        finite = plain is None or bool(torch.isfinite(plain).all())
     except _UNREADABLE as error:
         raise UsageError(f"The vector {str(file)!r} cannot be read: {_reason(error)}.") from error
-    if not isinstance(tensor, Tensor) or tensor.dim() != 2 or not tensor.is_floating_point():
-        shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+    if plain is None:
         raise UsageError(
-            f"The vector {str(file)!r} holds {shape}; it has to be numbers of shape "
+            f"The vector {str(file)!r} holds {_described(tensor)}; it has to be numbers of shape "
             "[n_layers + 1, d_model]."
         )
-    if not bool(torch.isfinite(tensor).all()):
+    if not finite:
         raise UsageError(f"The vector {str(file)!r} holds numbers that are not finite.")
-    return tensor.float()
+    return plain
+
+
+def _plain(tensor: Any) -> Tensor | None:
+    """The same in float32, without zeros left out or gradients; None where it is no matrix."""
+    if not isinstance(tensor, Tensor) or tensor.is_meta or not tensor.is_floating_point():
+        return None
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    return tensor.detach().float() if tensor.dim() == 2 else None
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return "a tensor without numbers (meta)" if value.is_meta else str(list(value.shape))
 
 
 def write_vector(vector: Tensor, file: str | Path) -> None:
@@ -99,6 +116,23 @@ def _read_safetensors(path: Path) -> Tensor:
     return next(iter(tensors.values()))
 
 
+def is_vector_file(source: str) -> bool:
+    """Whether a vector is in a file, and not in a store.
+
+    Raises:
+        UsageError: there is nothing there.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() or path.suffix.lower() in SUFFIXES:
+        return True
+    if "://" not in source and not path.exists():
+        raise UsageError(
+            f"There is nothing at {source!r}: a vector is a {', '.join(SUFFIXES[:-1])} or "
+            f"{SUFFIXES[-1]} file, or in a store with trait_vectors; there is no Zarr store either."
+        )
+    return False
+
+
 def load_vector(
     source: str, trait: str, average: str, model: str, run: str | None = None
 ) -> Tensor:
@@ -114,7 +148,7 @@ def load_vector(
     Raises:
         UsageError: there is no such vector.
     """
-    if Path(source).suffix in SUFFIXES:
+    if is_vector_file(source):
         return read_vector(source)
     if average not in AVERAGES:
         raise UsageError(f"Unknown average {average!r}; use {', '.join(AVERAGES)}.")
