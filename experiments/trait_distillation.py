@@ -45,6 +45,7 @@ from persona_nns.traits import (
     Trajectory,
     as_trajectories,
     check_held_out,
+    check_unseen,
     distil,
     judge_answers,
     keep_trajectories,
@@ -210,6 +211,7 @@ def plan(
     if len(counts) > 1:
         parse_students(curve)
     whole = load_vector(vector, trait, average, model, vector_run)
+    check_unseen(held_out, chosen.artifacts, vector, model, vector_run)
     if layer >= len(whole) - 1:
         raise UsageError(
             f"Layer {layer} is out of range: the vector has layers 0 to {len(whole) - 2}."

@@ -32,6 +32,7 @@ from persona_nns.traits import (
     JudgeOptions,
     TraitOptions,
     TraitUnit,
+    check_unseen,
     judge_answers,
     load_vector,
 )
@@ -102,6 +103,7 @@ def plan(
     trait, asked = chosen.trait, chosen.load("evaluation")
     judging.check(trait, asked.questions, tokenizer)
     direction = load_vector(vector, trait, average, model, vector_run)
+    check_unseen(asked, chosen.artifacts, vector, model, vector_run)
     units = [
         Graded(
             trait,

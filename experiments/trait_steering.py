@@ -42,6 +42,7 @@ from persona_nns.tracing import (
 from persona_nns.traits import (
     JudgeOptions,
     TraitUnit,
+    check_unseen,
     judge_answers,
     load_traits,
     load_vector,
@@ -163,6 +164,7 @@ def plan(
     else:
         asked = load_traits(name, "evaluation", artifacts)[0]
         judging.check(name, asked.questions, tokenizer)
+        check_unseen(asked, artifacts, vector, model, vector_run)
         shown = [(question, None) for question in asked.questions]
         texts, axis = list(asked.questions), "question"
         content |= {"judge": judging.identity, "eval_prompt": asked.eval_prompt}

@@ -1,6 +1,7 @@
 """The trait experiments on a bundled model: what is stored, resumed, refused."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from persona_nns.errors import PersonaError, UsageError
 from persona_nns.figures.drawing import draw
 from persona_nns.figures.traits import correlation
 from persona_nns.models.load import load_model
+from persona_nns.organism.bundled import load_artifact
+from persona_nns.runs import plan_run
 from persona_nns.traits import judging as answers
 from persona_nns.traits.responses import Response
 from persona_nns.traits.rows import keep_pairs
@@ -292,6 +295,37 @@ def test_a_filter_that_leaves_nothing_is_an_error() -> None:
     ):
         with pytest.raises(PersonaError, match="No pair of answers"):
             keep_pairs(rows, [0, 0], scores, coherence, "terse")
+
+
+@pytest.mark.parametrize("experiment", ["trait_steering", "trait_monitoring", "trait_distillation"])
+def test_questions_that_a_vector_is_made_from_are_not_evaluated(
+    model: TransformersModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: str
+) -> None:
+    """A question of the extraction split, and one that a store's rows say the vector is made of."""
+    monkeypatch.chdir(tmp_path)
+    seen, held_out = (load_artifact("terse", split) for split in ("extraction", "evaluation"))
+    rows = [
+        {"pair": 0, "question_id": 0, "label": label, "system": "", "response": "Tea is good.",
+         "question": held_out["questions"][7]}
+        for label in ("pos", "neg")
+    ]  # fmt: skip
+    Path("terse.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pn.run("trait_vectors", model, responses="terse.jsonl", judge="none", store="v.zarr")
+    write_vector(torch.ones(9, 128), "v.npy")
+    options = {"layer": 1} if experiment == "trait_distillation" else {}
+    with pytest.raises(UsageError, match=re.escape(repr(held_out["questions"][7]))):
+        pn.run(experiment, model, vector="v.zarr", trait="terse", store="s.zarr", **options)
+    held_out["questions"][3] = seen["questions"][5]
+    for split, trait in (("extraction", seen), ("evaluation", held_out)):
+        Path("own", split).mkdir(parents=True)
+        Path("own", split, "terse.json").write_text(json.dumps(trait))
+    options |= {"artifacts": "own", "judge": "none", "trait": "terse"}
+    with pytest.raises(UsageError, match=r"have to be held out"):
+        pn.run(experiment, model, vector="v.npy", store="s.zarr", **options)
+    assert not Path("s.zarr").exists()
+    Path("own/extraction/terse.json").unlink()  # what a vector was made from is not known then
+    if experiment != "trait_distillation":
+        plan_run(experiment, model, vector="v.npy", store="s.zarr", **options)
 
 
 def test_a_vector_of_another_model_is_not_taken_from_a_store(

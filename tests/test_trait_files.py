@@ -61,9 +61,7 @@ def test_a_vector_in_another_format_is_refused_with_those_that_are_read(
     tmp_path: Path, name: str
 ) -> None:
     source = str(tmp_path / name)
-    with pytest.raises(
-        UsageError, match=r"nothing at .*\.npy, \.pt or \.safetensors file, or in a"
-    ):
+    with pytest.raises(UsageError, match=r"nothing at .*\.npy, \.pt or \.safetensors file"):
         load_vector(source, "terse", "response_avg", "m")
     (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(UsageError, match=r"ends in none of \.npy, \.pt, \.safetensors"):

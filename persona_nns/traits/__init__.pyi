@@ -29,5 +29,6 @@ from .trait import check_held_out as check_held_out
 from .trait import load_traits as load_traits
 from .trait import parse_names as parse_names
 from .trait import read_trait as read_trait
+from .vectors import check_unseen as check_unseen
 from .vectors import load_vector as load_vector
 from .vectors import write_vector as write_vector

@@ -182,6 +182,17 @@ def check_held_out(extraction: Sequence[Trait], evaluation: Sequence[Trait]) -> 
             )
 
 
+def extraction_questions(name: str, folder: str | Path | None = None) -> tuple[str, ...]:
+    """What a trait's vectors are made from by default; none where the folder has no such split.
+
+    Raises:
+        UsageError: the file is not in the format.
+    """
+    root = ARTIFACTS if folder is None else Path(folder).expanduser()
+    file = root / "extraction" / f"{name}.json"
+    return read_trait(file).questions if file.is_file() else ()
+
+
 def _check_count(path: Path, what: str, values: Any, expected: int) -> None:
     if not isinstance(values, list) or len(values) != expected:
         count = len(values) if isinstance(values, list) else "no list of"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xarray as xr
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from persona_nns.errors import UsageError, one_line
 from persona_nns.results.reading import list_runs, open_results
 from persona_nns.tracing.averages import AVERAGES
+from persona_nns.traits.trait import Trait, extraction_questions
 
 SUFFIXES = (".npy", ".pt", ".safetensors")
 # What the readers raise for files that are damaged, or that hold something else.
@@ -152,10 +154,44 @@ def load_vector(
         return read_vector(source)
     if average not in AVERAGES:
         raise UsageError(f"Unknown average {average!r}; use {', '.join(AVERAGES)}.")
-    runs = run or runs_of(source, "trait_vectors", trait, model)
-    results = open_results(source, "trait_vectors", run=runs).isel(model=0)
+    results = _open_vectors(source, trait, model, run)
     vector = results["vector"].sel(average=average).isel(trait=0)
     return torch.from_numpy(vector.transpose("layer", "d_model").values).float()
+
+
+def _open_vectors(store: str, trait: str, model: str, run: str | None) -> xr.Dataset:
+    runs = run or runs_of(store, "trait_vectors", trait, model)
+    return open_results(store, "trait_vectors", run=runs).isel(model=0)
+
+
+def check_unseen(
+    asked: Trait,
+    artifacts: str | Path | None,
+    source: str,
+    model: str,
+    run: str | None = None,
+) -> None:
+    """See that no question on which a vector is evaluated is one that it was made from.
+
+    Args:
+        asked: the questions.
+        artifacts: folder of the trait, whose extraction questions vectors are made from.
+        source: the vector, as in `load_vector`; a store also knows the questions of its rows.
+        model: label of the model it was made on, where it is a store.
+        run: which run, where the store has several.
+
+    Raises:
+        UsageError: a question is not held out, or there is no such vector.
+    """
+    seen = set(extraction_questions(asked.name, artifacts))
+    if not is_vector_file(source):
+        rows = _open_vectors(source, asked.name, model, run)
+        seen |= set(rows.row_question.values[rows.kept.values == 1].tolist())
+    if shared := sorted(seen & set(asked.questions)):
+        raise UsageError(
+            f"The trait {asked.name!r} asks {shared[0]!r}, from which its vector is made; "
+            "evaluation questions have to be held out."
+        )
 
 
 def runs_of(store: str | Path, experiment: str, trait: str, model: str) -> str:
