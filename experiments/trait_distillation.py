@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations import Count, Plan, Variable, content_digest
+from persona_nns.declarations import EXECUTION, Count, Plan, Variable, content_digest
 from persona_nns.errors import UsageError
 from persona_nns.figures import distillation_curves, token_kl_figure
 from persona_nns.models import hosted, record_of, require_peft
@@ -191,7 +191,7 @@ def plan(
         model: label of the model.
         vector: a file (.npy, .pt, .safetensors), or a store with trait_vectors.
         layer: where the teacher is steered.
-        alpha: the teacher's coefficient.
+        alpha: its coefficient.
         position_set: which tokens are steered.
         vector_run: which run of trait_vectors, where the store has several.
         average: which average of a store's vectors.
@@ -221,9 +221,8 @@ def plan(
         for split in (seen, held_out)
     )
     teacher = Teacher(trait, alpha * whole[layer], layer, position_set, *prompts)
-    most = max(counts)
-    trained = [(curve, count) for count in counts if count < most]
-    trained += [(name, most) for name in names]
+    *fewer, most = counts  # ascending
+    trained = [*((curve, count) for count in fewer), *((name, most) for name in names)]
     if any(student != "full" for student, _ in trained):
         require_peft()
     units = [
@@ -266,6 +265,7 @@ def plan(
         attrs={"vector_source": vector, "average": average, "layer": layer, "alpha": alpha},
         width=(len(whole) - 1, whole.shape[1]),
         batch_size=1,
+        unverifiable="it would read back its students' checkpoints and rewrite their folders",
     )
 
 
@@ -273,7 +273,7 @@ def measure(
     model: TransformersModel,
     units: list[Condition],
     *,
-    output: str = "stores/students",
+    output: Annotated[str, EXECUTION] = "stores/students",
     n_samples: Count = 10,
     sampling: NucleusSampling = _SAMPLING,
     training: TrainingOptions,
@@ -283,7 +283,7 @@ def measure(
     Args:
         model: from `load_model`, on this machine.
         units: baseline, teacher and students.
-        output: folder of the students: an adapter or a whole model each.
+        output: folder of the students that are trained: an adapter or a whole model each.
         n_samples: answers to each evaluation question.
         sampling: how they are drawn.
         training: how students are trained.

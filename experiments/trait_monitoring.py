@@ -144,6 +144,7 @@ def plan(
         },
         width=(direction.shape[0] - 1, direction.shape[1]),
         batch_size=10,
+        unverifiable=judging.unverifiable,
     )
 
 

@@ -121,6 +121,7 @@ def plan(
             "systems": [[asked.system(pair, lab) for lab in LABELS] for pair in range(5)],
         },
         batch_size=4,
+        unverifiable=judging.unverifiable,
     )
 
 

@@ -203,6 +203,7 @@ def plan(
         variables=_GENERATED if responses is None else _TEACHER_FORCED,
         width=(direction.shape[0] - 1, direction.shape[1]),
         batch_size=10,
+        unverifiable=judging.unverifiable if responses is None else "",
     )
 
 

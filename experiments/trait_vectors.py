@@ -7,7 +7,7 @@ trait minus the mean over those without ("Persona Vectors", arXiv 2507.21509).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,8 @@ def plan(
         if from_file
         else rows_of_store(responses, name, model, responses_run)
     )
-    return _plan_of(name, rows, judging.identity, tokenizer)
+    made = _plan_of(name, rows, judging.identity, tokenizer)
+    return replace(made, unverifiable=judging.unverifiable) if from_file else made
 
 
 def _plan_of(

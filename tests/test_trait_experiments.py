@@ -21,7 +21,8 @@ from persona_nns.figures.drawing import draw
 from persona_nns.figures.traits import correlation
 from persona_nns.models.load import load_model
 from persona_nns.organism.bundled import load_artifact
-from persona_nns.runs import plan_run
+from persona_nns.results.reading import RunInfo
+from persona_nns.runs import plan_run, verify_store
 from persona_nns.traits import judging as answers
 from persona_nns.traits.responses import Response
 from persona_nns.traits.rows import keep_pairs
@@ -240,9 +241,67 @@ def test_a_student_is_distilled_and_opens(
     tables = printed(found)
     assert "training_kl" in tables
     assert all(label in tables for label in ("baseline", "r2/4", "full/8"))
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    pn.run("trait_distillation", model, **options)
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    before = written(tmp_path / "students")
+    again = pn.run("trait_distillation", model, **{**options, "output": str(tmp_path / "other")})
+    assert again.attrs["run"] == found.attrs["run"]
+    (verdict,) = verify_store(tmp_path / "s")
+    assert (verdict.problems, verdict.n_recomputed) == ((), 0)
+    assert written(tmp_path / "students") == before
+    assert not (tmp_path / "other").exists()
+
+
+def written(folder: Path) -> dict[Path, int]:
+    """When each file below a folder was last written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_for_students_is_not_in_the_identity(
+    model: TransformersModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_vector(torch.ones(9, 128), "v.npy")
+    options = {"vector": "v.npy", "layer": 1, "judge": "none", "trajectories": "4"}
+    plans = [
+        plan_run("trait_distillation", model, store="s", **options, output=output)
+        for output in ("here", "there")
+    ]
+    one, other = (planned.request.block.attrs for planned in plans)
+    assert one["identity"] == other["identity"]
+    assert one["parameters"] == other["parameters"]
+    assert "output" not in one["parameters"]
+    assert (one["plan_options"]["output"], other["plan_options"]["output"]) == ("here", "there")
+    assert plans[1].request.measuring({})["output"] == "there"  # where students do go
+    group: Any = None
+    assert RunInfo("x", "r", one, group).kin == RunInfo("x", "r", other, group).kin
+
+
+@pytest.mark.parametrize(
+    ("experiment", "options", "why"),
+    [
+        ("trait_responses", {}, "judged at http://x/v1, which may cost money"),
+        ("trait_monitoring", {"vector": "v.npy"}, "may cost money"),
+        ("trait_steering", {"vector": "v.npy"}, "may cost money"),
+        ("trait_steering", {"vector": "v.npy", "responses": "terse.jsonl"}, ""),
+        ("trait_distillation", {"vector": "v.npy", "layer": 1, "trajectories": "4"}, "rewrite"),
+    ],
+)
+def test_a_run_that_verifying_would_harm_says_why(
+    model: TransformersModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    experiment: str,
+    options: dict[str, Any],
+    why: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_vector(torch.ones(9, 128), "v.npy")
+    row = vars(Response(0, 0, "pos", "", "Why?", "Tea is good."))
+    Path("terse.jsonl").write_text(json.dumps(row))
+    for judge in ("http://x/v1", "none"):
+        planned = plan_run(experiment, model, store="s", trait="terse", judge=judge, **options)
+        said = planned.request.block.attrs.get("unverifiable", "")
+        assert (why in said) if judge != "none" else (bool(said) == (why == "rewrite"))
+        assert bool(said) == bool(planned.request.plan.unverifiable)
 
 
 @pytest.mark.parametrize(

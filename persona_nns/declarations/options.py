@@ -1,7 +1,8 @@
 """The options of an experiment: keyword arguments of its functions, alone or in groups.
 
 A group is a dataclass that a function takes as one keyword argument; each of its fields is an
-option like any other.
+option like any other. An option that says how or where and changes no number, as ``reuse`` does for
+every experiment, is marked: ``output: Annotated[str, EXECUTION]``. It is not in a run's identity.
 """
 
 import inspect
@@ -17,6 +18,18 @@ Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Execution:
+    """What marks an option that changes no number."""
+
+
+EXECUTION = Execution()
+
+
+def changes_numbers(option: Parameter) -> bool:
+    """Whether an option belongs to a run's identity."""
+    return EXECUTION not in getattr(option.annotation, "__metadata__", ())
 
 
 def options_of(function: Callable[..., Any], n_given: int) -> dict[str, Parameter]:

@@ -55,6 +55,8 @@ class Plan:
         variables: those of the experiment's variables that these inputs give; None is all.
         width: number of blocks and width of the residual stream that the inputs were made for;
             None where they go with every model.
+        unverifiable: why `verify` must not compute its units anew, as the end of a sentence; empty
+            where it may. What a run costs, or writes beside its store, is such a reason.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Plan:
     batch_size: int | None = None
     variables: Sequence[str] | None = None
     width: tuple[int, int] | None = None
+    unverifiable: str = ""
 
     @property
     def noun(self) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_nns.declarations.catalog import Experiment
+from persona_nns.declarations.options import changes_numbers
 from persona_nns.declarations.plans import Plan, content_digest
 from persona_nns.declarations.record import ModelRecord
 
@@ -27,7 +28,7 @@ def identity(
     """Hash of all that determines the numbers of a run, 64 hexadecimal digits.
 
     Not in it, because the numbers do not depend on them: which units were asked for, device,
-    batch size, package versions.
+    batch size, package versions, options that are marked ``EXECUTION``.
 
     Args:
         experiment: what is measured.
@@ -45,7 +46,7 @@ def identity(
         "attn_implementation": record.attn_implementation,
         "cells": dict(plan.content),
         "token_ids": {key: dict(of_key) for key, of_key in plan.token_ids.items()},
-        "parameters": dict(parameters),
+        "parameters": _determining(experiment, parameters),
     }
     return content_digest(determining)
 
@@ -73,6 +74,16 @@ def unit_digests(experiment: Experiment, plan: Plan) -> dict[str, str]:
         }
     whole = content_digest([dict(plan.content), {k: dict(v) for k, v in plan.token_ids.items()}])
     return {unit.label: whole[:12] for unit in plan.units}
+
+
+def _determining(experiment: Experiment, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a run's parameters on which its numbers depend; layers and positions are such."""
+    options = experiment.options
+    return {
+        name: value
+        for name, value in parameters.items()
+        if name not in options or changes_numbers(options[name])
+    }
 
 
 def _is_digest(version: str) -> bool:
@@ -106,10 +117,14 @@ def run_attributes(
         record: on which model.
         plan: on which inputs.
         parameters: layers, positions and options, complete.
-        plan_options: options that only say where the inputs come from.
+        plan_options: options that only say where the inputs come from; those of ``parameters``
+            that are marked ``EXECUTION`` stand beside them.
         digest: the run's identity.
         template: the chat template, if there is one.
     """
+    determining = _determining(experiment, parameters)
+    execution = {name: parameters[name] for name in parameters if name not in determining}
+    unverifiable = {"unverifiable": plan.unverifiable} if plan.unverifiable else {}
     return {
         "experiment": experiment.name,
         "summary": experiment.summary,
@@ -131,8 +146,9 @@ def run_attributes(
         **plan.attrs,
         "template": template or "",
         "template_digest": hashlib.sha256((template or "").encode()).hexdigest(),
-        "parameters": dict(parameters),
-        "plan_options": json.loads(json.dumps(dict(plan_options), default=str)),
+        "parameters": determining,
+        "plan_options": json.loads(json.dumps({**plan_options, **execution}, default=str)),
+        **unverifiable,
         "created": now(),
         "session": session_attributes(),
     }

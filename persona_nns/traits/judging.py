@@ -36,6 +36,13 @@ class JudgeOptions:
         """What determines the scores."""
         return [self.judge, self.judge_model] if "://" in self.judge else [self.judge]
 
+    @property
+    def unverifiable(self) -> str:
+        """Why `verify` must not ask this judge again; empty where it may."""
+        if "://" not in self.judge:
+            return ""
+        return f"its answers were judged at {self.judge}, which may cost money"
+
     def check(
         self,
         trait: str,
