@@ -1,10 +1,15 @@
+import json
+import os
 import shutil
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from nnsight import TransformersModel
 from peft import PeftModel
 from random_models import architectures
@@ -18,6 +23,7 @@ from persona_nns.traits.distillation import (
     Training,
     Trajectory,
     collate,
+    distil,
     distillation_loss,
     new_student,
     parse_counts,
@@ -27,6 +33,8 @@ from persona_nns.traits.distillation import (
     train,
     trained_parameters,
 )
+from persona_nns.traits.one_device import OneDeviceArguments
+from persona_nns.traits.students import keep_trajectories
 
 TRAJECTORIES = [
     Trajectory((5, 6, 7), (8, 9, 10, 11)),
@@ -180,6 +188,102 @@ def test_every_architecture_has_students(
     )
     with torch.no_grad():
         assert float((predicting_logits(student, batch) - start).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:2", "cpu"])
+def test_training_gets_the_teachers_device_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """With four devices, of which a `Trainer` takes the first, or all of them."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    arguments = OneDeviceArguments(
+        output_dir=str(tmp_path), one_device=device, use_cpu=device == "cpu"
+    )
+    assert arguments.device == torch.device(device)
+    assert arguments.n_gpu == (device != "cpu")
+    assert arguments.train_batch_size == arguments.per_device_train_batch_size
+    assert PartialState().device == torch.device(device)  # where accelerate moves things
+    assert chosen[-1:] == ([torch.device(device)] if device != "cpu" else [])
+    assert "ACCELERATE_TORCH_DEVICE" not in os.environ
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_trainer_of_a_student_is_on_its_device(
+    random_folder: Any, tmp_path: Path, teacher: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def note(trainer: DistillationTrainer, **_: Any) -> None:
+        seen.append(trainer.args)
+        raise Stop
+
+    monkeypatch.setattr(DistillationTrainer, "train", note)
+    monkeypatch.setattr(DistillationTrainer, "_move_model_to_device", lambda *_: None)
+    monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
+    student = new_student(str(random_folder("qwen2")), "r4", "float32", 0)
+    device = torch.device("cuda", 3)
+    with pytest.raises(Stop):
+        train(student, TRAJECTORIES, teacher, TRAINING, tmp_path, device=device)
+    assert (seen[0].device, seen[0].n_gpu, seen[0].use_cpu) == (device, 1, False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_students_of_a_model_with_code_of_its_own_run_that_code(
+    make_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder("qwen2")
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
+    config |= {"model_type": "mine", "auto_map": code, "architectures": ["MineForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text(
+        "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
+        "class MineConfig(Qwen2Config):\n    model_type = 'mine'\n"
+        "class MineForCausalLM(Qwen2ForCausalLM):\n    config_class = MineConfig\n"
+    )
+    model = load_model(folder, trust_remote_code=True)
+    given: list[Any] = []
+    monkeypatch.setattr(
+        "persona_nns.traits.distillation.train", lambda *args, **_: given.append(args) or []
+    )
+    for name in ("r2", "full"):
+        student, _ = distil(model, name, TRAJECTORIES, lambda _: given[0], TRAINING, tmp_path)
+        assert "MineForCausalLM" in {type(module).__name__ for module in student.modules()}
+    with pytest.raises(PersonaError):
+        new_student(str(folder), "r2", "float32", 0)  # not where nobody has trusted it
+
+
+def test_processes_that_keep_trajectories_at_once_do_not_meet(tmp_path: Path) -> None:
+    file = tmp_path / "students" / "trajectories.jsonl"
+    others: list[int] = [6, 3]
+
+    def sample(numbers: range) -> list[Trajectory]:
+        """Another process starts, and ends, while this one samples."""
+        if others:
+            keep_trajectories(file, others.pop(), sample)
+        return [Trajectory((k,), (k + 1, k + 2)) for k in numbers]
+
+    kept = keep_trajectories(file, 4, sample)
+    assert kept == [Trajectory((k,), (k + 1, k + 2)) for k in range(4)]
+    assert [path.name for path in file.parent.iterdir()] == ["trajectories.jsonl"]
+    assert len(file.read_text().splitlines()) == 6  # the longest that was kept
+    at_once = threading.Barrier(4)
+
+    def together(numbers: range) -> list[Trajectory]:
+        at_once.wait(timeout=10)
+        return sample(numbers)
+
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(keep_trajectories, file, 500, together) for _ in range(4)]
+        assert all(len(each.result()) == 500 for each in done)
+    assert [path.name for path in file.parent.iterdir()] == ["trajectories.jsonl"]
+    assert len(file.read_text().splitlines()) == 500
 
 
 def test_lists_of_students_and_counts() -> None:

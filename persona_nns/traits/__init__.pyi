@@ -2,12 +2,10 @@ from .distillation import TrainingOptions as TrainingOptions
 from .distillation import Trajectory as Trajectory
 from .distillation import as_trajectories as as_trajectories
 from .distillation import distil as distil
-from .distillation import keep_trajectories as keep_trajectories
 from .distillation import parse_counts as parse_counts
 from .distillation import parse_students as parse_students
 from .distillation import per_token_kl as per_token_kl
 from .distillation import student_replies as student_replies
-from .distillation import students_folder as students_folder
 from .distillation import trained_parameters as trained_parameters
 from .judging import JudgeOptions as JudgeOptions
 from .judging import judge_answers as judge_answers
@@ -17,6 +15,8 @@ from .rows import JudgedResponse as JudgedResponse
 from .rows import row_coordinates as row_coordinates
 from .rows import rows_of_file as rows_of_file
 from .rows import rows_of_store as rows_of_store
+from .students import keep_trajectories as keep_trajectories
+from .students import students_folder as students_folder
 from .trait import DEGREES as DEGREES
 from .trait import LABELS as LABELS
 from .trait import Label as Label

@@ -6,7 +6,6 @@ loop, its checkpoints and their resumption are those of transformers' `Trainer`;
 are peft's.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,20 +15,21 @@ from typing import Any
 import torch
 from nnsight import TransformersModel
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from persona_nns.declarations.options import Count, Positive
 from persona_nns.declarations.plans import content_digest
-from persona_nns.declarations.record import ModelRecord
 from persona_nns.errors import UsageError
 from persona_nns.models.adapters import base_of, require_peft
 from persona_nns.models.checkpoints import load_weights
 from persona_nns.models.load import record_of
 from persona_nns.tracing.batches import left_pad, similar_rows
 from persona_nns.tracing.sampling import Sampling, SeededPrompt, prompt_batches, read_replies
+from persona_nns.traits.one_device import OneDeviceArguments
 
 _SAVE_EVERY = 50  # steps between checkpoints
+_REMOTE_CODE = "transformers_modules."  # where transformers puts modules that come with a model
 _LOW_RANK = re.compile(r"r([1-9]\d*)")
 
 
@@ -92,30 +92,6 @@ def as_trajectories(prompts: Sequence[SeededPrompt], said: Tensor) -> list[Traje
         Trajectory(tuple(prompt.ids), tuple(token for token in row if token >= 0))
         for prompt, row in zip(prompts, said.tolist(), strict=True)
     ]
-
-
-def keep_trajectories(
-    file: Path, n: int, sample: Callable[[range], list[Trajectory]]
-) -> list[Trajectory]:
-    """The first n trajectories of a JSONL file; those that it lacks are sampled and added."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    rows = [json.loads(line) for line in lines]
-    kept = [Trajectory(tuple(row["prompt"]), tuple(row["response"])) for row in rows]
-    if len(kept) < n:
-        kept += sample(range(len(kept), n))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")  # the file appears whole or not at all
-        part.write_text("".join(f"{json.dumps(vars(each))}\n" for each in kept))
-        part.replace(file)
-    return kept[:n]
-
-
-def students_folder(
-    output: str | Path, record: ModelRecord, trait: str, determining: Sequence[Any]
-) -> Path:
-    """Where a teacher's students go, by the JSON-able values that determine what it says."""
-    digest = content_digest([record.version, record.precision, *determining])[:10]
-    return Path(output) / f"{record.label.replace('/', '--')}-{trait}-{digest}"
 
 
 def token_kl(teacher: Tensor, student: Tensor) -> Tensor:
@@ -225,7 +201,9 @@ def parse_counts(spec: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def new_student(source: str, student: str, precision: str, seed: int) -> Any:
+def new_student(
+    source: str, student: str, precision: str, seed: int, *, trust_remote_code: bool = False
+) -> Any:
     """A copy of the model that can be trained.
 
     Args:
@@ -233,6 +211,7 @@ def new_student(source: str, student: str, precision: str, seed: int) -> Any:
         student: ``r8``, … for a low-rank adapter on attention and MLP projections, or ``full``.
         precision: of the frozen weights; what is trained is float32.
         seed: of the adapter's new weights.
+        trust_remote_code: as in `load_model`.
 
     Raises:
         UsageError: peft is missing for an adapter; or the model is itself an adapter, on which
@@ -243,7 +222,8 @@ def new_student(source: str, student: str, precision: str, seed: int) -> Any:
             f"The model {source!r} is an adapter; students of it need a merged checkpoint."
         )
     match = _LOW_RANK.fullmatch(student)
-    module = load_weights(source, precision if match else "float32")
+    weights = precision if match else "float32"
+    module = load_weights(source, weights, trust_remote_code=trust_remote_code)
     if match is None:
         return module
     peft, rank = require_peft(), int(match[1])
@@ -275,7 +255,8 @@ def train(
     Returns:
         The loss of each step, in nats.
     """
-    settings = TrainingArguments(
+    settings = OneDeviceArguments(
+        one_device=str(device),
         output_dir=str(folder),
         max_steps=training.steps,
         per_device_train_batch_size=training.rows,
@@ -332,7 +313,9 @@ def distil(
     """
     folder = home / f"{student}-{len(trajectories)}-{training.digest}"
     record = record_of(model)
-    trained = new_student(record.source, student, record.precision, training.seed)
+    # Code that came with the model runs already, so it was trusted.
+    trusted = {"trust_remote_code": type(model._module).__module__.startswith(_REMOTE_CODE)}
+    trained = new_student(record.source, student, record.precision, training.seed, **trusted)
     trained.to(model.device)
     checkpoints = folder / "checkpoints"
     losses = train(trained, trajectories, teacher, training, checkpoints, device=model.device)
