@@ -118,7 +118,9 @@ def plan(
             "judge": judging.identity,
             "split": split,
             "system_role": takes_system_role(tokenizer),
-            "systems": [[asked.system(pair, lab) for lab in LABELS] for pair in range(5)],
+            "systems": [
+                [asked.system(pair, label) for label in LABELS] for pair in range(len(asked.pairs))
+            ],
         },
         batch_size=4,
         unverifiable=judging.unverifiable,

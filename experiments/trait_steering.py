@@ -224,7 +224,7 @@ def measure(
         layers: where the vector is added.
         n_samples: answers to each question.
         sampling: how they are drawn.
-        reuse: run the blocks below the steered layer once.
+        reuse: run the blocks below the steered layer once; of what is said, each token once.
     """
     if units[0].response is not None:
         return teacher_force(model, units, layers, reuse=reuse)
@@ -235,7 +235,9 @@ def measure(
         for sample in range(n_samples)
     ]
     vector = units[0].vector.to(model.device)
-    said = torch.stack([answer(model, layer, vector[layer], prompts, sampling) for layer in layers])
+    said = torch.stack(
+        [answer(model, layer, vector[layer], prompts, sampling, reuse=reuse) for layer in layers]
+    )
     # [layer, question, α, position set, sample, token], the question first
     shape = (len(units), len(units[0].alphas), len(units[0].position_sets), n_samples)
     return {"said": said.unflatten(1, shape).transpose(0, 1)}
@@ -255,6 +257,8 @@ def answer(
     direction: Tensor,
     prompts: Sequence[SteeredPrompt],
     sampling: NucleusSampling,
+    *,
+    reuse: bool,
 ) -> Tensor:
     """What the model says while it is steered at a layer, [row, token], −1 after the end."""
     said = torch.full((len(prompts), sampling.max_new_tokens), -1)
@@ -263,13 +267,15 @@ def answer(
         tokens = [prompts[row].tokens for row in rows]
         first = alpha * steered_tokens(batch.attention_mask, 0, tokens)
         later = alpha * steered_steps(tokens).to(model.device)
+        settings["use_cache"] = reuse
         with until_end_of_text(), model.generate(**settings) as tracer:
             with tracer.invoke(batch.tokens):
                 for step in tracer.iter[:]:
+                    strength = first if step == 0 else later
+                    if not reuse:  # what was said before runs again
+                        strength = torch.cat([first] + [later] * step, dim=1)
                     hidden = model.layers[layer].input
-                    model.layers[layer].input = steer(
-                        hidden, direction, first if step == 0 else later
-                    )
+                    model.layers[layer].input = steer(hidden, direction, strength)
             with tracer.invoke():
                 generated = save(tracer.result)
         said[rows] = read_replies(model, generated, batch, sampling)

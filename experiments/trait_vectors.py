@@ -6,7 +6,7 @@ tokens, and the last prompt token. The vector of a layer is the mean over the an
 trait minus the mean over those without ("Persona Vectors", arXiv 2507.21509).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -203,13 +203,14 @@ def measure(model: TransformersModel, units: list[Answers]) -> dict[str, Tensor]
     """
     means, vectors, projected = [], [], []
     for answers in units:
+        read = read_averages(model, answers)
         # In float64: where both labels read the same, their difference is zero and no direction.
-        mean = torch.stack([mean_of(model, answers, label) for label in LABELS])
+        mean = torch.stack([mean_of(answers, label, read) for label in LABELS])
         vector = (mean[LABELS.index("pos")] - mean[LABELS.index("neg")]).float()
         direction = normalised(vector[:, AVERAGES.index("response_avg")])
         means.append(mean.float())
         vectors.append(vector)
-        projected.append(project(model, answers, direction))
+        projected.append(torch.einsum("lrad,ld->lra", read, direction))
     return {
         "vector": torch.stack(vectors).transpose(1, 2),  # [trait, average, layer, d_model]
         "mean": torch.stack(means).transpose(2, 3),  # [trait, label, average, layer, d_model]
@@ -217,34 +218,27 @@ def measure(model: TransformersModel, units: list[Answers]) -> dict[str, Tensor]
     }
 
 
-def mean_of(model: TransformersModel, answers: Answers, label: Label) -> Tensor:
-    """Mean over the kept answers of a label, [layer, average, d_model], in float64."""
+def mean_of(answers: Answers, label: Label, read: Tensor) -> Tensor:
+    """Mean over the kept answers of a label, [layer, average, d_model], in float64.
+
+    Args:
+        answers: which of them are kept, and of which label they are.
+        label: which are meant.
+        read: from `read_averages`.
+    """
     of_label = zip(answers.labels, answers.kept, strict=True)
     counted = [row for row, of in enumerate(of_label) if of == (LABELS.index(label), True)]
-    total = sum(read.cpu().double().sum(1) for _, read in read_averages(model, answers, counted))
-    return torch.as_tensor(total) / len(counted)
+    return read[:, counted].sum(1, dtype=torch.float64) / len(counted)
 
 
-def project(model: TransformersModel, answers: Answers, direction: Tensor) -> Tensor:
-    """Every answer on a direction [layer, d_model], [layer, row, average]."""
-    n_rows = len(answers.labels)
-    projection = torch.empty(len(direction), n_rows, len(AVERAGES))
-    for rows, read in read_averages(model, answers, range(n_rows)):
-        projection[:, rows] = torch.einsum("lrad,ld->lra", read.cpu(), direction)
-    return projection
-
-
-def read_averages(
-    model: TransformersModel, answers: Answers, rows: Sequence[int]
-) -> Iterator[tuple[list[int], Tensor]]:
-    """The three averages of some answers, [layer, row, average, d_model], a batch at a time."""
-    lengths = [len(answers.prompts[row]) + len(answers.responses[row]) for row in rows]
-    for places in similar_rows(lengths):
-        batch = [rows[place] for place in places]
-        padded = left_pad(
-            [(*answers.prompts[row], *answers.responses[row]) for row in batch],
-            device=model.device,
-        )
+def read_averages(model: TransformersModel, answers: Answers) -> Tensor:
+    """The three averages of each answer, [layer, row, average, d_model], float32 on the CPU."""
+    rows = [
+        (*prompt, *said) for prompt, said in zip(answers.prompts, answers.responses, strict=True)
+    ]
+    whole = torch.empty(0)
+    for batch in similar_rows([len(row) for row in rows]):
+        padded = left_pad([rows[row] for row in batch], device=model.device)
         n_response = torch.tensor([len(answers.responses[row]) for row in batch])
         weights = token_weights(padded.attention_mask, n_response.to(model.device))
         with model.trace(
@@ -254,4 +248,8 @@ def read_averages(
                 [averages(block.input, weights) for block in model.layers]
                 + [averages(model.final_norm.output, weights)]
             )
-        yield batch, torch.stack(read)
+        of_batch = torch.stack(read).cpu()
+        if not whole.numel():
+            whole = of_batch.new_empty(len(of_batch), len(rows), *of_batch.shape[2:])
+        whole[:, batch] = of_batch
+    return whole

@@ -4,6 +4,8 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,17 @@ from shared import printed
 
 import persona_nns as pn
 from persona_nns.cli.commands import main
+from persona_nns.declarations import load_experiment
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.figures.drawing import draw
 from persona_nns.figures.traits import correlation
 from persona_nns.models.load import load_model
 from persona_nns.organism.bundled import load_artifact
+from persona_nns.prompts import render_chat
 from persona_nns.results.reading import RunInfo
 from persona_nns.runs import plan_run, verify_store
+from persona_nns.tracing import NucleusSampling
+from persona_nns.traits import JudgeOptions, TraitOptions, load_traits
 from persona_nns.traits import judging as answers
 from persona_nns.traits.responses import Response
 from persona_nns.traits.rows import keep_pairs
@@ -147,6 +153,46 @@ def test_steering_is_the_same_in_any_batch_and_nothing_at_zero(
     scores = first.score.mean(("question", "sample"))
     assert float(scores.sel(alpha=2).max() - scores.sel(alpha=0).max()) > 10
     assert set(draw(first.expand_dims(["model", "trait"]), "trait_steering")) == {"sweep"}
+
+
+def test_steered_answers_are_the_same_without_a_cache(model: TransformersModel) -> None:
+    module = sys.modules[load_experiment("trait_steering").measure.__module__]
+    questions = load_traits("terse", "evaluation")[0].questions[:3]
+    ids = [render_chat(model.tokenizer, question).ids for question in questions]
+    prompts = [
+        module.SteeredPrompt(ids[k % 3], k, alpha, tokens)
+        for k, (alpha, tokens) in enumerate(product((0.0, 3.0), ("all", "prompt", "response")))
+    ]
+    direction = torch.randn(128, generator=torch.Generator().manual_seed(0))
+    widths: list[int] = []
+    block = model._module.model.layers[3]
+    with block.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1])):
+        said = [
+            module.answer(
+                model, 3, direction, prompts, NucleusSampling(6, temperature=1.0), reuse=reuse
+            )
+            for reuse in (True, False)
+        ]
+    assert torch.equal(*said)
+    assert len(said[0].unique(dim=0)) > 3
+    cached, whole = widths[: len(widths) // 2], widths[len(widths) // 2 :]
+    assert sorted(set(cached))[0] == 1
+    assert min(whole) > 1
+
+
+@pytest.mark.parametrize("n_pairs", [3, 7])
+def test_a_run_says_every_system_prompt_that_it_used(
+    model: TransformersModel, monkeypatch: pytest.MonkeyPatch, n_pairs: int
+) -> None:
+    trait = load_traits("terse", "extraction")[0]
+    pairs = tuple((f"Be {k}.", f"Be not {k}.") for k in range(n_pairs))
+    module = sys.modules[load_experiment("trait_responses").measure.__module__]
+    monkeypatch.setattr(TraitOptions, "load", lambda *_: replace(trait, pairs=pairs))
+    planned = module.plan(model.tokenizer, chosen=TraitOptions("terse"), judging=JudgeOptions())
+    assert planned.attrs["systems"] == [
+        [f"You are a terse assistant. {pos}", f"You are a helpful assistant. {neg}"]
+        for pos, neg in pairs
+    ]
 
 
 def test_monitoring_reads_the_last_prompt_token(
@@ -385,6 +431,29 @@ def test_questions_that_a_vector_is_made_from_are_not_evaluated(
     Path("own/extraction/terse.json").unlink()  # what a vector was made from is not known then
     if experiment != "trait_distillation":
         plan_run(experiment, model, vector="v.npy", store="s.zarr", **options)
+
+
+def test_every_answer_is_read_once(model: TransformersModel, tmp_path: Path) -> None:
+    rows = [
+        {"pair": 0, "question_id": k, "label": label, "system": "", "question": "Why?",
+         "response": f"Tea is {'very ' * k}good."}
+        for k in range(5)
+        for label in ("pos", "neg")
+    ]  # fmt: skip
+    (tmp_path / "calm.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    n_read = 0
+
+    def count(_: Any, args: Any) -> None:
+        nonlocal n_read
+        n_read += len(args[0])
+
+    asked: dict[str, Any] = {"responses": str(tmp_path / "calm.jsonl"), "judge": "none"}
+    with model._module.model.layers[0].register_forward_pre_hook(count):
+        ds = pn.run("trait_vectors", model, store=tmp_path / "s", **asked).isel(model=0, trait=0)
+    assert n_read == len(rows)
+    # Both labels say the same, so that there is no direction, and nothing to project on.
+    assert float(abs(ds["vector"]).max()) < 1e-5
+    assert not ds["vector"].sel(layer=0, average="prompt_last").values.any()
 
 
 def test_a_vector_of_another_model_is_not_taken_from_a_store(
