@@ -34,6 +34,7 @@ ON_A_GRID = [
     name for name, file in bundled_experiments().items() if "\ndef plan(" not in file.read_text()
 ]
 CELLS = "yoda/haiku,marx/policy,marx/haiku"
+TALK = {"max_new_tokens": 4, "judge": "none"}  # a random model's answers, which nobody can judge
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +117,10 @@ def test_every_experiment_gives_the_same_numbers_there(
         ),
         (
             "trait_steering",
-            {"vector": "v.npy", "layers": "2", "alphas": "0,2", "max_new_tokens": 4, "top_p": 0.9},
+            {"vector": "v.npy", "layers": "2", "alphas": "0,2", **TALK, "top_p": 0.9},
         ),
-        ("trait_responses", {"max_new_tokens": 4, "temperature": 0}),
-        ("trait_monitoring", {"vector": "v.npy", "max_new_tokens": 4, "temperature": 0}),
+        ("trait_responses", {**TALK, "temperature": 0}),
+        ("trait_monitoring", {"vector": "v.npy", **TALK, "temperature": 0}),
     ],
 )
 def test_experiments_with_inputs_of_their_own_give_the_same_numbers_there(
@@ -154,7 +155,8 @@ def test_experiments_with_inputs_of_their_own_give_the_same_numbers_there(
             np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4, err_msg=str(each))
         else:
             np.testing.assert_array_equal(theirs, ours, err_msg=str(each))
-    assert any(np.isfinite(here[each]).any() for each in here.data_vars if here[each].dtype == "f4")
+    numbers = [here[each] for each in here.data_vars if here[each].dtype == "f4"]
+    assert any(np.isfinite(each).any() for each in numbers) or (here.response.values != "").any()
 
 
 def test_the_one_that_trains_stays_here(simulated: TransformersModel, tmp_path: Path) -> None:

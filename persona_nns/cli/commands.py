@@ -1,4 +1,4 @@
-"""The command line: demo, experiments, run, models, ls, verify, show, plot and compare.
+"""The command line: demo, experiments, run, models, ls, verify, show, plot, rescore and compare.
 
 Heavy imports wait until a command needs them. The commands under ``run`` are in `run_command`.
 """
@@ -165,6 +165,7 @@ def show(
     ] = False,
 ) -> None:
     """Print medians and quartiles over cells."""
+    from persona_nns.cli.listings import made_table, with_values
     from persona_nns.figures.tables import measured, result_table
 
     results = _open(store, experiment, grid, run)
@@ -172,8 +173,14 @@ def show(
         if name not in results:
             known = ", ".join(map(str, results.data_vars))
             raise UsageError(f"{experiment!r} has no variable {name!r}; it has {known}.")
-    for name in variable or measured(results):
-        terminal.out.print(result_table(results, name, bootstrap=bootstrap))
+    valued = with_values(results)
+    for name in variable or valued:
+        if name in measured(results) and name not in valued:
+            terminal.say(f"{name}: nothing was measured.")
+        else:
+            terminal.out.print(result_table(results, name, bootstrap=bootstrap))
+    if not (variable or valued):
+        terminal.out.print(made_table(results))
 
 
 @app.command()
@@ -208,6 +215,34 @@ def plot(
             written = save_figure(figure, file)
         for path in written:
             terminal.say(path)
+
+
+@app.command()
+def rescore(
+    store: Store,
+    experiment: Name,
+    judge: Annotated[str, typer.Option(help="lexicon, or the URL of an endpoint.")],
+    judge_model: Annotated[
+        str | None, typer.Option(help="The model there; its key is read from OPENAI_API_KEY.")
+    ] = None,
+    judge_prices: Annotated[
+        str, typer.Option(help="Dollars for a million tokens sent and received, as 0.40,1.60.")
+    ] = "",
+    run: Annotated[
+        str | None, typer.Option(help="Whose answers (as `ls` shows it); by default unjudged ones.")
+    ] = None,
+) -> None:
+    """Have the stored answers of a run judged, and store them with their scores."""
+    from persona_nns.cli.rescoring import rescore as score
+    from persona_nns.figures.tables import result_table
+    from persona_nns.results.reading import open_results
+    from persona_nns.traits.judging import JudgeOptions
+
+    model = JudgeOptions.judge_model if judge_model is None else judge_model
+    scored = score(store, experiment, JudgeOptions(judge, model, judge_prices), run)
+    results = open_results(store, Path(experiment).stem, run=scored)
+    terminal.out.print(result_table(results, "score"))
+    terminal.say(f"Stored in {store}: {scored}")
 
 
 @app.command(name="export-vector")

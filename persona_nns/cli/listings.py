@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+import xarray as xr
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from persona_nns.figures.tables import new_table
+from persona_nns.figures.tables import measured, new_table
 from persona_nns.results.locations import location_of
 from persona_nns.results.reading import RunInfo
 from persona_nns.runs.remote.environment import Deployment
@@ -55,6 +56,22 @@ def _age(created: str) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
+
+
+def made_table(results: xr.Dataset) -> Table:
+    """What a result holds beside numbers: how many texts of each variable and model."""
+    table = new_table("Without numbers", texts=["model", "variable"], numbers=["texts"])
+    for name, array in results.data_vars.items():
+        if array.dtype.kind == "O":
+            for model, texts in array.groupby("model"):
+                many = f"{int((texts != '').sum())} of {texts.size}"
+                table.add_row(Text(str(model)), Text(f"{name}: {array.attrs['long_name']}"), many)
+    return table
+
+
+def with_values(results: xr.Dataset) -> list[str]:
+    """The variables of which some number was measured, the experiment's first one first."""
+    return [name for name in measured(results) if bool(results[name].notnull().any())]
 
 
 def hosted_table(deployments: Iterable[Deployment], url: str) -> Table:

@@ -138,7 +138,8 @@ def _run_experiment(
     ] = False,
     **options: Any,
 ) -> None:
-    from persona_nns.figures.tables import measured, result_table
+    from persona_nns.cli.listings import made_table, with_values
+    from persona_nns.figures.tables import result_table
     from persona_nns.models.checkpoints import count_layers, load_tokenizer
     from persona_nns.models.load import check_hosting, load_model
     from persona_nns.prompts.grids import load_grid
@@ -208,8 +209,13 @@ def _run_experiment(
             asked = replace(plan, units=units)
             names.append(launch(experiment, loading, settings, asked, workers, ray_address))
     results = open_results(store, experiment.name, run=names)
-    for name in measured(results)[:1]:
+    for name in with_values(results)[:1]:
         terminal.out.print(result_table(results, name))
+    if not with_values(results):
+        terminal.out.print(made_table(results))
+    if "score" in results and "score" not in with_values(results):
+        again = f"persona-nns rescore {shlex.quote(store)} {experiment.name} --judge …"
+        terminal.say(f"Nobody judged the answers; {again} does.")
     terminal.say(f"Stored in {store}: {', '.join(names)}")
     terminal.say(f"All of it: persona-nns show {shlex.quote(store)} {experiment.name}")
 

@@ -157,19 +157,35 @@ def judge_tokens(
         for row in flat
     ]
     per_question = len(flat) // len(questions)
-    answers = [Answer(questions[k // per_question], text) for k, text in enumerate(texts)]
-    response = np.array(texts, dtype=object).reshape(shape)
-    if choice.judge == "none":
-        missing = torch.full(shape, torch.nan)
-        return {"score": missing, "coherence": missing, "response": response}
-    judge = open_judge(choice)
-    scores = judge.scores(trait, answers)
-    _show_cost(judge, choice)
+    asked = [questions[k // per_question] for k in range(len(texts))]
+    scores = judge_texts(trait, asked, texts, choice)
     return {
-        "score": torch.tensor(scores.trait).reshape(shape),
-        "coherence": torch.tensor(scores.coherence).reshape(shape),
-        "response": response,
+        **{name: flat_scores.reshape(shape) for name, flat_scores in scores.items()},
+        "response": np.array(texts, dtype=object).reshape(shape),
     }
+
+
+def judge_texts(
+    trait: Trait, questions: Sequence[str], texts: Sequence[str], choice: JudgeOptions
+) -> dict[str, Tensor]:
+    """Have answers judged.
+
+    Args:
+        trait: what is judged.
+        questions: one for each answer.
+        texts: the answers.
+        choice: the judge; ``none`` gives NaN.
+
+    Returns:
+        ``score`` for the trait and ``coherence``, [answer], NaN where the judge refuses.
+    """
+    if choice.judge == "none":
+        missing = torch.full((len(texts),), torch.nan)
+        return {"score": missing, "coherence": missing.clone()}
+    judge = open_judge(choice)
+    scores = judge.scores(trait, list(map(Answer, questions, texts)))
+    _show_cost(judge, choice)
+    return {"score": torch.tensor(scores.trait), "coherence": torch.tensor(scores.coherence)}
 
 
 def _show_cost(judge: Judge, choice: JudgeOptions) -> None:

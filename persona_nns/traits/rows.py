@@ -89,6 +89,11 @@ def rows_of_store(
     ]
     samples = [sample for _, _, sample, _ in places]
     scores, coherence = stacked.score.values.tolist(), stacked.coherence.values.tolist()
+    if all(map(math.isnan, scores)):
+        raise UsageError(
+            f"Nobody has judged the answers in {str(store)!r}; have them scored first "
+            f"(persona-nns rescore {store} trait_responses --judge …), and choose their run."
+        )
     return keep_pairs(rows, samples, scores, coherence, trait)
 
 
