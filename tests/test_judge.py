@@ -219,7 +219,7 @@ def test_a_run_whose_judge_splits_numbers_stores_nothing(
 ):
     endpoint.pieces = ["8", "5"]
     monkeypatch.setenv("HOME", str(tmp_path))  # where replies are kept
-    asked = {"trait": "terse", "judge": endpoint.url, "judge_model": "splits"}
+    asked: dict[str, Any] = {"trait": "terse", "judge": endpoint.url, "judge_model": "splits"}
     with pytest.raises(UsageError, match="a score is read off one"):
         pn.run(
             "trait_responses",

@@ -306,7 +306,9 @@ def test_a_folder_for_students_is_not_in_the_identity(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_vector(torch.ones(9, 128), "v.npy")
-    options = {"vector": "v.npy", "layer": 1, "judge": "none", "trajectories": "4"}
+    options: dict[str, Any] = {
+        **{"vector": "v.npy", "layer": 1, "judge": "none", "trajectories": "4"}
+    }
     plans = [
         plan_run("trait_distillation", model, store="s", **options, output=output)
         for output in ("here", "there")
@@ -417,7 +419,7 @@ def test_questions_that_a_vector_is_made_from_are_not_evaluated(
     Path("terse.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pn.run("trait_vectors", model, responses="terse.jsonl", judge="none", store="v.zarr")
     write_vector(torch.ones(9, 128), "v.npy")
-    options = {"layer": 1} if experiment == "trait_distillation" else {}
+    options: dict[str, Any] = {"layer": 1} if experiment == "trait_distillation" else {}
     with pytest.raises(UsageError, match=re.escape(repr(held_out["questions"][7]))):
         pn.run(experiment, model, vector="v.zarr", trait="terse", store="s.zarr", **options)
     held_out["questions"][3] = seen["questions"][5]
