@@ -306,9 +306,7 @@ def test_a_folder_for_students_is_not_in_the_identity(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_vector(torch.ones(9, 128), "v.npy")
-    options: dict[str, Any] = {
-        **{"vector": "v.npy", "layer": 1, "judge": "none", "trajectories": "4"}
-    }
+    options: dict[str, Any] = {"vector": "v.npy", "layer": 1, "judge": "none", "trajectories": "4"}
     plans = [
         plan_run("trait_distillation", model, store="s", **options, output=output)
         for output in ("here", "there")
