@@ -11,11 +11,13 @@ import torch
 from nnsight import TransformersModel
 
 import persona_nns as pn
+from persona_nns.cli import rescoring
 from persona_nns.cli.commands import main
 from persona_nns.cli.rescoring import rescore
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.models import load_model
 from persona_nns.organism.bundled import load_artifact
+from persona_nns.results.reading import RunInfo
 from persona_nns.runs import verify_store
 from persona_nns.traits import JudgeOptions
 from persona_nns.traits.judging import LexiconJudge
@@ -43,6 +45,12 @@ def model() -> TransformersModel:
     return load_model("organism-qwen2")
 
 
+@pytest.fixture
+def loaded(model: TransformersModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring does not load the model once more."""
+    monkeypatch.setattr("persona_nns.cli.rescoring.load_model", lambda *_, **__: model)
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -58,6 +66,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("name", ASKED)
 def test_scores_that_come_later_are_those_from_the_start(
     model: TransformersModel, name: str
@@ -103,6 +112,25 @@ def test_what_is_scored_is_kept_when_the_judge_fails(
     assert (verdict.problems, verdict.n_recomputed) == ((), 1)
 
 
+def test_the_weights_of_a_hosted_model_are_not_loaded(
+    model: TransformersModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "persona_nns.cli.rescoring.load_model", lambda *_, **how: asked.update(how) or model
+    )
+    attrs: dict[str, Any] = {
+        "model_version": "hosted 0abc",
+        "model_source": "org/large",
+        "model": "org/large",
+        "precision": "bfloat16",
+        "template": model.tokenizer.chat_template,
+    }
+    group: Any = None
+    rescoring._load(RunInfo("trait_responses", "r", attrs, group))
+    assert asked == {"label": "org/large", "backend": "ndif"}
+
+
 def test_a_run_without_scores_says_what_was_made(
     model: TransformersModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +152,7 @@ def test_a_run_without_scores_says_what_was_made(
     assert "score: trait score" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("loaded")
 def test_what_cannot_be_scored_is_refused(model: TransformersModel) -> None:
     own = Path("own/extraction/terse.json")
     own.parent.mkdir(parents=True)

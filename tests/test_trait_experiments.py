@@ -30,6 +30,7 @@ from persona_nns.runs import plan_run, verify_store
 from persona_nns.tracing import NucleusSampling
 from persona_nns.traits import JudgeOptions, TraitOptions, load_traits
 from persona_nns.traits import judging as answers
+from persona_nns.traits.judges import Scores
 from persona_nns.traits.responses import Response
 from persona_nns.traits.rows import keep_pairs
 from persona_nns.traits.vectors import load_vector, read_vector, write_vector
@@ -386,6 +387,26 @@ def test_wrong_requests_are_said_and_write_nothing(
     with pytest.raises(UsageError, match=message):
         pn.run(experiment, model, store="s.zarr", **options)
     assert set(tmp_path.iterdir()) == before
+
+
+def test_a_vector_whose_rows_were_judged_at_an_endpoint_is_not_verified(
+    model: TransformersModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Paid:
+        def scores(self, _: Any, answers: Any) -> Scores:
+            shown = tuple(100.0 * answer.answer.startswith("Yes") for answer in answers)
+            return Scores(shown, (100.0,) * len(answers))
+
+    monkeypatch.setattr("persona_nns.traits.rows.open_judge", lambda _: Paid())
+    rows = [vars(Response(0, 0, *each)) for each in (
+        ("pos", "", "Why?", "Yes."), ("neg", "", "Why?", "No."))]  # fmt: skip
+    (tmp_path / "terse.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked: dict[str, Any] = {"responses": str(tmp_path / "terse.jsonl"), "store": tmp_path / "s"}
+    pn.run("trait_vectors", model, judge="http://x/v1", **asked)
+    monkeypatch.setattr("persona_nns.traits.rows.open_judge", lambda _: pytest.fail("it costs"))
+    (verdict,) = verify_store(tmp_path / "s")
+    assert "may cost money" in verdict.info.attrs["unverifiable"]
+    assert (verdict.problems, verdict.n_recomputed) == ((), 0)
 
 
 def test_a_filter_that_leaves_nothing_is_an_error() -> None:
