@@ -221,8 +221,8 @@ def plan(
         for split in (seen, held_out)
     )
     teacher = Teacher(trait, alpha * whole[layer], layer, position_set, *prompts)
-    fewer, most = counts[:-1], counts[-1]  # ascending
-    trained = [*((curve, count) for count in fewer), *((name, most) for name in names)]
+    most = max(counts)
+    trained = [(curve, k) for k in counts if k < most] + [(name, most) for name in names]
     if any(student != "full" for student, _ in trained):
         require_peft()
     units = [

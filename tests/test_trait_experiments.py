@@ -398,8 +398,8 @@ def test_a_vector_whose_rows_were_judged_at_an_endpoint_is_not_verified(
             return Scores(shown, (100.0,) * len(answers))
 
     monkeypatch.setattr("persona_nns.traits.rows.open_judge", lambda _: Paid())
-    rows = [vars(Response(0, 0, *each)) for each in (
-        ("pos", "", "Why?", "Yes."), ("neg", "", "Why?", "No."))]  # fmt: skip
+    said = (Response(0, 0, "pos", "", "Why?", "Yes."), Response(0, 0, "neg", "", "Why?", "No."))
+    rows = list(map(vars, said))
     (tmp_path / "terse.jsonl").write_text("\n".join(map(json.dumps, rows)))
     asked: dict[str, Any] = {"responses": str(tmp_path / "terse.jsonl"), "store": tmp_path / "s"}
     pn.run("trait_vectors", model, judge="http://x/v1", **asked)
