@@ -15,6 +15,7 @@ from persona_nns.cli import rescoring
 from persona_nns.cli.commands import main
 from persona_nns.cli.rescoring import rescore
 from persona_nns.errors import PersonaError, UsageError
+from persona_nns.figures.drawing import draw
 from persona_nns.models import load_model
 from persona_nns.organism.bundled import load_artifact
 from persona_nns.results.reading import RunInfo
@@ -73,6 +74,8 @@ def test_scores_that_come_later_are_those_from_the_start(
 ) -> None:
     unjudged = pn.run(name, model, store="s.zarr", judge="none", **ASKED[name])
     assert not bool(unjudged.score.notnull().any())
+    with pytest.raises(UsageError, match=r"Nobody judged these answers.*persona-nns rescore"):
+        draw(unjudged, name)
     scored = rescore("s.zarr", name, LEXICON)
     later = pn.open_results("s.zarr", name, run=scored)
     assert later.attrs["answers_of"] == unjudged.attrs["run"]
@@ -83,6 +86,7 @@ def test_scores_that_come_later_are_those_from_the_start(
         np.testing.assert_array_equal(later[each].values, start[each].values, err_msg=str(each))
     assert bool(later.score.notnull().all())
     assert bool(later.completed.all())
+    assert draw(later, name)
     again = pn.run(name, model, store="s.zarr", judge="lexicon", **ASKED[name])  # nothing to do
     assert again.attrs["answers_of"] == unjudged.attrs["run"]
     assert len(pn.list_runs("s.zarr")) == 2

@@ -3,6 +3,7 @@
 Heavy imports wait until a command needs them. The commands under ``run`` are in `run_command`.
 """
 
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -243,6 +244,8 @@ def rescore(
     results = open_results(store, Path(experiment).stem, run=scored)
     terminal.out.print(result_table(results, "score"))
     terminal.say(f"Stored in {store}: {scored}")
+    shown = f"persona-nns show {shlex.quote(store)} {experiment} --run {scored}"
+    terminal.say(f"All of it: {shown}")
 
 
 @app.command(name="export-vector")

@@ -7,6 +7,7 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
+from persona_nns.errors import UsageError
 from persona_nns.figures.style import MARKED, axis_label, draw_lines, long_form, panels
 
 _SCORES = ("score", "coherence")
@@ -53,6 +54,8 @@ def projection_figure(results: xr.Dataset) -> Figure:
 
 def steering_sweep(results: xr.Dataset) -> Figure:
     """Score and coherence (or log-probability) against α, a line a layer, a column a token set."""
+    if "score" in results:
+        _check_judged(results)
     names = [name for name in _SCORES if name in results] or ["logp"]
     frames = {
         name: long_form(results[name].mean({"question", "sample", "row"} & set(results[name].dims)))
@@ -91,6 +94,7 @@ def steering_sweep(results: xr.Dataset) -> Figure:
 
 def correlation_by_layer(results: xr.Dataset) -> Figure:
     """Pearson's r of projection and score against layer: over all answers, and within degrees."""
+    _check_judged(results)
     found = correlation(results)
     overall = long_form(found["overall"]).assign(degree="all answers")
     frame = pd.concat([overall, long_form(found["within"])])
@@ -155,10 +159,24 @@ def _curve_student(results: xr.Dataset) -> str:
 
 def _scores(results: xr.Dataset) -> pd.DataFrame:
     """A row an answer and judgement, which is named in ``what``."""
+    _check_judged(results)
     frames = [
         long_form(results[name]).assign(what=results[name].attrs["long_name"]) for name in _SCORES
     ]
     return pd.concat(frames, ignore_index=True)
+
+
+def _check_judged(results: xr.Dataset) -> None:
+    """See that there are scores.
+
+    Raises:
+        UsageError: nobody judged the answers.
+    """
+    if not bool(results["score"].notnull().any()):
+        raise UsageError(
+            "Nobody judged these answers, so there are no scores to draw; have them judged with "
+            "persona-nns rescore."
+        )
 
 
 def _labels(results: xr.Dataset, dim: str) -> str:
