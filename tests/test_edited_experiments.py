@@ -1,5 +1,7 @@
 """Edit the file, run again, in one process: fresh numbers, and old ones where they hold."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,3 +115,33 @@ def test_a_file_is_executed_again_only_where_it_changed(folder: Path) -> None:
     second = load_experiment(folder / "elsewhere" / "lens.py")
     assert second.measure.__module__ != first.measure.__module__
     assert load_experiment(folder / "lens.py") is first
+
+
+IN_IPYTHON = """
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+def cell(code):
+    shell.run_cell(code).raise_error()
+cell("import persona_nns as pn; from pathlib import Path; model = pn.load_model('organism-qwen2')")
+cell("def measured():\\n"
+     "    results = pn.run('lens.py', model, 'short', cells='marx/haiku', layers='2',\\n"
+     "                     store='s.zarr', progress=False)\\n"
+     "    return float(results['size'].max())")
+cell("sizes = [measured()]")
+for edit in ("'lens.py', '.norm(dim=-1)', '.norm(dim=-1) * 2'", "'units_of.py', '2.0', '6.0'"):
+    cell(f"file, old, new = {edit}; text = Path(file).read_text()")
+    cell("Path(file).write_text(text.replace(old, new)); sizes.append(measured())")
+cell("%load_ext autoreload")
+cell("%autoreload 2")
+cell("Path('scaling.py').write_text('def scale(): return 1.0\\\\n'); sizes.append(measured())")
+print(*(size / shell.user_ns["sizes"][0] for size in shell.user_ns["sizes"]))
+"""
+
+
+@pytest.mark.slow
+def test_numbers_are_fresh_after_each_edit_in_ipython(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IN_IPYTHON], cwd=folder, capture_output=True, text=True, check=True
+    )
+    ratios = [float(ratio) for ratio in done.stdout.split()[-4:]]
+    assert ratios == pytest.approx([1.0, 2.0, 6.0, 1.0], rel=1e-6)

@@ -461,3 +461,20 @@ def test_a_prompt_beyond_the_learned_positions_is_refused(tmp_path: Path, small_
     with pytest.raises(pn.UsageError, match=r"longest prompt .* have \d+ tokens, .* 16 positions"):
         pn.run("localized_positions", model, small_grid, store=tmp_path / "s.zarr")
     assert not (tmp_path / "s.zarr").exists()
+
+
+def test_a_run_is_found_by_the_name_it_was_given_and_the_last_one_by_latest(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    store = tmp_path / "s.zarr"
+    first = run(own, model, small_grid, store=store, name="doubled")
+    last = run(own, model, small_grid, store=store, weight=3.0)
+    found = pn.open_results(store, "counting", run="doubled")
+    assert found.attrs["identity"] == first.attrs["identity"]
+    assert pn.open_results(store, "counting", run="latest").attrs["run"] == last.attrs["run"]
+    with pytest.raises(pn.UsageError, match=r"doubled: qwen2.*begun 20\d\d-.*; qwen2.*weight=3.0"):
+        pn.open_results(store, "counting")
+    run(own, model, small_grid, store=store, weight=3.0, name="tripled")
+    assert pn.open_results(store, "counting", run="tripled").attrs["run"] == last.attrs["run"]
+    with pytest.raises(pn.UsageError, match="cannot be called 'latest'"):
+        run(own, model, small_grid, store=store, name="latest")

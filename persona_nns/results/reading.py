@@ -61,11 +61,18 @@ class RunInfo:
 
     def describe(self) -> str:
         """One line that tells this run from its neighbours."""
+        named = f"{self.attrs['name']}: " if self.attrs.get("name") else ""
+        begun = str(self.attrs["created"])[:16].replace("T", " ")
         return (
-            f"{self.run} (model {self.attrs['model']}, grid {self.attrs['grid']}, "
-            f"{self.attrs['precision']}, {self.configuration}, "
+            f"{named}{self.run} (model {self.attrs['model']}, grid {self.attrs['grid']}, "
+            f"{self.attrs['precision']}, {self.configuration}, version "
+            f"{self.attrs['protocol_version']}, begun {begun}, "
             f"{self.n_completed}/{self.n_units} complete)"
         )
+
+    def is_called(self, name: str) -> bool:
+        """Whether this is its group's name, or the one that it was given."""
+        return name in (self.run, self.attrs.get("name"))
 
 
 def _brief(value: Any) -> str:
@@ -156,7 +163,8 @@ def open_results(
         store: path or URL of the store.
         experiment: name of the experiment.
         grid: only runs on this grid: its name, its file, or a `Grid`.
-        run: only this run, or these runs, by the name of their group.
+        run: only this run, or these runs, by the name of their group or the one that they were
+            given; ``latest`` is the one that was begun last, of each model.
         residuals: with the residuals that the run kept; of one run.
 
     Raises:
@@ -166,15 +174,20 @@ def open_results(
     runs = list_runs(store, experiment)
     if not runs:
         raise UsageError(f"The store {str(store)!r} holds no results of {experiment!r}.")
-    chosen = [info for info in runs if _matches(info, grid, run)]
-    asked = {run} if isinstance(run, str) else set(run or ())
-    if missing := asked - {info.run for info in runs}:
-        known = ", ".join(info.run for info in runs)
-        raise UsageError(f"There is no run {', '.join(sorted(missing))}; there are: {known}.")
+    chosen = [info for info in runs if _is_on(info, grid)]
+    asked = [run] if isinstance(run, str) else list(run or ())
+    if asked == [LATEST]:
+        chosen = list({info.attrs["model"]: info for info in chosen}.values())
+    elif asked:
+        for name in asked:
+            if not any(info.is_called(name) for info in runs):
+                known = ", ".join(info.run for info in runs)
+                raise UsageError(f"There is no run {name}; there are: {known}, {LATEST}.")
+        chosen = [info for info in chosen if any(map(info.is_called, asked))]
     if not chosen:
         choices = "; ".join(info.describe() for info in runs)
         raise UsageError(f"No run of {experiment!r} matches; there are: {choices}.")
-    grouped = [[info] for info in chosen] if run is not None else families(chosen)
+    grouped = [[info] for info in chosen] if asked else families(chosen)
     chosen = [family[0] for family in grouped]
     if len({info.kin for info in chosen}) > 1:
         raise UsageError(
@@ -215,18 +228,18 @@ def _kept_residuals(store: str | Path, chosen: Sequence[RunInfo]) -> xr.Dataset:
     return kept.drop_vars(["seconds", "completed"])
 
 
-def _matches(info: RunInfo, grid: Any, run: str | Sequence[str] | None) -> bool:
+def _is_on(info: RunInfo, grid: Any) -> bool:
     from persona_nns.prompts.grids import BUNDLED_GRIDS, load_grid
 
-    wanted = [run] if isinstance(run, str) else run
-    if wanted is not None and info.run not in wanted:
-        return False
     if grid is None:
         return True
     if isinstance(grid, str) and grid not in BUNDLED_GRIDS and not grid.endswith(".toml"):
         return bool(info.attrs["grid"] == grid)
     return bool(info.attrs["grid_digest"] == load_grid(grid).digest)
 
+
+#: What `open_results` takes for the run that was begun last.
+LATEST = "latest"
 
 #: The ``protocol_version`` of published numbers, which were not computed here.
 PUBLISHED_VERSION = "published"

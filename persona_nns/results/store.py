@@ -141,6 +141,11 @@ class RunGroup:
         for part in self._parts("completed", flags):
             write_chunks(*part)
 
+    def give_name(self, name: str) -> None:
+        """Write down what the run is called."""
+        if self._group.attrs.get("name") != name:
+            self._group.update_attributes({"name": name})
+
     def read_unit(self, unit: Unit, name: str) -> NDArray[Any]:
         """What a complete unit has written into an array: its dimensions but those of its place.
 

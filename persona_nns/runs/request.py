@@ -40,6 +40,7 @@ class Asked:
     keep_residuals: bool = False
     deadline: float | None = None
     verbose: bool = False
+    name: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod

@@ -16,8 +16,9 @@ from persona_nns.errors import PersonaError, UsageError
 from persona_nns.models.load import hosted, load_model
 from persona_nns.models.memory import fitting_batch_size, is_out_of_memory
 from persona_nns.prompts.grids import Grid, load_grid
+from persona_nns.results.allocation import attach
 from persona_nns.results.claims import Claims
-from persona_nns.results.reading import find_run, open_results
+from persona_nns.results.reading import LATEST, find_run, open_results
 from persona_nns.results.store import check_writable, completed_units
 from persona_nns.runs.identity import now, session_attributes, session_name
 from persona_nns.runs.known import Known, agrees, known_of, missing_layers, take_over
@@ -81,8 +82,10 @@ class PlannedRun:
         elsewhere = hosted(self.model)
         if elsewhere is None:
             _carry_out(self, progress=progress, shared=shared)
-            return
-        carry_out_remotely(self, elsewhere, progress=progress)
+        else:
+            carry_out_remotely(self, elsewhere, progress=progress)
+        if self.asked.name is not None:
+            attach(self.store, self.request.block).give_name(self.asked.name)
 
     def _take_over(self, *, progress: bool, shared: bool) -> None:
         """Take what other runs of the store hold, after measuring the layers that they lack."""
@@ -122,7 +125,7 @@ class PlannedRun:
 
     def _at(self, layers: Sequence[int], units: Sequence[Unit]) -> "PlannedRun":
         """The same for some of the layers and units."""
-        asked = replace(self.asked, layers=list(layers), cells=None)
+        asked = replace(self.asked, layers=list(layers), cells=None, name=None)
         request = check_request(self.request.experiment, self.model, self.grid, asked)
         request = request.into(find_run(self.store, request.block) or request.block.run)
         return replace(self, request=replace(request, units=tuple(units)), asked=asked)
@@ -143,6 +146,7 @@ def run(
     keep_residuals: bool = False,
     deadline: float | None = None,
     verbose: bool = False,
+    name: str | None = None,
     progress: bool = True,
     **options: Any,
 ) -> xr.Dataset:
@@ -168,6 +172,7 @@ def run(
         keep_residuals: store the residuals too, in the group ``<run>/residuals``.
         deadline: seconds that a job on a server may go without news; by default an hour.
         verbose: print what becomes of each job on a server.
+        name: what the run is called, beside the name of its group; `open_results` finds it by it.
         progress: show a progress bar with an ETA (never where there is no terminal).
         **options: the experiment's own options.
 
@@ -188,12 +193,13 @@ def run(
         keep_residuals=keep_residuals,
         deadline=deadline,
         verbose=verbose,
+        name=name,
         options=options,
     )
     planned = _plan(experiment, model, grid, asked, store, progress=progress)
     planned.carry_out(progress=progress)
-    name, group = planned.group
-    return open_results(store, name, run=group)
+    of, group = planned.group
+    return open_results(store, of, run=group)
 
 
 def plan_run(
@@ -226,6 +232,8 @@ def _plan(
     check_writable(store)
     if asked.batch_size is not None and asked.batch_size < 1:
         raise UsageError(f"The batch size {asked.batch_size} is too small; use 1 or more.")
+    if asked.name is not None and (not asked.name.strip() or asked.name == LATEST):
+        raise UsageError(f"A run cannot be called {asked.name!r}; give it another name.")
     if not isinstance(experiment, Experiment):
         experiment = load_experiment(experiment)
     grid = experiment.grid if grid is None else grid
