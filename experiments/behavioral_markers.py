@@ -50,7 +50,10 @@ variables = marker_variables(
 def markers_figure(results: xr.Dataset) -> Figure:
     """Rates and counts: by condition for an injection layer or few, by layer for many."""
     x, hue = ("condition", "layer") if results.sizes["layer"] <= 4 else ("layer", "condition")
-    return estimates(results, {"any_marker": "mean", "distinct_markers": "mean"}, x=x, hue=hue)
+    said = "additive: h_BB + ΔX + ΔY in place of h_XY; remove_persona: h_XY − ΔX; bare: no persona."
+    return estimates(
+        results, {"any_marker": "mean", "distinct_markers": "mean"}, x=x, hue=hue, note=said
+    )
 
 
 figures = {

@@ -109,7 +109,13 @@ variables = {
 }
 
 figures = {
-    "kl": lambda ds: estimates(ds, {"kl": "median"}, x="layer_set", hue="source"),
+    "kl": lambda ds: estimates(
+        ds,
+        {"kl": "median"},
+        x="layer_set",
+        hue="source",
+        note="Injected into the host: cached, h_BB + ΔX + ΔY; oracle, the long persona's h_XY.",
+    ),
     "closure": closure_figure,
     "markers": host_markers,
 }

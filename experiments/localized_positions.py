@@ -55,13 +55,13 @@ variables = {
     ),
     "kl_rms_matched": Variable(
         "cell layer position",
-        "causal KL, size put right",
+        "KL, h_add rescaled to the RMS of h_XY",
         units="nat",
         description="The same with h_BB + ΔX + ΔY rescaled to the root mean square of h_XY.",
     ),
     "kl_rms_only": Variable(
         "cell layer position",
-        "causal KL, size alone wrong",
+        "KL, h_XY rescaled to the RMS of h_add",
         units="nat",
         description="The same with h_XY rescaled to the root mean square of h_BB + ΔX + ΔY.",
     ),
@@ -80,20 +80,20 @@ variables = {
     ),
     "interaction_ratio": Variable(
         "cell layer position",
-        "‖Inter‖ / ‖ΔXY‖",
+        "‖ΔXY − ΔX − ΔY‖ / ‖ΔXY‖",
         description="Size of what the sum leaves out, relative to the whole effect.",
         every_layer=True,
     ),
     "gap_ratio": Variable(
         "cell layer position",
-        "‖h_add − h_XY‖ / ‖ΔXY‖",
+        "‖h_add − h_XY‖ / ‖h_XY − h_BB‖",
         description="What the sum misses before the next block's norm; h_add = h_BB + ΔX + ΔY, "
         "so it is the interaction ratio.",
         every_layer=True,
     ),
     "gap_ratio_post_norm": Variable(
         "cell layer position",
-        "‖N(h_add) − N(h_XY)‖ / ‖N(h_XY) − N(h_BB)‖",
+        "the same after the next norm",
         description="What the sum misses after N, the input norm of the block that reads the "
         "layer. NaN after the last block, and where blocks have no input norm (OLMo2).",
         every_layer=True,
@@ -114,10 +114,29 @@ def beyond_embedding(results: xr.Dataset) -> xr.Dataset:
     return results if bool((embedding > 0).any()) else results.sel(layer=slice(1, None))
 
 
+_DELTAS = (
+    "h: residual of a prompt; B: baseline, X: persona, Y: task. ΔX = h_XB − h_BB, ΔY = h_BY − "
+    "h_BB, ΔXY = h_XY − h_BB."
+)
+_ADDED = "h_add = h_BB + ΔX + ΔY."
+_CAUSAL = f"Causal KL: of the next tokens, with {_ADDED[:-1]} in place of h_XY."
+
+
+def _noted(results: xr.Dataset, *notes: str) -> str:
+    """Notes of a figure, with what `beyond_embedding` leaves out."""
+    whole = beyond_embedding(results).sizes["layer"] == results.sizes["layer"]
+    out = "" if whole else "Layer 0 is left out: there all four prompts have the same token."
+    return " ".join(note for note in (out, *notes) if note)
+
+
 figures = {
-    "kl_by_layer": lambda ds: lines_by_layer(beyond_embedding(ds), ["kl"], log=True, reference=0.1),
+    "kl_by_layer": lambda ds: lines_by_layer(
+        beyond_embedding(ds), ["kl"], log=True, reference=0.1, note=_noted(ds, _CAUSAL, _DELTAS)
+    ),
     "cosines_by_layer": lambda ds: lines_by_layer(
-        beyond_embedding(ds), ["cos_additive", "cos_persona_task", "interaction_ratio"]
+        beyond_embedding(ds),
+        ["cos_additive", "cos_persona_task", "interaction_ratio"],
+        note=_noted(ds, _DELTAS),
     ),
     "norm": lambda ds: compare_by_layer(
         beyond_embedding(ds),
@@ -127,9 +146,14 @@ figures = {
         },
         position=ds.position.values.tolist()[0],
         log=["KL (nat)"],
+        note=_noted(ds, _CAUSAL, _DELTAS, "Next norm: the input norm of the block that reads h."),
     ),
-    "kl_by_persona": lambda ds: cells_heatmap(beyond_embedding(ds), "kl", "persona"),
-    "kl_by_task": lambda ds: cells_heatmap(beyond_embedding(ds), "kl", "task"),
+    "kl_by_persona": lambda ds: cells_heatmap(
+        beyond_embedding(ds), "kl", "persona", note=_noted(ds, _CAUSAL)
+    ),
+    "kl_by_task": lambda ds: cells_heatmap(
+        beyond_embedding(ds), "kl", "task", note=_noted(ds, _CAUSAL)
+    ),
 }
 
 

@@ -23,6 +23,17 @@ baseline = "Give advice."
 haiku = "Write a haiku about Monday mornings."
 """
 
+OWN_FIGURE = """
+
+def mine(results):
+    from persona_nns.figures import lines_by_layer
+
+    return lines_by_layer(results, ["norm_ratio"])
+
+
+figures = {"mine": mine}
+"""
+
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -100,7 +111,16 @@ def test_a_users_own_file_runs_and_is_drawn(command: Command, grid_file: str) ->
     assert float(abs(ratio.sel(layer=5) - 1).max()) > 0.01
     code, out, _ = command("plot", "s.zarr", "my_experiment.py")
     assert code == 0
-    assert "my_experiment-mine-norm_ratio_by_layer.pdf" in out
+    (run,) = pn.list_runs("s.zarr")
+    assert f"my_experiment-{run.run}-norm_ratio_by_layer.pdf" in out
+    Path("my_experiment.py").write_text(EXAMPLE + OWN_FIGURE)  # drawn as the file says now
+    code, out, _ = command("plot", "s.zarr", "my_experiment")
+    assert code == 0
+    assert f"my_experiment-{run.run}-mine.pdf" in out
+    Path("my_experiment.py").unlink()
+    code, out, _ = command("plot", "s.zarr", "my_experiment")
+    assert code == 0
+    assert f"my_experiment-{run.run}-norm_ratio_by_layer.pdf" in out
 
 
 def test_experiments_and_models_are_listed(command: Command) -> None:
@@ -295,4 +315,7 @@ def test_one_grid_under_two_names_is_one_result_and_can_be_drawn(
     assert len(pn.list_runs("s.zarr")) == 2
     code, out, err = command("plot", "s.zarr", "norms.py")
     assert (code, err) == (0, "")
-    assert "norms-mine-norm_ratio_by_layer.png" in out
+    assert "norms-qwen2+llama" in out
+    for info in pn.list_runs("s.zarr"):  # each has files of its own
+        assert f"norms-{info.run}-" in command("plot", "s.zarr", "norms", "--run", info.run)[1]
+    assert len(list(Path().glob("*-norm_ratio_by_layer.png"))) == 3

@@ -46,6 +46,14 @@ def measure(model, cells, *, layers: list[int], weight: float = 2.0):
 '''
 
 
+def test_what_is_nan_throughout_is_named(
+    own: Path, tmp_path: Path, model: TransformersModel, small_grid: Grid
+) -> None:
+    own.write_text(OWN.replace("weight * torch", "float('nan') * torch"))
+    with pytest.warns(UserWarning, match=r"^asked of '.*': NaN in every cell that is complete"):
+        pn.run(own, model, small_grid, layers="1", cells="chef/haiku", store=tmp_path / "s.zarr")
+
+
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     file = tmp_path / "counting.py"

@@ -201,13 +201,13 @@ def plot(
     run: RunChoice = None,
 ) -> None:
     """Draw an experiment's figures."""
-    from persona_nns.figures.drawing import check_format, draw, save_figure
+    from persona_nns.figures.drawing import check_format, draw, file_stem, save_figure
 
     if output is not None:
         check_format(output)
     results = _open(store, experiment, grid, run)
     beside = Path() if "://" in store else Path(store).expanduser().parent
-    prefix = f"{Path(experiment).stem}-{results.attrs['grid']}"
+    prefix = file_stem(results, Path(experiment).stem)
     for index, (name, figure) in enumerate(draw(results, experiment).items()):
         if output is None:
             written = save_figure(figure, beside / f"{prefix}-{name}.png", pdf=True)

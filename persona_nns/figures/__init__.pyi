@@ -7,6 +7,7 @@ from .closure import closure_heatmap as closure_heatmap
 from .controls import by_control as by_control
 from .drawing import check_format as check_format
 from .drawing import draw as draw
+from .drawing import file_stem as file_stem
 from .drawing import save_figure as save_figure
 from .estimates import closure_figure as closure_figure
 from .estimates import estimates as estimates

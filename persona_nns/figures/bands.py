@@ -7,7 +7,9 @@ import xarray as xr
 
 from persona_nns.declarations.bands import band_labels, band_layers
 
-FAMILIES = ("only k", "0:k", "k:n")
+#: Kinds of bands, as a legend says them.
+FAMILIES = ("layer k alone", "layers before k (0:k)", "layers from k on (k:n)")
+_ALONE, _BEFORE, _FROM = FAMILIES
 
 
 def by_band(values: xr.DataArray) -> pd.DataFrame:
@@ -33,8 +35,8 @@ def by_band(values: xr.DataArray) -> pd.DataFrame:
 def _places(label: str, n_layers: int) -> Iterator[tuple[str, int]]:
     layers = band_layers(label, n_layers)
     if len(layers) == 1:
-        yield "only k", layers.start
+        yield _ALONE, layers.start
     if layers.start == 0:
-        yield "0:k", layers.stop
+        yield _BEFORE, layers.stop
     if layers.stop == n_layers:
-        yield "k:n", layers.start
+        yield _FROM, layers.start

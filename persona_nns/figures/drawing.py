@@ -1,5 +1,6 @@
 """An experiment's figures, drawn and saved."""
 
+import hashlib
 from pathlib import Path
 
 import matplotlib as mpl
@@ -8,7 +9,11 @@ from matplotlib.figure import Figure
 
 from persona_nns.declarations.catalog import bundled_experiments, load_experiment
 from persona_nns.errors import UsageError
-from persona_nns.figures.by_layer import lines_by_layer
+from persona_nns.figures.default import default_figures
+from persona_nns.results.attributes import read_attribute
+
+# Models that a file's name has room for.
+_MOST_NAMED = 3
 
 
 def draw(results: xr.Dataset, experiment: str) -> dict[str, Figure]:
@@ -16,30 +21,45 @@ def draw(results: xr.Dataset, experiment: str) -> dict[str, Figure]:
 
     Args:
         results: what to draw.
-        experiment: its name or its file, which says what to draw; the results of one that is
-            unknown here are drawn in a plain way.
+        experiment: its name or its file, which says what to draw. The results of one that is
+            unknown here are drawn as the file says that they were made with, or, where it is no
+            longer there, in a plain way.
 
     Raises:
         UsageError: there is nothing to draw.
     """
-    known = experiment in bundled_experiments() or experiment.endswith(".py")
-    functions = load_experiment(experiment).figures if known else {}
+    file = experiment
+    if not (experiment in bundled_experiments() or experiment.endswith(".py")):
+        file = _own_file(results, experiment)
+    functions = load_experiment(file).figures if file else {}
     figures = {name: function(results) for name, function in functions.items()}
     figures = figures or default_figures(results)
     if not figures:
-        raise UsageError(f"{experiment!r} has no numbers over layers, so there is nothing to draw.")
+        raise UsageError(f"{experiment!r} has measured no numbers, so there is nothing to draw.")
     return figures
 
 
-def default_figures(results: xr.Dataset) -> dict[str, Figure]:
-    """What is drawn for an experiment that brings no figures: each number against layer."""
-    names = [
-        str(name)
-        for name, array in results.data_vars.items()
-        if {"cell", "layer"} <= set(array.dims) <= {"model", "cell", "layer", "position"}
-        and array.dtype.kind == "f"
-    ]
-    return {f"{name}_by_layer": lines_by_layer(results, [name]) for name in names}
+def _own_file(results: xr.Dataset, experiment: str) -> str | None:
+    """The file that the results were made with, where it is on this machine."""
+    noted = read_attribute(results, "file")
+    files = noted if isinstance(noted, list) else [noted]
+    known = [file for file in files if file and Path(file).stem == experiment]
+    return next((file for file in known if file.endswith(".py") and Path(file).is_file()), None)
+
+
+def file_stem(results: xr.Dataset, experiment: str) -> str:
+    """What the names of files of these results begin with: experiment, models, grid, run.
+
+    Those of other models or runs begin otherwise.
+    """
+    noted = read_attribute(results, "run")
+    runs = list(map(str, noted if isinstance(noted, list) else [noted]))
+    if len(runs) == 1:
+        return f"{experiment}-{runs[0]}"
+    models = [model.replace("/", "--") for model in map(str, results.model.values)]
+    named = "+".join(models) if len(models) <= _MOST_NAMED else f"{len(models)}-models"
+    digest = hashlib.sha256(" ".join(sorted(runs)).encode()).hexdigest()[:10]
+    return f"{experiment}-{named}.{results.attrs['grid']}.{digest}"
 
 
 def check_format(file: Path) -> None:

@@ -1,9 +1,9 @@
-"""Figures of what is estimated over cells, with bootstrap intervals: rates, means and medians.
+"""Figures of what is estimated over cells, with 95 % intervals: rates, means and medians.
 
 Everything is read off the labels of the Dataset; every series has a marker of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,13 +14,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from persona_nns.figures.intervals import Statistic, interval
+from persona_nns.figures.intervals import Statistic, interval, share_interval
 from persona_nns.figures.style import (
     DOTTED,
+    MARKERS,
+    ZERO,
     axis_label,
     dodge,
+    frame_of,
     grid_title,
     groups,
+    heat,
+    left_out,
     panel_title,
     panels,
 )
@@ -31,8 +36,11 @@ Summary = Literal["mean", "median"]
 Row = tuple[str, pd.DataFrame]
 
 _STATISTICS: dict[Summary, Statistic] = {"mean": np.mean, "median": np.median}
-_MARKERS = "osD^vPX*<>"
+_MOST_LAYERS = 4  # panels of heatmaps, one a layer
 _LONG_LABEL = 14  # labels of more characters stand at a slant
+#: What the intervals are, as a caption says it.
+_BOOTSTRAP = "Bars: 95 % interval over cells (bootstrap)."
+_WILSON = "Bars: 95 % interval over cells (of rates Wilson's, of others bootstrap)."
 
 
 def estimate_table(results: xr.Dataset, name: str, summary: Summary) -> pd.DataFrame:
@@ -47,9 +55,9 @@ def estimate_table(results: xr.Dataset, name: str, summary: Summary) -> pd.DataF
         A column for each dimension but ``cell``, then ``value``, ``low`` and ``high``; without
         rows where nothing was measured.
     """
-    values = measured_values(results, name).astype(float)
-    if is_truth(results[name]):
-        values = 100 * values
+    values = measured_values(results, name)
+    if is_truth(results[name]) and summary == "mean":
+        return _estimate(_rate, 100 * values, bounds=_rate_interval)
     return _estimate(_STATISTICS[summary], values)
 
 
@@ -58,7 +66,7 @@ def closures_of_medians(results: xr.Dataset) -> pd.DataFrame:
 
     The columns are those of `estimate_table`; cells are resampled with both of their KLs.
     """
-    kl = measured_values(results, "kl").astype(float)
+    kl = measured_values(results, "kl")
     return _estimate(_closure_of_medians, kl, kl.sel(source="none", drop=True))
 
 
@@ -66,7 +74,18 @@ def _closure_of_medians(kl: NDArray[Any], none: NDArray[Any], axis: int = -1) ->
     return 1 - np.median(kl, axis=axis) / np.median(none, axis=axis)
 
 
-def _estimate(statistic: Statistic, *samples: xr.DataArray) -> pd.DataFrame:
+def _rate(percent: NDArray[Any]) -> float:
+    return float(np.mean(percent))
+
+
+def _rate_interval(percent: NDArray[Any], *, statistic: Statistic) -> tuple[float, float]:
+    low, high = share_interval(statistic(percent) / 100 * len(percent), len(percent))
+    return 100 * low, 100 * high
+
+
+def _estimate(
+    statistic: Statistic, *samples: xr.DataArray, bounds: Callable[..., Any] = interval
+) -> pd.DataFrame:
     """A statistic of samples of the same cells, at each combination of the first one's labels."""
     over = [str(dim) for dim in samples[0].dims if dim != "cell"]
     together = xr.Dataset(dict(enumerate(samples))).reset_coords(drop=True)
@@ -74,42 +93,86 @@ def _estimate(statistic: Statistic, *samples: xr.DataArray) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for labels, of_site in groups(cells, *over):
         columns = of_site.to_numpy().T
-        low, high = interval(*columns, statistic=statistic)
+        low, high = bounds(*columns, statistic=statistic)
         estimate = {"value": float(statistic(*columns)), "low": low, "high": high}
         rows.append({**dict(zip(over, labels, strict=True)), **estimate})
     return pd.DataFrame(rows, columns=[*over, "value", "low", "high"])
 
 
-def estimates(results: xr.Dataset, summaries: Mapping[str, Summary], *, x: str, hue: str) -> Figure:
+def estimates(
+    results: xr.Dataset,
+    summaries: Mapping[str, Summary],
+    *,
+    x: str,
+    hue: str | None = None,
+    note: str = "",
+) -> Figure:
     """Statistics with their intervals: a row a variable, a column a model.
 
     Args:
         results: of one experiment.
         summaries: the statistic of each variable to draw.
         x: the dimension along the horizontal axis.
-        hue: the dimension that colours and markers stand for.
+        hue: the dimension that colours and markers stand for; None for one series.
+        note: sentences to add to the caption.
     """
     rows: list[Row] = []
     for name, how in summaries.items():
-        is_share = is_truth(results[name])
         shared = f"cells with {results[name].attrs.get('long_name', name)} (%)"
-        label = shared if is_share else f"{how} {axis_label(results[name])}"
+        label = shared if is_truth(results[name]) else f"{how} {axis_label(results[name])}"
         rows.append((label, estimate_table(results, name, how)))
-    return _draw_tables(results, rows, x=x, hue=hue)
+    rates = any(is_truth(results[name]) for name in summaries)
+    caption = (_WILSON if rates else _BOOTSTRAP, left_out(results, list(summaries)), note)
+    return _draw_tables(results, rows, caption, x=x, hue=hue)
+
+
+def estimates_by(
+    results: xr.Dataset,
+    name: str,
+    over: Sequence[str],
+    *,
+    x: str | None,
+    hue: str | None,
+    facet: str | None,
+) -> Figure:
+    """The median of a variable, or the rate of truth values, over any dimensions.
+
+    Args:
+        results: of one experiment.
+        name: the variable.
+        over: the dimensions that are summarised over.
+        x: the dimension along the horizontal axis; None for a point a model.
+        hue: the dimension that colours and markers stand for.
+        facet: the dimension of the rows of panels.
+    """
+    values, rate = measured_values(results, name), is_truth(results[name])
+    values = values.reset_coords(drop=True).rename({dim: f"over_{dim}" for dim in over})
+    samples = values.stack(cell=[f"over_{dim}" for dim in over], create_index=False)
+    table = _estimate(np.median, samples)
+    if rate:
+        table = _estimate(_rate, 100 * samples, bounds=_rate_interval)
+    label = f"{results[name].attrs.get('long_name', name)} (%)" if rate else ""
+    label = label or f"median {axis_label(results[name])}"
+    rows: list[Row] = [(label, table)]
+    if facet is not None:
+        rows = [(f"{facet} {at}\n{label}", of_facet) for (at,), of_facet in groups(table, facet)]
+    caption = (_WILSON if rate else _BOOTSTRAP).replace("over cells", f"over {', '.join(over)}")
+    return _draw_tables(results, rows, (caption,), x=x or "model", hue=hue)
 
 
 def closure_figure(results: xr.Dataset) -> Figure:
-    """Closure of host injection: the median over cells, and the closure of the medians."""
+    """Closure of host injection: the median over cells, and that of the median KLs."""
     tables = {
         "closure, median over cells": estimate_table(results, "closure", "median"),
         "closure, of the medians": closures_of_medians(results),
     }
     rows = [(label, table.query("source != 'none'")) for label, table in tables.items()]
-    figure = _draw_tables(results, rows, x="layer_set", hue="source")
-    for axis in figure.axes:
-        axis.axhline(0, color="0.4", linewidth=0.8)
-        axis.axhline(1, **DOTTED)
-    return figure
+    lines = {0.0: "0: as the host", 1.0: "1: as the long persona"}
+    note = (
+        "Closure: share of the host's KL to the long persona that the injection removes; of the "
+        "medians: 1 − median KL / median KL(none). cached: h_BB + ΔX + ΔY, oracle: h_XY."
+    )
+    return _draw_tables(results, rows, (_BOOTSTRAP, note), x="layer_set", hue="source", lines=lines)
 
 
 def host_markers(results: xr.Dataset) -> Figure:
@@ -124,62 +187,121 @@ def host_markers(results: xr.Dataset) -> Figure:
         clean = estimate_table(results, f"clean_{name}", "mean")
         clean = clean.assign(site="no injection", source="long persona")
         rows.append((label, pd.concat([host, clean])))
-    return _draw_tables(results, rows, x="source", hue="site")
+    return _draw_tables(results, rows, (_WILSON,), x="source", hue="site")
 
 
 def shares_heatmap(results: xr.Dataset, name: str, by: str, across: str) -> Figure:
-    """Share of a persona's or a task's cells in which something is true: a panel a model.
+    """Share of a persona's or a task's cells in which something is true.
 
     Args:
-        results: of one experiment; where it has layers, its first one is drawn.
+        results: of one experiment.
         name: a variable of truth values.
         by: ``persona`` or ``task``.
         across: the dimension of the columns.
+
+    Returns:
+        The figure: a panel a model, or each of its layers, where the variable has layers. Personas
+        (or tasks) of which no cell was measured are left out.
     """
     array = measured_values(results, name)
+    shares = 100 * array.groupby(by).mean("cell")
+    others = [dim for dim in shares.dims if dim != by]
+    there = shares.notnull().any(others)
+    order = [k for k in dict.fromkeys(results[by].values.tolist()) if bool(there.sel({by: k}))]
     models = results.model.values.tolist()
-    order = list(dict.fromkeys(results[by].values.tolist()))
-    size = (1.9 + 3.1 * len(models), 2.1 + 0.34 * len(order))
-    look: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": 100, "annot": True, "fmt": ".0f"}
-    with panels(size, columns=models, look="white", sharey=True) as drawn:
-        for _, model, axis in drawn:
-            panel, title = array.sel(model=model), str(model)
-            if "layer" in panel.dims:
-                panel = panel.dropna("layer", how="all").isel(layer=0)
-                title = f"{model} · layer {int(panel.layer)}"
-            shares = 100 * panel.groupby(by).mean("cell").sel({by: order})
-            sns.heatmap(shares.transpose(by, across).to_pandas(), ax=axis, cbar=False, **look)
-            axis.set(title=title, xlabel=across, ylabel=by)
-            axis.tick_params(axis="x", rotation=30)
-            axis.tick_params(axis="y", rotation=0)
+    # A panel a layer; of many layers, a panel a label with the layers side by side.
+    facet, x = ("layer" if "layer" in shares.dims else None), across
+    if facet and shares.layer.size > _MOST_LAYERS:
+        facet, x = across, "layer"
+    sites: list[tuple[str, Any]] = [
+        (model, label)
+        for model in models
+        for label in (shares[facet].values.tolist() if facet else [None])
+        if bool(_at(shares, model, facet, label).notnull().any())
+    ] or [(model, None) for model in models]
+    labels = list(dict.fromkeys(label for _, label in sites))
+    rows, columns = (models, labels) if len(sites) > len(models) else ([None], sites)
+    size = (2.2 + 3.1 * len(columns), 2.3 + (0.9 + 0.34 * len(order)) * len(rows))
+    look: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": 100, "fmt": ".0f"}
+    with panels(size, rows, columns, look="white", sharey=True) as drawn:
+        for row, column, axis in drawn:
+            model, label = column if row is None else (row, column)
+            panel = _at(shares, model, facet, label).sel({by: order}).dropna(x, how="all")
+            frame = frame_of(panel.transpose(by, x))
+            slant = x == across
+            heat(axis, frame, annot=slant, **({"xticklabels": 1} if slant else {}), **look)
+            title = f"layer {label}" if facet == "layer" else label
+            axis.set(title=model if label is None else f"{model} · {title}", xlabel=x, ylabel=by)
+            if slant:
+                axis.tick_params(axis="x", rotation=30)
+                for tick in axis.get_xticklabels():
+                    tick.set_horizontalalignment("right")
         drawn.label_outer()
         drawn.colorbar("cells (%)")
-        said = f"{results[name].attrs.get('long_name', name)}: share of the cells of each {by}"
-        drawn.title(grid_title(results, said, "\n"))
+        said = f"Share of the cells of each {by} with {results[name].attrs.get('long_name', name)}."
+        drawn.title(grid_title(results), said)
     return drawn.figure
 
 
-def _draw_tables(results: xr.Dataset, rows: list[Row], *, x: str, hue: str) -> Figure:
-    """A row of panels for each table, a column for each model."""
+def _at(shares: xr.DataArray, model: str, facet: str | None, label: Any) -> xr.DataArray:
+    panel = shares.sel(model=model)
+    return panel.sel({facet: label}) if facet and label is not None else panel
+
+
+def _draw_tables(
+    results: xr.Dataset,
+    rows: list[Row],
+    caption: Sequence[str],
+    *,
+    x: str,
+    hue: str | None,
+    lines: Mapping[float, str] = {},
+) -> Figure:
+    """A row of panels for each table, a column for each model.
+
+    Args:
+        results: of one experiment.
+        rows: the tables.
+        caption: sentences.
+        x: the column along the horizontal axis.
+        hue: the column of the series.
+        lines: what stands at a height that a line marks, as the legend says it.
+    """
     models = results.model.values.tolist()
-    series = list(dict.fromkeys(label for _, table in rows for label in table[hue]))
-    size = (1.8 + 3.6 * len(models), 0.8 + 2.6 * len(rows))
+    series = list(dict.fromkeys(label for _, table in rows for label in table[hue or "model"]))
+    size = (2.6 + 3.6 * len(models), 1.2 + 2.6 * len(rows))
     with panels(size, rows, models, sharey="row") as drawn:
         for (label, table), model, axis in drawn:
-            _draw_points(axis, table.loc[table["model"] == model], x, hue, series)
+            of_model = table.loc[table["model"] == model]
+            _draw_points(axis, of_model, x, hue, series if hue else [None])
+            for height, said in lines.items():
+                axis.axhline(height, **(DOTTED if height else ZERO), label=said)
             axis.set(title=panel_title(results, model), xlabel=x.replace("_", " "), ylabel=label)
+        for (label, table), axis in zip(rows, drawn.axes[:, 0], strict=True):
+            _set_range(axis, table, rate="(%)" in label)
         drawn.label_outer()
-        drawn.legend(hue.replace("_", " "))
-        drawn.title(grid_title(results, "95 % bootstrap interval over cells", "\n"))
+        drawn.legend((hue or "").replace("_", " "))
+        drawn.title(grid_title(results), *caption)
     return drawn.figure
 
 
-def _draw_points(axis: Axes, table: pd.DataFrame, x: str, hue: str, series: list[Any]) -> None:
+def _set_range(axis: Axes, table: pd.DataFrame, *, rate: bool) -> None:
+    """From zero, where nothing is below it: a cut axis makes small differences look large."""
+    if rate:
+        axis.set_ylim(-4, 104)
+    elif len(table) and min([*table["value"], *table["low"].dropna()]) >= 0:
+        top = axis.get_ylim()[1] if max(table["value"]) > 0 else 1.0
+        axis.set_ylim(-0.04 * top, top)
+
+
+def _draw_points(
+    axis: Axes, table: pd.DataFrame, x: str, hue: str | None, series: Sequence[Any]
+) -> None:
     """Points with their intervals, the series of one label side by side."""
     ticks = list(dict.fromkeys(table[x]))
     colours = sns.color_palette("colorblind", len(series))
     for k, label in enumerate(series):
-        points = table.loc[table[hue] == label]
+        points = table.loc[table[hue] == label] if hue else table
         if points.empty:
             continue
         value = points["value"].to_numpy()
@@ -187,13 +309,14 @@ def _draw_points(axis: Axes, table: pd.DataFrame, x: str, hue: str, series: list
             [ticks.index(tick) + dodge(k, len(series)) for tick in points[x]],
             value,
             yerr=np.abs(points[["low", "high"]].to_numpy().T - value),
-            fmt=_MARKERS[k % len(_MARKERS)],
+            fmt=MARKERS[k % len(MARKERS)],
             color=colours[k],
             capsize=3,
-            label=str(label),
+            label=None if label is None else str(label),
         )
     names = [str(tick) for tick in ticks]
-    slanted = max(map(len, names), default=0) > _LONG_LABEL
+    longest = max(map(len, names), default=0)
+    slanted = longest > _LONG_LABEL or sum(map(len, names)) > 3 * _LONG_LABEL
     axis.set_xticks(
         range(len(ticks)), names, rotation=30 if slanted else 0, ha="right" if slanted else "center"
     )

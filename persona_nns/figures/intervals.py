@@ -1,11 +1,11 @@
-"""Bootstrap intervals of what is reported over cells: medians, means and rates."""
+"""Intervals of what is reported over cells: bootstrap of medians and means, Wilson's of rates."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 
 CONFIDENCE = 0.95
 _N_RESAMPLES = 9999
@@ -18,9 +18,8 @@ def interval(*samples: NDArray[Any], statistic: Statistic = np.median) -> tuple[
 
     Cells are resampled, several samples of the same cells together. The interval says how much
     the number hangs on which cells were asked; it knows nothing of personas or tasks that cells
-    share. Percentiles rather than a corrected method, which is not defined where all cells agree
-    (a rate of 0 or 1); there the interval is a point and too narrow: 0 of 24 cells is compatible
-    with a rate of 12 %. The seed is fixed: the same numbers give the same interval.
+    share. Where all cells agree it is a point: rates, which often are 0 or 1, have
+    `share_interval`. The seed is fixed: the same numbers give the same interval.
 
     Args:
         *samples: [cell], without NaN.
@@ -42,3 +41,19 @@ def interval(*samples: NDArray[Any], statistic: Statistic = np.median) -> tuple[
         rng=np.random.default_rng(0),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def share_interval(found: float, of: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share: 0 of 6 is compatible with up to 39 %.
+
+    Args:
+        found: of how many it is true.
+        of: how many there are.
+
+    Returns:
+        The bounds, from 0 to 1; NaN of none.
+    """
+    if not of:
+        return float("nan"), float("nan")
+    bounds = binomtest(round(found), of).proportion_ci(CONFIDENCE, "wilson")
+    return float(bounds.low), float(bounds.high)

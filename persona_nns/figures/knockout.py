@@ -1,26 +1,24 @@
 """Figures of attention knockout: how far from the clean run, how near to the host."""
 
-import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
-from persona_nns.figures.bands import by_band
+from persona_nns.figures.bands import FAMILIES, by_band
+from persona_nns.figures.estimates import estimates
 from persona_nns.figures.style import (
     DOTTED,
-    MEDIANS,
     axis_label,
     draw_medians,
     grid_title,
-    long_form,
+    medians,
     panels,
+    spread_of,
 )
 
-#: The title of each family of bands, and what its axis says.
-_FAMILIES = {
-    "only k": ("single layer", "layer"),
-    "0:k": ("layers before k (0:k)", "k"),
-    "k:n": ("layers from k on (k:n)", "k"),
-}
+_BLOCKED = (
+    "Kept from the persona's tokens: last = p_last and what is generated; task = the task's "
+    "tokens; later = every position after the persona."
+)
 
 
 def kl_by_band(results: xr.Dataset) -> Figure:
@@ -34,26 +32,31 @@ def kl_by_band(results: xr.Dataset) -> Figure:
         colour a choice of blocked queries; dotted, the distance between the two prompts.
     """
     gaps = {"kl": "kl_clean_host", "kl_host": "kl_host_clean"}
+    said = {"kl": "KL(clean ‖ host)", "kl_host": "KL(host ‖ clean)"}
+    looks = {"kl": DOTTED, "kl_host": {**DOTTED, "linestyle": "-."}}
     rows = [(model, name) for model in results.model.values.tolist() for name in gaps]
-    with panels((11, 0.9 + 2.4 * len(rows)), rows, list(_FAMILIES), sharey="row") as drawn:
+    with panels((12.4, 1.5 + 2.5 * len(rows)), rows, FAMILIES, sharey="row") as drawn:
         for (model, name), family, axis in drawn:
             of_model = results.sel(model=model)
             frame = by_band(of_model[name])
             of_family = frame.loc[frame["layers"] == family]
-            draw_medians(axis, of_family, "layer k", "blocked")
-            gap = float(of_model[gaps[name]].median("cell"))
-            axis.axhline(gap, **DOTTED, label="clean against host")
-            title, layer = _FAMILIES[family]
+            draw_medians(axis, of_family.dropna(subset="value"), "layer k", "blocked")
+            gap = float(medians(of_model[gaps[name]], "cell"))
+            axis.axhline(gap, **looks[name], label=said[name])
             if name == "kl":
-                title = f"{model}: {title}" if family == "only k" else title
-                axis.set_title(title, fontsize="medium")
-            axis.set(xlabel=layer if name == "kl_host" else "", ylabel=axis_label(results[name]))
+                axis.set_title(f"{model}\n{family}", fontsize="medium")
+            axis.set(xlabel="k" if name == "kl_host" else "", ylabel=axis_label(results[name]))
         for axis in drawn.axes[:, 0]:
             axis.set_ylim(bottom=0)  # once all columns that share the axis are drawn
         for axis in drawn.axes[:, 1:].flat:
             axis.set_ylabel("")
         drawn.legend("blocked queries")
-        drawn.title(grid_title(results, MEDIANS))
+        spread = spread_of(results, results.sizes["blocked"])
+        gaps_said = (
+            "KL(clean ‖ host), the median: nothing of the persona is left; KL(host ‖ clean): "
+            "nothing is knocked out."
+        )
+        drawn.title(grid_title(results), spread, gaps_said, _BLOCKED)
     return drawn.figure
 
 
@@ -64,27 +67,7 @@ def markers_by_blocked(results: xr.Dataset) -> Figure:
         results: of `attention_knockout`.
 
     Returns:
-        The figure: a bar a choice of blocked queries, a colour a model, with 95 % bootstrap
-        intervals over cells.
+        The figure: a column a model, a point a choice of blocked queries, with 95 % intervals.
     """
-    frame = long_form(results["any_marker"].astype(float))
-    with panels((5.6, 3.2)) as drawn:
-        axis = drawn.axes[0, 0]
-        sns.barplot(
-            frame,
-            x="blocked",
-            y="value",
-            hue="model",
-            errorbar=("ci", 95),
-            seed=0,
-            palette="colorblind",
-            ax=axis,
-        )
-        axis.set(
-            ylim=(0, 1),
-            xlabel="queries that are kept from the persona",
-            ylabel="share with a persona marker",
-        )
-        axis.legend(title="model")
-        drawn.title(grid_title(results, "all layers, interval 95 %"))
-    return drawn.figure
+    note = f"Knocked out in all layers. {_BLOCKED}"
+    return estimates(results, {"any_marker": "mean"}, x="blocked", note=note)

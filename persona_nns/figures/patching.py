@@ -8,7 +8,18 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
-from persona_nns.figures.style import axis_label, long_form, medians, panels
+from persona_nns.figures.intervals import share_interval
+from persona_nns.figures.style import (
+    DOTTED,
+    Panels,
+    axis_label,
+    frame_of,
+    heat,
+    long_form,
+    medians,
+    panels,
+    say_in,
+)
 
 # Pairs that a heatmap shows; of more, those whose answers differ most.
 _MOST_PAIRS = 40
@@ -17,6 +28,10 @@ _SHOWN_HEADS = 4
 _PAIR = ("clean_persona", "corrupt_persona")
 _RECOVERY: dict[str, Any] = {"cmap": "vlag", "vmin": -1.0, "vmax": 1.0, "center": 0.0}
 _WHERE = {"all": "all positions", "identity": "the identity only"}
+_MEANT = (
+    "Recovery: share of the way from the corrupt persona's to the clean persona's answer that "
+    "patching goes; 1 is all of it."
+)
 
 
 def recovery_by_pair(results: xr.Dataset, position_set: str) -> Figure:
@@ -29,12 +44,15 @@ def recovery_by_pair(results: xr.Dataset, position_set: str) -> Figure:
     Returns:
         The figure: a row of panels a model.
     """
+    if none_right(results):
+        return _without_answers(results)
     recovery = medians(results.recovery.sel(position_set=position_set), "question")
     pairs = recovery.stack(pair=_PAIR).dropna("pair", how="all")
+    n_pairs = pairs.sizes["pair"]
     chosen = _clearest(results, pairs.pair.values.tolist())
     pairs = pairs.sel(pair=chosen)
     models, components = results.model.values.tolist(), results.component.values.tolist()
-    size = (2.6 + 3.0 * len(components), 1.2 + 0.17 * len(chosen) * len(models))
+    size = (2.8 + 3.0 * len(components), 1.9 + (0.9 + 0.17 * len(chosen)) * len(models))
     with panels(size, models, components, look="white", font_scale=0.9) as drawn:
         for model, component, axis in drawn:
             panel = pairs.sel(model=model, component=component).dropna("layer", how="all")
@@ -44,49 +62,86 @@ def recovery_by_pair(results: xr.Dataset, position_set: str) -> Figure:
                 columns=panel.layer.values,
             )
             first = component == components[0]
-            sns.heatmap(frame, ax=axis, cbar=False, yticklabels=first, **_RECOVERY)
+            heat(axis, frame, yticklabels=1 if first else False, **_RECOVERY)
             axis.set(title=f"{model} · {component}", xlabel="layer")
         drawn.label_outer()
-        drawn.colorbar("median recovery over questions", extend="both")
-        n = results.sizes["persona"]
-        shown = "" if len(chosen) == n * (n - 1) else " (clearest)"
-        where = _WHERE[position_set]
-        drawn.title(f"Clean persona → corrupt persona{shown}, patched at {where}")
+        drawn.colorbar("median recovery", extend="both")
+        shown = ""
+        if len(chosen) < n_pairs:
+            shown = f" Of {n_pairs} pairs, the {len(chosen)} whose answers differ most."
+        said = f"Rows: clean persona → corrupt persona. Median over questions.{shown}"
+        drawn.title(f"{_asked(results)}, patched at {_WHERE[position_set]}", said, _MEANT)
     return drawn.figure
 
 
 def recovery_by_head(results: xr.Dataset, position_set: str) -> Figure:
     """Median recovery over pairs and questions: a row a layer, a column a head, a panel a model."""
+    if none_right(results):
+        return _without_answers(results)
     recovery = results.head_recovery.sel(position_set=position_set)
     values = medians(recovery, [*_PAIR, "question"])
-    models, limit = results.model.values.tolist(), max(float(np.abs(values).max()), 1e-6)
+    models, limit = results.model.values.tolist(), float(np.nanmax(np.abs(values), initial=1e-6))
     scale = {**_RECOVERY, "vmin": -limit, "vmax": limit}
-    with panels((1.4 + 3.2 * len(models), 3.6), columns=models, look="white") as drawn:
+    height = 2.0 + 0.2 * max(8, results.sizes["layer"])
+    with panels((1.8 + 3.2 * len(models), height), columns=models, look="white") as drawn:
         for _, model, axis in drawn:
             panel = values.sel(model=model).dropna("layer", how="all").dropna("head", how="all")
-            frame = panel.transpose("layer", "head").to_pandas()
-            sns.heatmap(frame, ax=axis, cbar=False, **scale)
-            axis.set_title(model)
-        drawn.colorbar("median recovery", extend="both")
-        drawn.title(f"Heads patched at {_WHERE[position_set]}, over all pairs and questions")
+            heat(axis, frame_of(panel.transpose("layer", "head")), **scale)
+            axis.set(title=model, xlabel="head", ylabel="layer")
+        drawn.label_outer()
+        drawn.colorbar("median recovery")
+        where = _WHERE[position_set]
+        said = "One head patched; median over all pairs and questions."
+        drawn.title(f"{_asked(results)}, heads patched at {where}", said, _MEANT)
     return drawn.figure
 
 
 def accuracy_by_persona(results: xr.Dataset) -> Figure:
-    """Accuracy of every persona with its 95 % bootstrap interval over questions."""
+    """Accuracy of every persona with its 95 % interval (Wilson's) over questions."""
     models, personas = results.model.values.tolist(), results.persona.values.tolist()
-    size = (1.2 + 3.4 * len(models), 1.2 + 0.26 * len(personas))
-    errors = np.abs(results.accuracy_interval - results.accuracy).transpose("bound", "persona", ...)
-    look: dict[str, Any] = {"color": sns.color_palette("colorblind")[0], "capsize": 2}
+    size = (1.6 + 3.4 * len(models), 1.8 + 0.26 * len(personas))
+    n, color = results.sizes["question"], sns.color_palette("colorblind")[0]
     with panels(size, columns=models, sharey=True) as drawn:
         for _, model, axis in drawn:
-            accuracy, error = results.accuracy.sel(model=model), errors.sel(model=model)
-            axis.errorbar(accuracy, range(len(personas)), xerr=error, fmt="o", **look)
-            axis.set_yticks(range(len(personas)), personas)
+            for place, persona in enumerate(personas):
+                share = float(results.accuracy.sel(model=model, persona=persona))
+                if np.isnan(share):
+                    continue
+                low, high = share_interval(share * n, n)
+                error = [[share - low], [high - share]]
+                axis.errorbar([share], [place], xerr=error, fmt="o", color=color, capsize=2)
             axis.set(title=model, xlabel=axis_label(results.accuracy), xlim=(-0.02, 1.02))
-        drawn.axes[0, 0].invert_yaxis()
-        drawn.title(f"{results.sizes['question']} questions, 95 % interval")
+        drawn.axes[0, 0].set_yticks(range(len(personas)), personas)
+        drawn.axes[0, 0].set_ylim(len(personas) - 0.5, -0.5)
+        missing = int(results.accuracy.isnull().sum())
+        unknown = f"Not measured yet: {missing} personas." if missing else ""
+        drawn.title(_asked(results), "Bars: 95 % interval over questions (Wilson's).", unknown)
     return drawn.figure
+
+
+def none_right(results: xr.Dataset) -> bool:
+    """Whether no persona answers any question right, so that there is nothing to recover.
+
+    Where accuracy is not known yet, the right letter's logit nowhere beats the mean of the others.
+    """
+    known = results.accuracy.dropna("persona", how="all")
+    if known.size:
+        return bool(known.max() == 0)
+    return bool(results.ld.notnull().any()) and bool(results.ld.max() <= 0)
+
+
+def _without_answers(results: xr.Dataset) -> Figure:
+    """What stands in place of recovery where no answer is right."""
+    with panels((6.4, 1.8), look="white") as drawn:
+        say_in(drawn.axes[0, 0], "No persona answers any question right:\nno recovery is drawn.")
+        drawn.title(_asked(results))
+    return drawn.figure
+
+
+def _asked(results: xr.Dataset) -> str:
+    """How many questions and pairs of personas were measured, as a title says it."""
+    pairs = int(results.completed.any("model").sum())
+    return f"{results.attrs['experiment']} · {results.sizes['question']} questions, {pairs} pairs"
 
 
 def rank_heads(results: xr.Dataset) -> pd.DataFrame:
@@ -108,10 +163,12 @@ def head_ranking(results: xr.Dataset) -> Figure:
     """The heads that attend to identities most beyond the control word, with both."""
     ranking, models = rank_heads(results), results.model.values.tolist()
     colors = sns.color_palette("colorblind")
-    size = (1.4 + 3.4 * len(models), 1.2 + 0.26 * _MOST_HEADS)
+    size = (2.8 + 3.4 * len(models), 1.6 + 0.26 * _MOST_HEADS)
     with panels(size, columns=models) as drawn:
         for _, model, axis in drawn:
             top = ranking.loc[ranking["model"] == model].head(_MOST_HEADS)
+            if top.empty:
+                continue
             place = np.arange(len(top))
             axis.barh(place, top.attention, height=0.4, color=colors[0], label="identity")
             axis.barh(
@@ -121,8 +178,9 @@ def head_ranking(results: xr.Dataset) -> Figure:
             axis.set_yticks(place + 0.2, labels)
             axis.invert_yaxis()
             axis.set(title=model, xlabel="attention from the last prompt token")
-        drawn.axes[0, -1].legend(title="word in the slot", loc="lower right")
-        drawn.title("Heads by attention to identities beyond the control word")
+        drawn.legend("word in the slot")
+        most = f"The {_MOST_HEADS} heads that attend most to the identity beyond the control word."
+        drawn.title(_asked(results), f"{most} L: layer, H: head. Mean over personas and questions.")
     return drawn.figure
 
 
@@ -136,7 +194,7 @@ def attention_before_and_after(results: xr.Dataset, variable: str = "attention")
     ranking, models = rank_heads(results), results.model.values.tolist()
     patched = results[f"{variable}_patched"]
     others = patched.clean_persona != patched.corrupt_persona
-    size = (1.2 + 2.3 * _SHOWN_HEADS, 1.0 + 2.2 * len(models))
+    size = (2.4 + 2.3 * _SHOWN_HEADS, 1.7 + 2.2 * len(models))
     with panels(size, models, range(_SHOWN_HEADS), font_scale=1.0, sharey="row") as drawn:
         for model, place, axis in drawn:
             ranked = ranking.loc[ranking["model"] == model]
@@ -155,12 +213,24 @@ def attention_before_and_after(results: xr.Dataset, variable: str = "attention")
                 markers=True,
                 ax=axis,
             )
-            axis.axhline(float(before.mean()), color="0.3", linestyle=":", label="unpatched")
-            axis.set(title=f"{model}\nL{layer} H{head}", xlabel="patched layer")
-            axis.set_ylabel(results[variable].attrs["long_name"])
+            axis.axhline(float(before.mean()), **DOTTED, label="unpatched")
+            axis.set(title=f"{model}\nlayer {layer}, head {head}", xlabel="patched layer")
+            axis.set_ylabel("mean " + results[variable].attrs["long_name"].replace(" to ", "\nto "))
+        for axis in drawn.axes[:, 1:].flat:
+            axis.set_ylabel("")
+        _name_patches(drawn)
         drawn.legend()
-        drawn.title("Before (dotted) and after patching, mean over pairs and questions")
+        most = f"The {_SHOWN_HEADS} heads that attend most to the identity beyond the control word"
+        drawn.title(_asked(results), f"{most}, after patching. Mean over pairs and questions.")
     return drawn.figure
+
+
+def _name_patches(drawn: Panels) -> None:
+    """Say in the legend what seaborn heads by the names of dimensions."""
+    words = {"component": "patched component", "position_set": "patched at", **_WHERE}
+    for axis in drawn.axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handle.set_label(words.get(label, label))
 
 
 def _clearest(results: xr.Dataset, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -1,10 +1,10 @@
-"""What all figures share: panels with their labels, one legend, and how a median is drawn.
+"""What all figures share: panels with their labels, one legend, a caption, how a median is drawn.
 
-Seaborn draws into the panels. Its own figure-level functions are not used: they make figures of
-pyplot, which keeps them open and belongs to the notebook or program that calls us. Colours are
-seaborn's colour-blind palette.
+Seaborn's figure-level functions are not used: they make figures of pyplot, which keeps them open
+and belongs to the notebook or program that calls us. Colours are its colour-blind palette.
 """
 
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +20,16 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 DOTTED: dict[str, Any] = {"color": "0.4", "linestyle": ":", "linewidth": 1.2}
+#: A thin line through an axis, where something begins.
+ZERO: dict[str, Any] = {"color": "0.4", "linewidth": 0.8}
 #: A solid line with a marker of its own for each label.
 MARKED: dict[str, Any] = {"markers": True, "dashes": False, "palette": "colorblind"}
-MEDIANS = "median over cells, band 25–75 %"  # what `draw_medians` draws
-_QUARTILES = ("pi", 50)  # 25–75 % of the cells
+MARKERS = "osD^vPX*<>"
+#: Fewer numbers than this are drawn each; quartiles of them would say nothing.
+FEW = 4
+_MOST_FILLED = 2  # bands of more series than these would mix their colours
+_MOST_TICKS = 12  # labels beside each other on an axis of a heatmap
+_CHARACTERS = 15  # of a caption, in an inch
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,19 @@ class Panels:
             for column, axis in zip(self.columns, axes, strict=True):
                 yield row, column, axis
 
-    def title(self, text: str) -> None:
-        """The title of the figure."""
-        self.figure.suptitle(text, fontsize="medium")
+    def title(self, text: str, *caption: str) -> None:
+        """The title of the figure, which names it, and the caption below, which explains it.
+
+        Args:
+            text: of the title.
+            *caption: sentences; empty ones are left out.
+        """
+        width = self.figure.get_figwidth()
+        self.figure.suptitle(textwrap.fill(text, int(11 * width)), fontsize="medium")
+        said = " ".join(sentence for sentence in caption if sentence)
+        if said:
+            lines = textwrap.fill(said, int(_CHARACTERS * width))
+            self.figure.supxlabel(lines, fontsize="small", x=0.01, ha="left", color="0.25")
 
     def label_outer(self) -> None:
         """Keep axis labels at the left and at the bottom only, and a column's title on top."""
@@ -78,7 +94,15 @@ class Panels:
 
     def colorbar(self, label: str, **look: Any) -> None:
         """One colour bar for the heatmaps of all panels, which share their scale."""
-        self.figure.colorbar(self.axes[0, 0].collections[0], ax=self.axes, label=label, **look)
+        drawn = [axis.collections[0] for axis in self.axes.flat if axis.collections]
+        if drawn:
+            self.figure.colorbar(drawn[0], ax=self.axes, label=label, **look)
+
+    def mark_empty(self) -> None:
+        """Say in each panel without anything that nothing was measured."""
+        for axis in self.axes.flat:
+            if not axis.has_data():
+                say_in(axis, "nothing measured")
 
 
 @contextmanager
@@ -104,7 +128,16 @@ def panels(
     with sns.axes_style(look), sns.plotting_context("paper", font_scale=font_scale):
         figure = Figure(figsize=size, dpi=150, layout="constrained")
         axes = figure.subplots(len(rows), len(columns), squeeze=False, **settings)
-        yield Panels(figure, axes, rows, columns)
+        drawn = Panels(figure, axes, rows, columns)
+        yield drawn
+        drawn.mark_empty()
+
+
+def say_in(axis: Axes, text: str) -> None:
+    """Words in a panel, in place of what cannot be drawn."""
+    axis.text(0.5, 0.5, text, ha="center", va="center", color="0.4", transform=axis.transAxes)
+    axis.grid(visible=False)
+    axis.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
 
 
 def long_form(values: xr.DataArray, *ordered: str) -> pd.DataFrame:
@@ -131,17 +164,80 @@ def draw_lines(axis: Axes, frame: pd.DataFrame, x: str, hue: str | None, **look:
 
 
 def draw_medians(axis: Axes, frame: pd.DataFrame, x: str, hue: str | None = None) -> None:
-    """Lines of medians of ``value`` with a band over the quartiles, against layers.
+    """Lines of medians of ``value`` against numbers, with the quartiles.
+
+    The quartiles are a band, or, where there are more than two series, thin lines. Of fewer than
+    four values at a place each is a dot in their place: see `spread_of`.
 
     Args:
         axis: the panel.
         frame: from `long_form`.
-        x: the column of layers.
+        x: the column of numbers, such as layers.
         hue: the column whose labels have a line each; without it there is one line.
     """
-    look = MARKED if hue else {"marker": "o"}
-    draw_lines(axis, frame, x, hue, estimator="median", errorbar=_QUARTILES, **look)
+    named = [(None, frame)]
+    if hue is not None:
+        labels: list[Any] = list(dict.fromkeys(frame[hue]))
+        if isinstance(frame[hue].dtype, pd.CategoricalDtype):
+            labels = frame[hue].cat.categories.tolist()
+        named = [(label, frame.loc[frame[hue] == label]) for label in labels]
+    colours = sns.color_palette("colorblind", max(len(named), 1))
+    places = frame[x].nunique()
+    drawn: list[tuple[Any, pd.DataFrame, pd.DataFrame]] = []
+    for k, (label, rows) in enumerate(named):
+        if not len(rows):
+            continue
+        by_place = rows.groupby(x, observed=True)["value"]
+        shares = pd.concat({share: by_place.quantile(share) for share in (0.25, 0.5, 0.75)}, axis=1)
+        axis.plot(
+            shares.index.to_numpy(dtype=float),
+            shares[0.5].to_numpy(dtype=float),
+            marker=MARKERS[k % len(MARKERS)],
+            markersize=4.5 if places <= _MOST_TICKS else 2.5,
+            markeredgecolor="white",
+            markeredgewidth=0.5,
+            color=colours[k],
+            label=None if label is None else str(label),
+        )
+        drawn.append((colours[k], rows, shares))
+    for colour, rows, shares in drawn:
+        _draw_spread(axis, colour, rows, shares, x, fill=len(named) <= _MOST_FILLED)
+    axis.set_xlabel(x)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _draw_spread(
+    axis: Axes, colour: Any, rows: pd.DataFrame, shares: pd.DataFrame, x: str, *, fill: bool
+) -> None:
+    """Quartiles of one series, or its single values where they are few."""
+    at = shares.index.to_numpy(dtype=float)
+    low, high = (shares[share].to_numpy(dtype=float) for share in (0.25, 0.75))
+    if _most(rows, x) < FEW:
+        axis.scatter(rows[x].astype(float), rows["value"], s=7, color=colour, alpha=0.5)
+    elif fill:
+        axis.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
+    else:
+        for edge in (low, high):
+            axis.plot(at, edge, color=colour, linewidth=0.8, alpha=0.8, linestyle=(0, (4, 2)))
+
+
+def _most(frame: pd.DataFrame, *places: str) -> int:
+    """The most numbers that there are at one place."""
+    return max(frame.groupby(list(places), observed=True).size().tolist(), default=0)
+
+
+def spread_of(results: xr.Dataset, series: int = 1, over: str = "cells") -> str:
+    """What `draw_medians` draws beside the medians, as a caption says it.
+
+    Args:
+        results: of one experiment.
+        series: lines in a panel.
+        over: what the medians are over.
+    """
+    if max(measured_cells(results).values(), default=0) < FEW:
+        return f"Lines: median over {over}; dots: the {over}."
+    quartiles = "bands" if series <= _MOST_FILLED else "dashed lines"
+    return f"Lines: median over {over}; {quartiles}: 25 and 75 %."
 
 
 def dodge(k: int, n: int, width: float = 0.5) -> float:
@@ -153,6 +249,21 @@ def dodge(k: int, n: int, width: float = 0.5) -> float:
         width: that all of them take, of the distance between labels.
     """
     return width * ((k + 0.5) / n - 0.5)
+
+
+def frame_of(values: xr.DataArray) -> pd.DataFrame:
+    """Values over two dimensions as a table, the first one down."""
+    down, across = map(str, values.dims)
+    return pd.DataFrame(values.values, index=values[down].values, columns=values[across].values)
+
+
+def heat(axis: Axes, values: pd.DataFrame, **look: Any) -> None:
+    """A heatmap in a panel without a colour bar; of many columns, some are labelled."""
+    if not values.notna().to_numpy().any():
+        return
+    step = -(-values.shape[1] // _MOST_TICKS)
+    sns.heatmap(values, ax=axis, cbar=False, **{"xticklabels": step, **look})
+    axis.tick_params(axis="both", rotation=0)
 
 
 def medians(values: xr.DataArray, over: str | Sequence[str]) -> xr.DataArray:
@@ -174,7 +285,54 @@ def panel_title(results: xr.Dataset, model: str) -> str:
     return f"{model} ({n_layers} layers)"
 
 
-def grid_title(results: xr.Dataset, what: str, separator: str = " · ") -> str:
-    """A figure's title: the experiment, its grid and cells, and what is drawn of them."""
+def measured_cells(results: xr.Dataset) -> dict[str, int]:
+    """How many cells of each model are complete."""
+    models = results.model.values.tolist()
+    if "completed" not in results or results.completed.dims != ("model", "cell"):
+        return dict.fromkeys(models, results.sizes.get("cell", 0))
+    return dict(zip(models, results.completed.sum("cell").values.tolist(), strict=True))
+
+
+def grid_title(results: xr.Dataset) -> str:
+    """A figure's title: the experiment, its grid, and how many of its cells were measured."""
     experiment, grid = results.attrs["experiment"], results.attrs["grid"]
-    return f"{experiment} · {grid} grid, {results.sizes['cell']} cells{separator}{what}"
+    if "cell" not in results.sizes:
+        done = results.completed.any("model")
+        return f"{experiment} · {grid}, {int(done.sum())} of {done.size} measured"
+    return f"{experiment} · {grid} grid, {_counted(results)}"
+
+
+def _counted(results: xr.Dataset) -> str:
+    of_grid, measured = results.sizes["cell"], measured_cells(results)
+    counts = set(measured.values())
+    if counts == {of_grid}:
+        return f"{of_grid} cells"
+    if len(counts) == 1:
+        return f"{counts.pop()} of its {of_grid} cells"
+    each = ", ".join(f"{count} ({model})" for model, count in measured.items())
+    return f"{each} of its {of_grid} cells"
+
+
+def left_out(results: xr.Dataset, names: Sequence[str]) -> str:
+    """Which layers have no number of these variables, as a caption says it; or nothing."""
+    sentences: dict[str, str] = {}
+    for name in names:
+        array = results[name]
+        if "layer" not in array.dims:
+            continue
+        empty = array.isnull().all([dim for dim in array.dims if dim != "layer"])
+        missing = array.layer.values[empty.values].tolist()
+        if missing:
+            sentences.setdefault(_ranges(missing), axis_label(array).partition(" (")[0])
+    return " ".join(f"No {name} at layer {at}." for at, name in sentences.items())
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """Layers as they are said: ``0, 5–8``."""
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in spans)

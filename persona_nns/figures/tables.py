@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from persona_nns.errors import UsageError
-from persona_nns.figures.intervals import interval
+from persona_nns.figures.intervals import interval, share_interval
 from persona_nns.results.attributes import read_attribute
 from persona_nns.results.measured import is_truth, measured_values
 
@@ -57,7 +57,7 @@ def new_table(
 def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> Table:
     """A variable over cells: a row a layer (or layer set, or site), a column a position.
 
-    Numbers are summarised by median and quartiles, truth values by their share and its bootstrap
+    Numbers are summarised by median and quartiles, truth values by their share and its Wilson
     interval; texts stand as they are, a row a cell. Of other units than cells, the summary is
     over all that they have a place on, and over dimensions with numbered labels where columns
     would be too many.
@@ -78,7 +78,9 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
     is_share = is_truth(results[name])
     summarise = _share if is_share else _median_interval if bootstrap else _quartiles
     statistic = "share" if is_share else "median"
-    spread = "95 % bootstrap interval" if is_share or bootstrap else "25 %, 75 %"
+    spread = "95 % Wilson interval" if is_share else "25 %, 75 %"
+    if bootstrap and not is_share:
+        spread = "95 % bootstrap interval"
     down = [dim for dim in _DOWN if dim in array.dims][:1]
     over, across = _summarised(results, array, down)
     n_units = int(results["completed"].any("model").sum())
@@ -172,7 +174,7 @@ def measured(results: xr.Dataset) -> list[str]:
 
 
 def _share(values: NDArray[np.float64]) -> str:
-    low, high = interval(values, statistic=np.mean)
+    low, high = share_interval(values.sum(), len(values))
     return f"{100 * values.mean():.1f} % [dim]\\[{100 * low:.0f},{100 * high:.0f}][/dim]"
 
 

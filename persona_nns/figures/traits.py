@@ -8,8 +8,20 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from persona_nns.errors import UsageError
-from persona_nns.figures.style import MARKED, axis_label, draw_lines, long_form, panels
+from persona_nns.figures.style import (
+    DOTTED,
+    MARKED,
+    ZERO,
+    axis_label,
+    draw_lines,
+    long_form,
+    panels,
+)
 
+_AVERAGES = (
+    "response_avg: mean over the answer's tokens, prompt_avg: over the prompt's; prompt_last: the "
+    "last prompt token."
+)
 _SCORES = ("score", "coherence")
 #: Bars and lines of the two judgements, mean ± sd.
 _JUDGED: dict[str, Any] = {"y": "value", "hue": "what", "palette": "colorblind", "errorbar": "sd"}
@@ -19,22 +31,25 @@ def score_bars(results: xr.Dataset, by: str) -> Figure:
     """Trait score and coherence by the labels of a dimension, mean ± sd."""
     frame = _scores(results)
     models = list(dict.fromkeys(frame["model"]))
-    with panels((1.2 + 2.8 * len(models), 3.2), columns=models, sharey=True) as drawn:
+    with panels((2.6 + 2.8 * len(models), 3.4), columns=models, sharey=True) as drawn:
         for _, model, axis in drawn:
             sns.barplot(frame.loc[frame["model"] == model], x=by, ax=axis, **_JUDGED)
             axis.set(title=model, xlabel="", ylabel="judged (points)", ylim=(0, 125))
+        drawn.label_outer()
         drawn.legend()
-        drawn.title(f"{_labels(results, 'trait')}: mean ± sd over answers")
+        drawn.title(_title(results), f"Mean ± sd over answers{_answers(results)}.")
     return drawn.figure
 
 
 def vector_norms(results: xr.Dataset) -> Figure:
     """‖v‖ against layer, a line an average."""
     frame = long_form((results["vector"] ** 2).sum("d_model") ** 0.5)
-    with panels((4.4, 3.0)) as drawn:
+    with panels((6.2, 3.5)) as drawn:
         axis = drawn.axes[0, 0]
         draw_lines(axis, frame, "layer", "average", **MARKED)
-        axis.set(xlabel="layer", ylabel="‖v‖", title=_subject(results))
+        axis.set(xlabel="layer", ylabel="norm of the trait vector, ‖v‖")
+        drawn.legend("tokens averaged")
+        drawn.title(f"{_title(results)} · {_labels(results, 'model')}", _AVERAGES)
     return drawn.figure
 
 
@@ -42,13 +57,15 @@ def projection_figure(results: xr.Dataset) -> Figure:
     """Projection on v̂ of the answers of both labels against layer; a panel an average."""
     frame = long_form(results["projection"]).rename(columns={"row_label": "label"})
     averages = results.average.values.tolist()
-    with panels((1.2 + 2.7 * len(averages), 3.0), columns=averages, sharey=True) as drawn:
+    with panels((2.4 + 2.7 * len(averages), 3.5), columns=averages, sharey=True) as drawn:
         for _, average, axis in drawn:
             rows = frame.loc[frame["average"] == average]
             draw_lines(axis, rows, "layer", "label", errorbar="sd", palette="colorblind")
             axis.set(title=average, xlabel="layer", ylabel="projection on v̂")
-        drawn.legend("label")
-        drawn.title(f"{_subject(results)}: mean ± sd over answers")
+        drawn.label_outer()
+        drawn.legend("asked to show the trait")
+        said = "v̂: trait vector of response_avg, of length 1. Lines: mean over answers; bands: sd."
+        drawn.title(f"{_title(results)} · {_labels(results, 'model')}", said, _AVERAGES)
     return drawn.figure
 
 
@@ -67,7 +84,7 @@ def steering_sweep(results: xr.Dataset) -> Figure:
         for tokens in results.position_set.values.tolist()
     ]
     layers = results.layer.values
-    size = (1.6 + 2.8 * len(columns), 0.6 + 2.6 * len(names))
+    size = (2.0 + 2.8 * len(columns), 1.0 + 2.6 * len(names))
     with panels(size, names, columns, sharey="row", sharex=True) as drawn:
         for name, (model, tokens), axis in drawn:
             frame = frames[name].query("model == @model and position_set == @tokens")
@@ -84,11 +101,13 @@ def steering_sweep(results: xr.Dataset) -> Figure:
             )
             axis.set_title(f"{model} · {tokens}" if name == names[0] else "")
             axis.set_xlabel("α" if name == names[-1] else "")
-            axis.set_ylabel(axis_label(results[name]))
+            axis.set_ylabel(f"mean {axis_label(results[name])}")
             if name in _SCORES:
                 axis.set_ylim(-3, 103)
+        drawn.label_outer()
         drawn.legend("layer")
-        drawn.title(f"{_labels(results, 'trait')}: mean over answers")
+        said = f"Mean over answers{_answers(results)}. α: how much of the trait vector is added."
+        drawn.title(_title(results), said)
     return drawn.figure
 
 
@@ -99,13 +118,18 @@ def correlation_by_layer(results: xr.Dataset) -> Figure:
     overall = long_form(found["overall"]).assign(degree="all answers")
     frame = pd.concat([overall, long_form(found["within"])])
     models = results.model.values.tolist()
-    with panels((1.8 + 3.2 * len(models), 3.0), columns=models, sharey=True) as drawn:
+    with panels((2.6 + 3.2 * len(models), 3.4), columns=models, sharey=True) as drawn:
         for _, model, axis in drawn:
             draw_lines(axis, frame.loc[frame["model"] == model], "layer", "degree", **MARKED)
-            axis.axhline(0, color="0.4", linewidth=0.8)
+            axis.axhline(0, **ZERO, label="0: says nothing")
             axis.set(title=model, xlabel="layer", ylabel="r(projection, score)", ylim=(-1.05, 1.05))
-        drawn.legend("degree")
-        drawn.title(f"{_labels(results, 'trait')}: last prompt token on v̂")
+        drawn.label_outer()
+        drawn.legend("degree asked for")
+        said = (
+            "Pearson's r, over answers, of the trait score with the last prompt token's projection "
+            "on the trait vector."
+        )
+        drawn.title(_title(results), said)
     return drawn.figure
 
 
@@ -116,20 +140,21 @@ def distillation_curves(results: xr.Dataset) -> Figure:
     curve = _curve_student(results)
     along = frame.query("n_trajectories > 0 and student == @curve")
     steered = frame.query("student == 'steered' and what == 'trait score'")["value"].mean()
-    with panels((10.6, 3.4), columns=["students", "trajectories"], sharey=True) as drawn:
+    with panels((10.6, 3.8), columns=["students", "trajectories"], sharey=True) as drawn:
         left, right = drawn.axes[0]
         table = frame.query("n_trajectories in (0, @most)")
         sns.barplot(table, x="student", ax=left, legend=False, **_JUDGED)
         left.set(xlabel=f"student ({most} trajectories)", ylabel="judged (points)", ylim=(0, 125))
         bars: dict[str, Any] = {"err_style": "bars", "markers": True}
         sns.lineplot(along, x="n_trajectories", style="what", ax=right, **bars, **_JUDGED)
-        right.axhline(steered, color="0.4", linestyle=":", label="steered, score")
+        right.axhline(steered, **DOTTED, label="trait score of the steered teacher")
         right.set(xlabel=f"trajectories ({curve})", xscale="log")
         ticks = sorted(along["n_trajectories"].unique())
         right.set_xticks(ticks, [str(tick) for tick in ticks])
         right.minorticks_off()
         drawn.legend()
-        drawn.title(f"{_subject(results)}: held-out questions, mean ± sd")
+        title = f"{_title(results)} · {_labels(results, 'model')}"
+        drawn.title(title, "Mean ± sd over answers to held-out questions. r8: LoRA of rank 8.")
     return drawn.figure
 
 
@@ -138,16 +163,16 @@ def token_kl_figure(results: xr.Dataset) -> Figure:
     most = int(results.n_trajectories.max())
     shown = results.n_trajectories.isin([0, most]) & (results.student != "steered")
     frame = long_form(results["token_kl"].isel(condition=shown.values).mean("question"))
-    with panels((6.4, 3.2)) as drawn:
+    with panels((6.4, 3.6)) as drawn:
         axis = drawn.axes[0, 0]
         sns.lineplot(frame, x="token", y="value", hue="condition", palette="colorblind", ax=axis)
         axis.set(
             xlabel="token of the teacher's answer",
             ylabel="KL(teacher ‖ student) (nat)",
             yscale="log",
-            title=f"{_subject(results)}: mean over questions",
         )
-        drawn.legend("condition")
+        drawn.legend("student/trajectories")
+        drawn.title(f"{_title(results)} · {_labels(results, 'model')}", "Mean over questions.")
     return drawn.figure
 
 
@@ -183,9 +208,18 @@ def _labels(results: xr.Dataset, dim: str) -> str:
     return ", ".join(map(str, results[dim].values.tolist()))
 
 
-def _subject(results: xr.Dataset) -> str:
-    """Which traits of which models."""
-    return f"{_labels(results, 'trait')} · {_labels(results, 'model')}"
+def _title(results: xr.Dataset) -> str:
+    """The experiment and its traits."""
+    return f"{results.attrs['experiment']} · {_labels(results, 'trait')}"
+
+
+def _answers(results: xr.Dataset) -> str:
+    """How many questions were asked, where some were not."""
+    if "question" not in results.completed.dims:
+        return ""
+    asked = results.completed.any([dim for dim in results.completed.dims if dim != "question"])
+    measured, every = int(asked.sum()), asked.size
+    return "" if measured == every else f" to {measured} of {every} questions"
 
 
 def correlation(results: xr.Dataset) -> xr.Dataset:

@@ -8,6 +8,7 @@ from .locations import location_of as location_of
 from .measured import is_count as is_count
 from .measured import is_truth as is_truth
 from .measured import measured_values as measured_values
+from .measured import nowhere_measured as nowhere_measured
 from .reading import PUBLISHED_VERSION as PUBLISHED_VERSION
 from .reading import RunInfo as RunInfo
 from .reading import find_run as find_run

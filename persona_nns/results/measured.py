@@ -17,6 +17,21 @@ def measured_values(results: xr.Dataset, name: str) -> xr.DataArray:
     return values.astype(float).assign_attrs(array.attrs)
 
 
+def nowhere_measured(results: xr.Dataset) -> list[str]:
+    """The variables of numbers that are NaN throughout, though something is complete.
+
+    Arrays that are too large to be read at once are not looked at.
+    """
+    if not bool(results["completed"].any()):
+        return []
+    return [
+        str(name)
+        for name, array in results.data_vars.items()
+        if array.dtype.kind == "f" and not is_count(array) and not is_truth(array)
+        if array.size and array.chunks is None and not bool(array.notnull().any())
+    ]
+
+
 def is_truth(array: xr.DataArray) -> bool:
     """Whether a variable holds truth values; they are floats where some were not measured."""
     return array.dtype.kind == "b" or array.attrs.get("kind") == "bool"

@@ -127,6 +127,7 @@ def run_attributes(
     unverifiable = {"unverifiable": plan.unverifiable} if plan.unverifiable else {}
     return {
         "experiment": experiment.name,
+        **_own_file(experiment),
         "summary": experiment.summary,
         "run": run_name(record.label, plan, digest),
         "protocol_version": experiment.version,
@@ -152,6 +153,11 @@ def run_attributes(
         "created": now(),
         "session": session_attributes(),
     }
+
+
+def _own_file(experiment: Experiment) -> dict[str, str]:
+    """Where an experiment of one's own stands: its figures are drawn from there."""
+    return {} if experiment.is_shipped else {"file": str(experiment.file)}
 
 
 def session_attributes() -> dict[str, Any]:

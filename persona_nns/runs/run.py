@@ -18,6 +18,7 @@ from persona_nns.models.memory import fitting_batch_size, is_out_of_memory
 from persona_nns.prompts.grids import Grid, load_grid
 from persona_nns.results.allocation import attach
 from persona_nns.results.claims import Claims
+from persona_nns.results.measured import nowhere_measured
 from persona_nns.results.reading import LATEST, find_run, open_results
 from persona_nns.results.store import check_writable, completed_units
 from persona_nns.runs.identity import now, session_attributes, session_name
@@ -199,7 +200,14 @@ def run(
     planned = _plan(experiment, model, grid, asked, store, progress=progress)
     planned.carry_out(progress=progress)
     of, group = planned.group
-    return open_results(store, of, run=group)
+    results = open_results(store, of, run=group)
+    if nothing := nowhere_measured(results):
+        warnings.warn(
+            f"{', '.join(nothing)} of {group!r}: NaN in every {planned.request.plan.noun} that is "
+            "complete. The descriptions of the variables say when nothing can be measured.",
+            stacklevel=2,
+        )
+    return results
 
 
 def plan_run(
