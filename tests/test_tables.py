@@ -1,8 +1,12 @@
 """Tables of results: what a dimension is called does not matter."""
 
+from io import StringIO
+
 import numpy as np
 import pytest
 import xarray as xr
+from rich.console import Console
+from rich.table import Table
 from shared import printed
 
 from persona_nns.figures.tables import result_table
@@ -55,3 +59,38 @@ def test_nothing_is_cut_off_in_a_narrow_terminal() -> None:
     text = printed(results_over("column", size=3), width=30)
     assert "…" not in text
     assert sum(character.isdigit() for character in text) >= 3 * 12
+
+
+def rendered(table: Table, width: int) -> list[str]:
+    console = Console(width=width, file=StringIO())
+    console.print(table)
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("model", ["organism-gemma2", "HuggingFaceTB/SmolLM2-135M-Instruct"])
+def test_labels_and_numbers_are_whole_at_any_width(model: str, width: int) -> None:
+    results = results_over("control", "source", size=3)
+    controls = ["persona_length", "total_length", "together_own_size"]
+    results = results.assign_coords(
+        model=[model], control=controls, source=["none", "cached", "oracle"]
+    )
+    results["x"] = results.x - 1234.5
+    lines = rendered(result_table(results, "x"), width)
+    assert all(len(line) <= width for line in lines)
+    words = {word for line in lines for word in line.split()}
+    text = "".join(line[: len(model) + 4].strip().partition(" ")[0] for line in lines[4:-2])
+    assert not any("…" in word for word in words)
+    assert {"-1230.000", "[-1232.2,-1227.8]"} <= words
+    if width >= 80:
+        assert set(controls) <= words
+    assert model in words or model in text
+    # What is broken is broken at a hyphen or the like.
+    broken = [word for word in words if model.startswith(word) and word != model]
+    assert all(word[-1] in "-/_." for word in broken)
+
+
+def test_nothing_is_cut_off_where_there_is_no_room_for_words() -> None:
+    results = results_over("control", size=1).assign_coords(control=["x" * 50])
+    shown = "".join(rendered(result_table(results, "x"), 40))
+    assert shown.count("x") >= 51

@@ -182,7 +182,7 @@ def draw_medians(axis: Axes, frame: pd.DataFrame, x: str, hue: str | None = None
             labels = frame[hue].cat.categories.tolist()
         named = [(label, frame.loc[frame[hue] == label]) for label in labels]
     colours = sns.color_palette("colorblind", max(len(named), 1))
-    places = frame[x].nunique()
+    places = len(set(frame[x]))
     drawn: list[tuple[Any, pd.DataFrame, pd.DataFrame]] = []
     for k, (label, rows) in enumerate(named):
         if not len(rows):

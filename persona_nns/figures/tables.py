@@ -1,5 +1,6 @@
 """Results as tables for the terminal, and how all our tables look."""
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -10,6 +11,8 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.markup import render
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -22,10 +25,55 @@ from persona_nns.results.measured import is_truth, measured_values
 _MOST_VALUES = 12
 # Columns of a table that 80 characters have room for; of more, each is a row.
 _MOST_COLUMNS = 3
+# Characters that a column of broken names has at least.
+_NARROWEST = 8
 # Beside the results: what the store notes about their making.
 _BOOKKEEPING = ("seconds", "completed")
 # Dimensions whose labels are rows of a table; of two of them, the first.
 _DOWN = ("layer", "layer_band", "control", "layer_set", "site", "condition")
+
+
+class WholeWords(Table):
+    """A table that breaks its lines between words, and names at their hyphens, never inside."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Lay the columns out for this terminal, and render them."""
+        longest = [max(map(len, _words(column)), default=1) for column in self.columns]
+        room = options.max_width - 3 * len(longest) - 1
+        for index in sorted(range(len(longest)), key=lambda k: -longest[k]):
+            too_much = sum(longest) - room
+            if too_much <= 0:
+                break
+            column = self.columns[index]
+            fitting = max(longest[index] - too_much, _NARROWEST)
+            column._cells = [_broken(cell, fitting) for cell in column.cells]
+            longest[index] = max(map(len, _words(column)), default=1)
+        fits = sum(longest) <= room  # else words have to be broken, so that none is cut off
+        for column, width in zip(self.columns, longest, strict=True):
+            column.min_width, column.overflow = width if fits else None, "fold"
+        yield from super().__rich_console__(console, options)
+
+
+def _plain(cell: RenderableType) -> str:
+    return cell.plain if isinstance(cell, Text) else render(str(cell)).plain
+
+
+def _words(column: Column) -> list[str]:
+    """All that a column must not break: what stands between its spaces."""
+    cells = [cell for cell in (column.header, *column.cells) if isinstance(cell, str | Text)]
+    return [word for cell in cells for word in _plain(cell).split()]
+
+
+def _broken(cell: RenderableType, width: int) -> RenderableType:
+    """A name that is too long, in lines that end at its hyphens; anything else as it is."""
+    if not isinstance(cell, str | Text) or any(mark in _plain(cell) for mark in " [,"):
+        return cell
+    lines = [""]
+    for part in re.findall(r"[^-_/.+]*[-_/.+]?", _plain(cell)):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return Text("\n".join(lines), style=cell.style if isinstance(cell, Text) else "")
 
 
 def new_table(
@@ -43,7 +91,7 @@ def new_table(
         numbers: headings of columns that are set at the right.
         caption: below the table.
     """
-    return Table(
+    return WholeWords(
         *texts,
         *(Column(heading, justify="right") for heading in numbers),
         title=title,
