@@ -65,9 +65,9 @@ def _words(column: Column) -> list[str]:
 
 
 def _broken(cell: RenderableType, width: int) -> RenderableType:
-    """A name that is too long, in lines that end at its hyphens; anything else as it is."""
-    if not isinstance(cell, str | Text) or any(mark in _plain(cell) for mark in " [,"):
-        return cell
+    """A name that is too long in lines that end at its hyphens, an interval with a space inside."""
+    if not isinstance(cell, str | Text) or " " in _plain(cell).strip(" ]"):
+        return cell.replace(",", ", ") if isinstance(cell, str) else cell
     lines = [""]
     for part in re.findall(r"[^-_/.+]*[-_/.+]?", _plain(cell)):
         if lines[-1] and len(lines[-1]) + len(part) > width:
