@@ -48,9 +48,17 @@ class WholeWords(Table):
             fitting = max(longest[index] - too_much, _NARROWEST)
             column._cells = [_broken(cell, fitting) for cell in column.cells]
             longest[index] = max(map(len, _words(column)), default=1)
-        fits = sum(longest) <= room  # else words have to be broken, so that none is cut off
-        for column, width in zip(self.columns, longest, strict=True):
-            column.min_width, column.overflow = width if fits else None, "fold"
+        spare = room - sum(longest)
+        if spare < 0:  # words have to be broken, so that none is cut off
+            for column in self.columns:
+                column.width, column.overflow = None, "fold"
+        else:
+            needs = [_longest_line(column, room) for column in self.columns]
+            # Those that need least first: as many as there is room for stay on one line.
+            for index in sorted(range(len(needs)), key=lambda k: needs[k] - longest[k]):
+                more = min(max(needs[index] - longest[index], 0), spare)
+                self.columns[index].width = longest[index] + more
+                spare -= more
         yield from super().__rich_console__(console, options)
 
 
@@ -62,6 +70,14 @@ def _words(column: Column) -> list[str]:
     """All that a column must not break: what stands between its spaces."""
     cells = [cell for cell in (column.header, *column.cells) if isinstance(cell, str | Text)]
     return [word for cell in cells for word in _plain(cell).split()]
+
+
+def _longest_line(column: Column, most: int) -> int:
+    """The width in which no line of a column is broken; of other things than texts, the most."""
+    cells = [cell for cell in (column.header, *column.cells) if cell]
+    if not all(isinstance(cell, str | Text) for cell in cells):
+        return most
+    return max((len(line) for cell in cells for line in _plain(cell).splitlines()), default=1)
 
 
 def _broken(cell: RenderableType, width: int) -> RenderableType:
