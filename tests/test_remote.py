@@ -29,6 +29,7 @@ from persona_nns.runs.remote import dispatch
 from persona_nns.runs.remote.connection import Patience
 from persona_nns.runs.remote.environment import CRITICAL, Environment
 from persona_nns.runs.remote.job_book import read_jobs
+from persona_nns.runs.verify import verify_store
 
 ON_A_GRID = [
     name for name, file in bundled_experiments().items() if "\ndef plan(" not in file.read_text()
@@ -360,6 +361,13 @@ def test_a_folder_stands_for_a_hosted_model(
     _call([*command, *rest, "--cells", "yoda/haiku,marx/haiku", "--store", str(store)])
     (info,) = pn.list_runs(store)
     assert info.n_completed == 2
+    # It can be verified there, and is left alone where no server is named.
+    (verdict,) = verify_store(store, sample=1)
+    assert (verdict.state, verdict.n_recomputed) == ("not checked", 0)
+    (verdict,) = verify_store(store, sample=1, backend=url)
+    assert (verdict.state, verdict.not_checked.count("--model FOLDER")) == ("not checked", 1)
+    (verdict,) = verify_store(store, sample=1, backend=url, models=[str(folder)])
+    assert (verdict.state, verdict.n_recomputed) == ("right", 1)
 
 
 def test_a_server_that_changes_its_precision_is_refused(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from persona_nns.models.servers import Server
 
 DEMO_STORE = "stores/demo.zarr"
+_NOT_CHECKED = 3
 _INTERRUPTED = "Interrupted; completed cells are kept, the same command goes on."
 
 app = typer.Typer(
@@ -133,22 +134,62 @@ def verify(
         list[str] | None,
         typer.Option("--experiment", help="File of an experiment of your own; repeatable."),
     ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            help="Folder where a model is now that was elsewhere, or that stood for a hosted "
+            "one; known by its contents; repeatable.",
+        ),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="ndif or the URL of a server: compute there what was made on a server; "
+            "otherwise it is not checked.",
+            show_default=False,
+        ),
+    ] = None,
+    trust_remote_code: Annotated[  # noqa: FBT002
+        bool, typer.Option("--trust-remote-code", help="Run code that a model brings with it.")
+    ] = False,
 ) -> None:
-    """Check every array of a store, and compute a sample of its units (cells) anew."""
+    """Check every array of a store, and compute a sample of its units (cells) anew.
+
+    A run is right, wrong, or not checked: its numbers cannot be computed anew here, and the reason
+    is given. Exit code: 0 all are right; 1 some are wrong; 3 none is wrong, some are not checked;
+    2 the request is wrong.
+    """
     from persona_nns.runs.verify import verify_store
 
-    wrong = 0
-    for verdict in verify_store(store, sample=sample, experiments=experiment or []):
+    states: list[str] = []
+    for verdict in verify_store(
+        store,
+        sample=sample,
+        experiments=experiment or [],
+        models=model or [],
+        backend=backend,
+        trust_remote_code=trust_remote_code,
+    ):
         info = verdict.info
         anew = f", {verdict.n_recomputed} computed anew" if verdict.n_recomputed else ""
-        state = "wrong" if verdict.problems else "right"
         units = f"{info.n_completed}/{info.n_units} {info.noun}s"
-        terminal.say(f"{state}  {info.experiment}/{info.run} ({units}{anew})")
-        for problem in verdict.problems:
-            terminal.say(f"       {problem}")
-        wrong += bool(verdict.problems)
+        terminal.say(f"{verdict.state}  {info.experiment}/{info.run} ({units}{anew})")
+        for reason in (*verdict.problems, *filter(None, [verdict.not_checked])):
+            terminal.say(f"       {reason}")
+        states.append(verdict.state)
+    wrong, unchecked = states.count("wrong"), states.count("not checked")
     if wrong:
-        raise PersonaError(f"{wrong} runs of {store!r} are not right; they are named above.")
+        also = f", and {unchecked} not checked" if unchecked else ""
+        raise PersonaError(
+            f"{wrong} of {len(states)} runs of {store!r} are wrong{also}; they are named above."
+        )
+    if unchecked:
+        terminal.show_warning(
+            f"Nothing in {store!r} is wrong, but {unchecked} of {len(states)} runs are not "
+            "checked; the reasons are above."
+        )
+        raise typer.Exit(_NOT_CHECKED)
 
 
 @app.command()

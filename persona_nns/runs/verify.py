@@ -1,26 +1,20 @@
 """Check what a store holds: every array, and a sample of units (say, cells) computed anew."""
 
-import random
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 
-from persona_nns.declarations.plans import Unit
-from persona_nns.errors import PersonaError
-from persona_nns.prompts.grids import Grid
+from persona_nns.declarations.catalog import load_experiment
+from persona_nns.errors import PersonaError, UsageError
 from persona_nns.results.measured import is_count, is_truth
 from persona_nns.results.reading import PUBLISHED_VERSION, RunInfo, list_runs, open_results
+from persona_nns.runs.anew import Experiments, Models, NotCheckedError, compute_anew, grid_of
 
-if TYPE_CHECKING:
-    from persona_nns.runs.run import PlannedRun
-
-# Results of other batches, devices and versions of torch differ by rounding.
-_RTOL, _ATOL = 1e-3, 1e-4
 _PROVENANCE = (
     *("experiment", "identity", "protocol_version", "model", "model_source", "model_version"),
     *("precision", "grid", "grid_digest", "template", "parameters", "plan_options", "created"),
@@ -29,7 +23,6 @@ _PROVENANCE = (
 _PROVENANCE_OF_GRIDS = ("personas", "tasks", "markers")
 # Numbers that were published, not computed: there is nothing to compute anew.
 _PROVENANCE_OF_PUBLISHED = ("source", "source_digest", "model", "grid_digest", "personas", "tasks")
-_DETERMINING = ("protocol_version", "model_version", "precision", "grid_digest", "template")
 
 
 @dataclass(frozen=True)
@@ -38,61 +31,117 @@ class Verdict:
 
     Attributes:
         info: the run.
-        problems: a sentence each; none where all is right.
+        problems: a sentence each; none where nothing is wrong.
         n_recomputed: units computed anew.
+        not_checked: why no unit could be computed anew; empty where some were, or where there
+            was nothing to compute.
     """
 
     info: RunInfo
     problems: tuple[str, ...]
     n_recomputed: int
+    not_checked: str = ""
+
+    @property
+    def state(self) -> Literal["right", "wrong", "not checked"]:
+        """The answer."""
+        if self.problems:
+            return "wrong"
+        return "not checked" if self.not_checked else "right"
 
 
 def verify_store(
-    store: str | Path, *, sample: int = 2, experiments: Sequence[str] = (), seed: int = 0
+    store: str | Path,
+    *,
+    sample: int = 2,
+    experiments: Sequence[str | Path] = (),
+    models: Sequence[str] = (),
+    backend: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
 ) -> Iterator[Verdict]:
-    """Check every run of a store, one after the other.
+    """Check every run of a store: those of one model one after the other, so that it stays loaded.
 
     Args:
         store: path or URL of the store.
         sample: complete units of each run to compute anew; 0 checks what is stored alone.
         experiments: files of experiments that are not bundled.
+        models: folders where models are now that were elsewhere, or stood for a hosted model.
+        backend: ``ndif`` or a URL, where runs that were made on a server are computed anew; by
+            default they are not, and nothing of their models is loaded.
+        trust_remote_code: run code that comes with a model.
         seed: chooses the sample.
 
     Raises:
-        UsageError: there is no store there.
+        UsageError: there is no store there, or no such experiment, model or server.
     """
-    files = {Path(file).stem: file for file in experiments}
-    for info in list_runs(store):
+    known = Experiments({e.name: e for e in map(load_experiment, experiments)})
+    if models or backend is not None:
+        _check_places(models, backend)
+    loaded = Models(backend, models, trust_remote_code)
+    runs = list_runs(store)
+    turn: dict[tuple[str, ...], int] = {}
+    for info in runs:
+        turn.setdefault(Models.key(info.attrs), len(turn))
+    for info in sorted(runs, key=lambda info: turn[Models.key(info.attrs)]):
+        n_recomputed, not_checked = 0, ""
         problems = list(_check_provenance(info))
-        n_recomputed = 0
         try:
             if problems:
                 raise PersonaError("What it holds was not checked for want of that.")
             results = open_results(store, info.experiment, run=info.run)
             problems += _check_arrays(results, info)
             computed = info.attrs["protocol_version"] != PUBLISHED_VERSION
-            harmless = not info.attrs.get("unverifiable")
-            if sample and computed and harmless and not problems and info.n_completed:
-                file = files.get(info.experiment, info.experiment)
-                with TemporaryDirectory() as folder:
-                    planned = _plan_anew(info, file, Path(folder) / "anew.zarr")
-                    done = info.group.completed(planned.request.units)
-                    units = [unit for unit in planned.request.units if unit.label in done]
-                    chosen = random.Random(seed).sample(units, min(sample, len(units)))  # noqa: S311
-                    n_recomputed = len(chosen)
-                    problems += _compare(results, planned, chosen)
+            if sample and computed and not problems and info.n_completed:
+                n_recomputed, found = compute_anew(
+                    info, results, sample, seed, experiments=known, models=loaded
+                )
+                problems += found
+        except NotCheckedError as error:
+            not_checked = str(error)
         except PersonaError as error:
             problems.append(str(error))
-        yield Verdict(info, tuple(problems), n_recomputed)
+        yield Verdict(info, tuple(problems), n_recomputed, not_checked)
+
+
+def _check_places(models: Sequence[str], backend: str | None) -> None:
+    """See that models and a server can be asked for.
+
+    Raises:
+        UsageError: one of them cannot.
+    """
+    from persona_nns.models.checkpoints import find_checkpoint
+    from persona_nns.models.servers import Server, read_backend
+
+    for name in models:
+        find_checkpoint(name)
+    if backend is not None and not isinstance(read_backend(backend), Server):
+        raise UsageError(
+            f"Runs that were made on a server are computed anew on one, not on {backend!r}; "
+            "use --backend ndif or the server's URL."
+        )
 
 
 def _check_provenance(info: RunInfo) -> Iterator[str]:
     needed = _PROVENANCE + (_PROVENANCE_OF_GRIDS if info.noun == "cell" else ())
-    if info.attrs.get("protocol_version") == PUBLISHED_VERSION:
+    published = info.attrs.get("protocol_version") == PUBLISHED_VERSION
+    if published:
         needed = _PROVENANCE_OF_PUBLISHED
     missing = [name for name in needed if name not in info.attrs]
     if missing:
         yield f"Its provenance lacks {', '.join(missing)}."
+    elif not published:
+        yield from _check_digests(info)
+
+
+def _check_digests(info: RunInfo) -> Iterator[str]:
+    """That texts are those whose digests stand beside them."""
+    grid, template = grid_of(info), info.attrs["template"]
+    if grid is not None and grid.digest != info.attrs["grid_digest"]:
+        yield "Its personas, tasks and markers are not those of its grid_digest."
+    digest = hashlib.sha256(template.encode()).hexdigest()
+    if info.attrs.get("template_digest", digest) != digest:
+        yield "Its template is not that of its template_digest."
 
 
 def _check_arrays(results: xr.Dataset, info: RunInfo) -> Iterator[str]:
@@ -139,52 +188,3 @@ def _check_cells(results: xr.Dataset, info: RunInfo) -> Iterator[str]:
 def _at_asked(array: xr.DataArray, parameters: Mapping[str, Any]) -> bool:
     return "layer" in array.dims and bool(parameters.get("layers"))
 
-
-def _plan_anew(info: RunInfo, experiment: str, store: Path) -> "PlannedRun":
-    """Plan a run once more, into another store, from what its provenance says.
-
-    Raises:
-        PersonaError: the model or the experiment is not here, or is not the one of the run.
-    """
-    from persona_nns.models.load import load_model
-    from persona_nns.runs.run import plan_run
-
-    attrs = info.attrs
-    grid = None
-    if info.noun == "cell":
-        markers = {name: tuple(words) for name, words in attrs["markers"].items()}
-        grid = Grid(attrs["grid"], attrs["personas"], attrs["tasks"], markers)
-    model = load_model(
-        attrs["model_source"], dtype=attrs["precision"], label=attrs["model"], allow_float16=True
-    )
-    model.tokenizer.chat_template = attrs["template"]
-    settings = {**attrs["parameters"], **attrs["plan_options"]}
-    planned = plan_run(experiment, model, grid, store=store, **settings)
-    now = planned.request.block.attrs
-    if now["identity"] != attrs["identity"]:
-        changed = [name for name in _DETERMINING if now[name] != attrs[name]]
-        what = " and ".join(changed) or "something that determines its numbers"
-        raise PersonaError(f"It cannot be computed anew, because {what} is not what it was.")
-    return planned
-
-
-def _compare(results: xr.Dataset, planned: "PlannedRun", units: Sequence[Unit]) -> Iterator[str]:
-    """Compute units anew; yield where more than rounding differs."""
-    wrong: dict[str, list[str]] = {}
-    request = replace(planned.request, units=tuple(units))
-    replace(planned, request=request).carry_out(progress=False)
-    anew = open_results(planned.store, request.experiment.name)
-    axes = {name: variable.axes for name, variable in request.block.variables.items()}
-    for unit in units:
-        for name in request.plan.names_written(unit, axes):
-            here = {axis: label for axis, label in unit.place.items() if axis in axes[name]}
-            kept, values = results[name].sel(here).values, anew[name].sel(here).values
-            same = (
-                np.allclose(kept, values, rtol=_RTOL, atol=_ATOL, equal_nan=True)
-                if kept.dtype.kind == "f" and not is_count(results[name])
-                else np.array_equal(kept, values, equal_nan=kept.dtype.kind == "f")
-            )
-            if not same:
-                wrong.setdefault(name, []).append(unit.label)
-    for name, labels in wrong.items():
-        yield f"{name!r} of {', '.join(labels)} is not what is computed anew."
