@@ -12,8 +12,6 @@ from typing import Any
 
 import lazy_loader
 
-import persona_nns._anyio_first  # noqa: F401
-
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 

@@ -3,8 +3,8 @@
 nnsight mounts ``.save`` on ``object``. anyio then refuses to define some of its classes, which
 it does only when they are first used (``TypeError: Attribute 'save' is missing its type
 annotation``): in an asynchronous HTTP client, in an upload. What has been imported before the
-mount is safe, so this is the first thing that the package imports. Where nnsight is already
-there, the mount is lifted for the moment.
+mount is safe, so this comes first in the rooms that load models and talk to servers (a store is
+read without it). Where nnsight is already there, the mount is lifted for the moment.
 """
 
 import sys

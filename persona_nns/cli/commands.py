@@ -3,6 +3,7 @@
 Heavy imports wait until a command needs them. The commands under ``run`` are in `run_command`.
 """
 
+import os
 import shlex
 import sys
 import warnings
@@ -15,7 +16,6 @@ from typer.exceptions import TyperException
 
 from persona_nns.cli import terminal
 from persona_nns.cli.run_command import ExperimentCommands
-from persona_nns.declarations.catalog import bundled_experiments, summary_of
 from persona_nns.errors import PersonaError, UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DEMO_STORE = "stores/demo.zarr"
 _NOT_CHECKED = 3
+_SMALL = 2**26  # bytes of results that are read at once, without dask
 _INTERRUPTED = "Interrupted; completed cells are kept, the same command goes on."
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 run_app = typer.Typer(
     cls=ExperimentCommands, no_args_is_help=True, subcommand_metavar="EXPERIMENT|FILE.py …"
@@ -47,9 +49,23 @@ RunChoice = Annotated[
 ]
 
 
+def _show_version(asked: bool) -> None:  # noqa: FBT001
+    from importlib.metadata import version
+
+    if asked:
+        terminal.say(f"persona-nns {version('persona-nns')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: FBT002
+    _version: Annotated[  # noqa: FBT002
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
 ) -> None:
     """Persona experiments on language models, as nnsight tracing contexts."""
     # `main` reads --debug itself, wherever it stands; it is declared here for the help.
@@ -70,6 +86,8 @@ def demo(
 @app.command()
 def experiments() -> None:
     """List what can be run, a line each."""
+    from persona_nns.declarations.catalog import bundled_experiments, summary_of
+
     table = Table.grid(padding=(0, 2))
     for name, file in bundled_experiments().items():
         table.add_row(f"[bold]{name}[/bold]", summary_of(file))
@@ -210,6 +228,7 @@ def show(
     from persona_nns.cli.listings import made_table, with_values
     from persona_nns.figures.tables import measured, result_table
 
+    _leave_out_dask(store, experiment)
     results = _open(store, experiment, grid, run)
     for name in variable or []:
         if name not in results:
@@ -302,7 +321,7 @@ def export_vector(
     ] = "response_avg",
     run: Annotated[str | None, typer.Option(help="Only this run (as `ls` shows it).")] = None,
 ) -> None:
-    """Write a trait vector, [n_layers + 1, d_model], to a file."""
+    """Write a trait vector to a file, (n_layers + 1, d_model)."""
     from persona_nns.traits.vectors import load_vector, write_vector
 
     write_vector(load_vector(store, trait, average, model, run), output)
@@ -345,7 +364,7 @@ def compare(
     tolerance = None
     if relative is not None and absolute is not None:
         tolerance = Tolerance(relative, absolute)
-    name = Path(experiment).stem if experiment.endswith(".py") else experiment
+    name = _name_of(experiment)
     matched = match_results(store, name, with_ or published_store(), grid=grid, run=run or None)
     compared = compare_results(matched, tolerance)
     for table in comparison_tables(compared.side_by_side) + agreement_tables(compared.agreement):
@@ -361,31 +380,42 @@ def compare(
         terminal.say(path)
 
 
+def _leave_out_dask(store: str, experiment: str) -> None:
+    """Let xarray do without dask where results are small: it imports it for every array.
+
+    That takes as long as all the rest of showing them.
+    """
+    from persona_nns.results.store import bytes_in_memory
+
+    if "xarray" not in sys.modules and bytes_in_memory(store, _name_of(experiment)) < _SMALL:
+        sys.modules["dask"] = None  # type: ignore[assignment] - what Python calls not installed
+
+
+def _name_of(experiment: str) -> str:
+    """The name of an experiment, where its file may be given."""
+    return Path(experiment).stem if experiment.endswith(".py") else experiment
+
+
 def _open(store: str, experiment: str, grid: str | None, run: list[str] | None) -> "xr.Dataset":
     from persona_nns.results.reading import open_results
 
-    name = Path(experiment).stem if experiment.endswith(".py") else experiment
-    return open_results(store, name, grid=grid, run=run or None)
+    return open_results(store, _name_of(experiment), grid=grid, run=run or None)
 
 
 def main() -> None:
     """Run the command line; every failure is one sentence on stderr and a non-zero exit."""
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging
-
-    arguments = sys.argv[1:]
-    debug = "--debug" in arguments
-    disable_progress_bars()
-    logging.disable_progress_bar()
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = "--debug" in sys.argv[1:]
+    if arguments in ([], ["run"]):
+        arguments.append("--help")
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' are off with the hub's
     warnings.showwarning = terminal.show_warning
     try:
-        code = app(
-            [argument for argument in arguments if argument != "--debug"], standalone_mode=False
-        )
+        code = app(arguments, standalone_mode=False)
     except PersonaError as error:
         terminal.fail(str(error), debug=debug, code=error.exit_code)
     except TyperException as error:
-        # A missing or unknown option; the bare command without anything shows its help.
+        # A missing or unknown option.
         message = getattr(error, "format_message", lambda: "")() or str(error)
         terminal.fail(message, debug=debug, code=2)
     except KeyboardInterrupt:

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import xarray as xr
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +13,11 @@ from rich.text import Text
 from persona_nns.figures.tables import measured, new_table
 from persona_nns.results.locations import location_of
 from persona_nns.results.reading import RunInfo
-from persona_nns.runs.remote.environment import Deployment
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from persona_nns.runs.remote.environment import Deployment
 
 
 def runs_table(runs: Iterable[RunInfo], store: str) -> Table:
@@ -58,7 +62,7 @@ def _age(created: str) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-def made_table(results: xr.Dataset) -> Table:
+def made_table(results: "xr.Dataset") -> Table:
     """What a result holds beside numbers: how many texts of each variable and model."""
     table = new_table("Without numbers", texts=["model", "variable"], numbers=["texts"])
     for name, array in results.data_vars.items():
@@ -69,12 +73,12 @@ def made_table(results: xr.Dataset) -> Table:
     return table
 
 
-def with_values(results: xr.Dataset) -> list[str]:
+def with_values(results: "xr.Dataset") -> list[str]:
     """The variables of which some number was measured, the experiment's first one first."""
     return [name for name in measured(results) if bool(results[name].notnull().any())]
 
 
-def hosted_table(deployments: Iterable[Deployment], url: str) -> Table:
+def hosted_table(deployments: Iterable["Deployment"], url: str) -> Table:
     """The models that a server hosts, a row each."""
     table = new_table(Text(f"Models on {url}"), texts=["name", "revision", "level", "state"])
     for one in deployments:

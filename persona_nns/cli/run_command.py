@@ -5,20 +5,22 @@ what its docstrings say of them. Heavy imports wait until a command needs them.
 """
 
 import inspect
+import re
 import shlex
+from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 import typer
-from docstring_parser import DocstringStyle, parse
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from persona_nns.cli import terminal
-from persona_nns.declarations.catalog import Experiment, bundled_experiments, load_experiment
-from persona_nns.declarations.options import groups_of
 from persona_nns.errors import UsageError
 
 if TYPE_CHECKING:
+    from persona_nns.declarations.catalog import Experiment
     from persona_nns.declarations.plans import Plan
 
 DEFAULT_STORE = "stores/results.zarr"
@@ -29,14 +31,18 @@ class ExperimentCommands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
         """The bundled experiments."""
+        from persona_nns.declarations.catalog import bundled_experiments
+
         return list(bundled_experiments())
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
         """The command of one experiment."""
+        from persona_nns.declarations.catalog import load_experiment
+
         return _experiment_command(load_experiment(cmd_name))
 
 
-def _experiment_command(experiment: Experiment) -> Any:
+def _experiment_command(experiment: "Experiment") -> Any:
     """Make a command of an experiment: the options all share, then its own."""
     help_of = _argument_help(experiment)
     own = [
@@ -44,13 +50,15 @@ def _experiment_command(experiment: Experiment) -> Any:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=parameter.default,
-            annotation=Annotated[parameter.annotation, typer.Option(help=help_of.get(name))],
+            annotation=Annotated[
+                _without_checks(parameter.annotation), typer.Option(help=help_of.get(name))
+            ],
         )
         for name, parameter in experiment.options.items()
     ]
     shared = inspect.signature(_run_experiment).parameters.values()
     kept = [
-        _with_default(parameter, experiment.grid) if parameter.name == "grid" else parameter
+        _as_of(parameter, experiment)
         for parameter in shared
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         and (parameter.name not in ("grid", "cells") or experiment.plan is None)
@@ -65,19 +73,47 @@ def _experiment_command(experiment: Experiment) -> Any:
         _run_experiment(experiment, **arguments)
 
     command.__signature__ = inspect.Signature([*kept, *own])  # type: ignore[attr-defined]
-    command.__doc__ = experiment.summary
+    command.__doc__ = escape(experiment.summary)
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     single.command(name=experiment.name)(command)
     return typer.main.get_command(single)
 
 
-def _with_default(parameter: inspect.Parameter, default: str | None) -> inspect.Parameter:
-    """The parameter of a command with this default; without one it has to be given."""
-    return parameter.replace(default=inspect.Parameter.empty if default is None else default)
+def _as_of(parameter: inspect.Parameter, experiment: "Experiment") -> inspect.Parameter:
+    """A shared parameter with what an experiment does by default."""
+    if parameter.name == "grid":  # without a default it has to be given
+        grid = inspect.Parameter.empty if experiment.grid is None else experiment.grid
+        return parameter.replace(default=grid)
+    if parameter.name not in ("layers", "layer_sets", "positions"):
+        return parameter
+    sites = getattr(experiment, parameter.name)
+    plain, option = get_args(parameter.annotation)
+    shown = copy(option)
+    shown.show_default = _in_words(sites or "")
+    return parameter.replace(default=sites, annotation=Annotated[plain, shown])
+
+
+def _in_words(sites: str) -> bool | str:
+    """How a default is shown: depths are other layers in each model; all else is as it is."""
+    if not re.match(r"0?\.\d", sites):
+        return True
+    several = "s" if "," in sites else ""
+    return f"the layer{several} at {sites.replace(',', ', ')} of the depth"
+
+
+def _without_checks(annotation: Any) -> Any:
+    """A type of which the help shows only what it is: checks of its parts come when it runs."""
+    if get_origin(annotation) not in (Union, UnionType):
+        return annotation
+    parts = [
+        get_args(part)[0] if get_origin(part) is Annotated else part
+        for part in get_args(annotation)
+    ]
+    return Union[*parts]
 
 
 def _run_experiment(
-    experiment: Experiment,
+    experiment: "Experiment",
     *,
     model: Annotated[list[str], typer.Option(help="Bundled name, folder, or hub id; repeatable.")],
     grid: Annotated[str | None, typer.Option(help="short, long, review, or a .toml file.")] = None,
@@ -88,22 +124,33 @@ def _run_experiment(
     positions: Annotated[
         str | None, typer.Option(help="p_last, p_last-1, p_user_last, g1, g2, …")
     ] = None,
-    cells: Annotated[str | None, typer.Option(help="Only these, as engineer/arch,…")] = None,
+    cells: Annotated[
+        str | None, typer.Option(help="Only these, as engineer/arch,…; by default all of the grid.")
+    ] = None,
     backend: Annotated[
         str,
         typer.Option(help="Where it runs: local, simulate, ndif, or the URL of a server."),
     ] = "local",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16; by default the checkpoint's own (float32 for "
+            "Gemma-2 and for float16 checkpoints)."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, mps, …; by default cuda where there is one."),
+    ] = None,
     template: Annotated[
-        str | None, typer.Option(help="plain, or a Jinja file, instead of the model's own.")
+        str | None, typer.Option(help="plain, or a Jinja file; by default the model's own.")
     ] = None,
     as_: Annotated[
         list[str] | None,
         typer.Option(
             "--as",
-            help="Label of the model in the results; one for each --model. On a server, the "
-            "hosted model (org/name) that a folder stands for.",
+            help="Label of the model in the results, one for each --model; by default its own "
+            "name. On a server, the hosted model (org/name) that a folder stands for.",
         ),
     ] = None,
     store: Annotated[str, typer.Option(help="Path or URL of the Zarr store.")] = DEFAULT_STORE,
@@ -111,7 +158,10 @@ def _run_experiment(
         int | None, typer.Option(help="Units (cells) at a time; by default what fits.", min=1)
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that share the work (needs Ray).", min=1)
+        int | None,
+        typer.Option(
+            help="Processes that share the work (needs Ray); by default this one alone.", min=1
+        ),
     ] = None,
     ray_address: Annotated[
         str | None, typer.Option(help="Ray cluster for the workers; by default this machine.")
@@ -131,7 +181,9 @@ def _run_experiment(
     ] = False,
     deadline: Annotated[
         float | None,
-        typer.Option(help="Seconds that a job on a server may go without news (3600).", min=1),
+        typer.Option(
+            help="Seconds that a job on a server may go without news; by default 3600.", min=1
+        ),
     ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Print what becomes of each job on a server.")
@@ -238,15 +290,24 @@ def _labels(models: list[str], given: list[str]) -> list[str]:
     return labels
 
 
-def _argument_help(experiment: Experiment) -> dict[str, str]:
+def _argument_help(experiment: "Experiment") -> dict[str, str]:
     """What docstrings say of the options: those of `plan` and `measure`, and of their groups.
 
     A function's own words about an option of a group go before those of the group.
     """
+    from docstring_parser import DocstringStyle, parse
+
+    from persona_nns.declarations.options import groups_of
+
     said: dict[str, str] = {}
     for function in filter(None, (experiment.plan, experiment.measure)):
         bases = [base for group in groups_of(function) for base in reversed(group.__mro__)]
         for documented in (*bases, function):
             parsed = parse(documented.__doc__ or "", DocstringStyle.GOOGLE)
-            said |= {of.arg_name: " ".join((of.description or "").split()) for of in parsed.params}
-    return said
+            said |= {of.arg_name: of.description or "" for of in parsed.params}
+    return {name: _for_help(text) for name, text in said.items()}
+
+
+def _for_help(text: str) -> str:
+    """What a docstring says, for the terminal: on one line, and nothing in it is markup."""
+    return escape(" ".join(text.split()).replace("``", "`"))

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, bootstrap
 
 CONFIDENCE = 0.95
 _N_RESAMPLES = 9999
@@ -30,6 +29,8 @@ def interval(*samples: NDArray[Any], statistic: Statistic = np.median) -> tuple[
     """
     if len(samples[0]) < 2:
         return float("nan"), float("nan")
+    from scipy.stats import bootstrap  # takes as long to import as all the rest
+
     result = bootstrap(
         samples,
         statistic,
@@ -53,6 +54,8 @@ def share_interval(found: float, of: int) -> tuple[float, float]:
     Returns:
         The bounds, from 0 to 1; NaN of none.
     """
+    from scipy.stats import binomtest  # as above
+
     if not of:
         return float("nan"), float("nan")
     bounds = binomtest(round(found), of).proportion_ci(CONFIDENCE, "wilson")

@@ -1,14 +1,14 @@
 """Results as tables for the terminal, and how all our tables look."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-import xarray as xr
 from numpy.typing import NDArray
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -20,6 +20,10 @@ from persona_nns.errors import UsageError
 from persona_nns.figures.intervals import interval, share_interval
 from persona_nns.results.attributes import read_attribute
 from persona_nns.results.measured import is_truth, measured_values
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
 
 # Values of a row; where there are more, those of numbered labels are summarised over.
 _MOST_VALUES = 12

@@ -5,4 +5,6 @@ Knows: tracing, prompts, declarations, and the bundled models. Touches: weights 
 
 import lazy_loader
 
+import persona_nns._anyio_first  # noqa: F401
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

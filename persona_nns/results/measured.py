@@ -1,6 +1,11 @@
 """Numbers and truth values of a result as floats, NaN where nothing was measured."""
 
-import xarray as xr
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def measured_values(results: xr.Dataset, name: str) -> xr.DataArray:

@@ -261,6 +261,13 @@ def completed_units(store: str | Path, block: Block) -> set[str]:
     return set() if group is None else group.completed(block.plan.units)
 
 
+def bytes_in_memory(store: str | Path, experiment: str) -> int:
+    """What an experiment's runs take when they are read, texts aside; 0 where there are none."""
+    root = open_root(store)
+    runs = [] if root is None else [group for _, group in subgroups(root, experiment)]
+    return sum(array.nbytes for group in runs for _, array in group.arrays())
+
+
 def open_root(store: str | Path) -> zarr.Group | None:
     """The root of a store for reading; None where there is no Zarr store."""
     return location_of(store).open_root()

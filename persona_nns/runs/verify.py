@@ -187,4 +187,3 @@ def _check_cells(results: xr.Dataset, info: RunInfo) -> Iterator[str]:
 
 def _at_asked(array: xr.DataArray, parameters: Mapping[str, Any]) -> bool:
     return "layer" in array.dims and bool(parameters.get("layers"))
-

@@ -38,7 +38,7 @@ class Continuation:
         """Which tokens of the window that a position is scored on exist, [row, n_eval].
 
         The window is tokens 1 … n_eval for a position of the prompt, and K+1 … K+n_eval for
-        ``gK`` (PROTOCOLS, causal KL).
+        ``gK``: the window of the causal KL.
         """
         token = torch.arange(n_eval, device=self.ids.device) + generated_index(position)
         return token < self.length[:, None]
