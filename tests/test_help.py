@@ -60,7 +60,7 @@ def test_the_help_says_which_layers_and_positions_are_measured_by_default(name: 
 
 def called(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int | str | None, str, str]:
+) -> tuple[Any, ...]:
     monkeypatch.setattr(sys, "argv", ["persona-nns", *arguments])
     monkeypatch.setattr(terminal, "out", Console(width=200))
     with pytest.raises(SystemExit) as stop:

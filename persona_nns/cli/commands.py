@@ -1,4 +1,4 @@
-"""The command line: demo, experiments, run, models, ls, verify, show, plot, rescore and compare.
+"""The command line: demo, experiments, run, models, prompts, ls, verify, show, plot, rescore, compare.
 
 Heavy imports wait until a command needs them. The commands under ``run`` are in `run_command`.
 """
@@ -15,7 +15,10 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 from persona_nns.cli import terminal
+from persona_nns.cli.arguments import GridChoice, Name, RunChoice, Store
+from persona_nns.cli.prompts_command import prompts
 from persona_nns.cli.run_command import ExperimentCommands
+from persona_nns.cli.verify_command import verify
 from persona_nns.errors import PersonaError, UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
     from persona_nns.models.servers import Server
 
 DEMO_STORE = "stores/demo.zarr"
-_NOT_CHECKED = 3
 _SMALL = 2**26  # bytes of results that are read at once, without dask
 _INTERRUPTED = "Interrupted; completed cells are kept, the same command goes on."
 
@@ -40,13 +42,6 @@ run_app = typer.Typer(
     cls=ExperimentCommands, no_args_is_help=True, subcommand_metavar="EXPERIMENT|FILE.py …"
 )
 app.add_typer(run_app, name="run", help="Run an experiment on models and a grid.")
-
-Store = Annotated[str, typer.Argument(help="Path or URL of a Zarr store.")]
-Name = Annotated[str, typer.Argument(help="Name of an experiment.")]
-GridChoice = Annotated[str | None, typer.Option("--grid", help="Only results on this grid.")]
-RunChoice = Annotated[
-    list[str] | None, typer.Option("--run", help="Only this run (as `ls` shows it); repeatable.")
-]
 
 
 def _show_version(asked: bool) -> None:  # noqa: FBT001
@@ -133,6 +128,9 @@ def _list_hosted(server: "Server") -> None:
     terminal.say(f"API key: {key}.")
 
 
+app.command()(prompts)
+
+
 @app.command(name="ls")
 def list_store(store: Store) -> None:
     """List the runs of a store."""
@@ -142,72 +140,7 @@ def list_store(store: Store) -> None:
     terminal.out.print(runs_table(list_runs(store), store))
 
 
-@app.command()
-def verify(
-    store: Store,
-    sample: Annotated[
-        int, typer.Option(help="Complete units (cells) of each run to compute anew.", min=0)
-    ] = 2,
-    experiment: Annotated[
-        list[str] | None,
-        typer.Option("--experiment", help="File of an experiment of your own; repeatable."),
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model",
-            help="Folder where a model is now that was elsewhere, or that stood for a hosted "
-            "one; known by its contents; repeatable.",
-        ),
-    ] = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            help="ndif or the URL of a server: compute there what was made on a server; "
-            "otherwise it is not checked.",
-            show_default=False,
-        ),
-    ] = None,
-    trust_remote_code: Annotated[  # noqa: FBT002
-        bool, typer.Option("--trust-remote-code", help="Run code that a model brings with it.")
-    ] = False,
-) -> None:
-    """Check every array of a store, and compute a sample of its units (cells) anew.
-
-    A run is right, wrong, or not checked: its numbers cannot be computed anew here, and the reason
-    is given. Exit code: 0 all are right; 1 some are wrong; 3 none is wrong, some are not checked;
-    2 the request is wrong.
-    """
-    from persona_nns.runs.verify import verify_store
-
-    states: list[str] = []
-    for verdict in verify_store(
-        store,
-        sample=sample,
-        experiments=experiment or [],
-        models=model or [],
-        backend=backend,
-        trust_remote_code=trust_remote_code,
-    ):
-        info = verdict.info
-        anew = f", {verdict.n_recomputed} computed anew" if verdict.n_recomputed else ""
-        units = f"{info.n_completed}/{info.n_units} {info.noun}s"
-        terminal.say(f"{verdict.state}  {info.experiment}/{info.run} ({units}{anew})")
-        for reason in (*verdict.problems, *filter(None, [verdict.not_checked])):
-            terminal.say(f"       {reason}")
-        states.append(verdict.state)
-    wrong, unchecked = states.count("wrong"), states.count("not checked")
-    if wrong:
-        also = f", and {unchecked} not checked" if unchecked else ""
-        raise PersonaError(
-            f"{wrong} of {len(states)} runs of {store!r} are wrong{also}; they are named above."
-        )
-    if unchecked:
-        terminal.show_warning(
-            f"Nothing in {store!r} is wrong, but {unchecked} of {len(states)} runs are not "
-            "checked; the reasons are above."
-        )
-        raise typer.Exit(_NOT_CHECKED)
+app.command()(verify)
 
 
 @app.command()
