@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations import Plan, Variable, content_digest
+from persona_nns.declarations import FileName, NamesFile, Plan, Variable, content_digest
 from persona_nns.figures import (
     accuracy_by_persona,
     attention_before_and_after,
@@ -174,9 +174,9 @@ figures = {
 def plan(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    questions: str = BUNDLED,
+    questions: Annotated[str, NamesFile((BUNDLED, "mmlu"))] = BUNDLED,
     n_questions: Annotated[int, Field(ge=1)] | None = None,
-    identities: str | None = None,
+    identities: FileName | None = None,
     persona: str = PERSONA,
     control: str = "average",
 ) -> Plan:

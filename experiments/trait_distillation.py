@@ -21,7 +21,15 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations import EXECUTION, Count, Plan, Variable, content_digest
+from persona_nns.declarations import (
+    EXECUTION,
+    Count,
+    FileName,
+    NamesFile,
+    Plan,
+    Variable,
+    content_digest,
+)
 from persona_nns.errors import UsageError
 from persona_nns.figures import distillation_curves, token_kl_figure
 from persona_nns.models import hosted, record_of, require_peft
@@ -169,7 +177,7 @@ def plan(
     tokenizer: PreTrainedTokenizerBase,
     *,
     model: str,
-    vector: str,
+    vector: FileName,
     layer: Annotated[int, Field(ge=0)],
     alpha: float = 2.0,
     position_set: Literal["all", "prompt", "response"] = "response",
@@ -273,7 +281,7 @@ def measure(
     model: TransformersModel,
     units: list[Condition],
     *,
-    output: Annotated[str, EXECUTION] = "stores/students",
+    output: Annotated[str, EXECUTION, NamesFile(made=True)] = "stores/students",
     n_samples: Count = 10,
     sampling: NucleusSampling = _SAMPLING,
     training: TrainingOptions,

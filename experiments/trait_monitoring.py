@@ -14,7 +14,7 @@ from nnsight import TransformersModel, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations import Count, Plan, Variable, content_digest
+from persona_nns.declarations import Count, FileName, Plan, Variable, content_digest
 from persona_nns.figures import correlation_by_layer
 from persona_nns.prompts import render_chat, takes_system_role
 from persona_nns.tracing import (
@@ -81,7 +81,7 @@ def plan(
     tokenizer: PreTrainedTokenizerBase,
     *,
     model: str,
-    vector: str,
+    vector: FileName,
     vector_run: str | None = None,
     average: Average = "response_avg",
     chosen: TraitOptions,

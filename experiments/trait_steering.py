@@ -17,7 +17,7 @@ from nnsight import TransformersModel, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations import Count, Plan, Variable, content_digest
+from persona_nns.declarations import Count, FileName, Plan, Variable, content_digest
 from persona_nns.figures import steering_sweep
 from persona_nns.prompts import render_chat, response_ids, stem_of
 from persona_nns.tracing import (
@@ -125,12 +125,12 @@ def plan(
     tokenizer: PreTrainedTokenizerBase,
     *,
     model: str,
-    vector: str,
+    vector: FileName,
     vector_run: str | None = None,
     average: Average = "response_avg",
     trait: str | None = None,
-    artifacts: str | None = None,
-    responses: str | None = None,
+    artifacts: FileName | None = None,
+    responses: FileName | None = None,
     alphas: str = "0,0.5,1,1.5,2,2.5,3",
     position_sets: str = "response",
     n_samples: Count = 1,

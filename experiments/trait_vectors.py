@@ -16,7 +16,7 @@ from nnsight import TransformersModel, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations import Count, NotNegative, Plan, Variable, content_digest
+from persona_nns.declarations import Count, FileName, NotNegative, Plan, Variable, content_digest
 from persona_nns.errors import UsageError
 from persona_nns.figures import projection_figure, vector_norms
 from persona_nns.prompts import render_chat, response_ids, stem_of, takes_system_role
@@ -105,8 +105,8 @@ def plan(
     *,
     model: str,
     trait: str | None = None,
-    artifacts: str | None = None,
-    responses: str | None = None,
+    artifacts: FileName | None = None,
+    responses: FileName | None = None,
     responses_run: str | None = None,
     n_samples: Count = 1,
     max_new_tokens: Count = 256,

@@ -67,7 +67,9 @@ def test_a_run_is_stored_shown_listed_and_drawn(command: Command, grid_file: str
     model = str(GOLDEN / "qwen2")
     request = ["run", "localized_positions", "--model", model, "--grid", grid_file]
     code, out, err = command(*request, "--layers", "2,4", "--store", "s.zarr")
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert "error" not in err
+    assert "qwen2 · mine: batch 1 of 1, 2 of 2 cells" in err
     assert "causal KL in nat" in out
     assert "Stored in s.zarr: qwen2.mine." in out
 
@@ -104,7 +106,8 @@ def test_a_users_own_file_runs_and_is_drawn(command: Command, grid_file: str) ->
     Path("my_experiment.py").write_text(EXAMPLE)
     request = ["run", "my_experiment.py", "--model", str(GOLDEN / "qwen2"), "--grid", grid_file]
     code, _, err = command(*request, "--store", "s.zarr")
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert "qwen2 · mine: 2 cells" in err
     ratio = pn.open_results("s.zarr", "my_experiment").norm_ratio
     assert ratio.sizes == {"model": 1, "cell": 2, "layer": 6}
     assert ratio.sel(layer=0).values.ravel().tolist() == [1.0, 1.0]  # one token, one embedding

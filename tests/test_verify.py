@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from readme_example import EXAMPLE
 
 import persona_nns as pn
 from persona_nns.cli.commands import main
-from persona_nns.declarations import catalog
 from persona_nns.prompts.grids import Grid
 from persona_nns.published.store import published_store
 from persona_nns.results.reading import list_runs
@@ -141,12 +139,10 @@ def test_a_run_made_on_a_server_is_left_alone(store: Path, monkeypatch: pytest.M
         state(store, backend="local")
 
 
-def test_an_experiment_that_cannot_be_verified_says_why(
-    store: Path, localized_positions: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(catalog, "_execute", lambda _file: localized_positions)
-    monkeypatch.setattr(localized_positions, "not_verified", "It reads itself.", raising=False)
-    assert state(store) == ("not checked", "It reads itself.")
+def test_an_experiment_that_must_not_be_computed_anew_says_why(store: Path) -> None:
+    change(store, unverifiable="it would cost money")
+    assert state(store) == ("not checked", "It is not computed anew: it would cost money.")
+    assert state(store, sample=0) == ("right", "")
 
 
 def test_experiments_of_ones_own_are_checked_with_their_file_and_not_without(

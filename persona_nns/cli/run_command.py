@@ -17,7 +17,9 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from persona_nns.cli import terminal
+from persona_nns.declarations.options import NamesFile, absolute
 from persona_nns.errors import UsageError
+from persona_nns.organism.bundled import ORGANISMS
 
 if TYPE_CHECKING:
     from persona_nns.declarations.catalog import Experiment
@@ -84,10 +86,10 @@ def _as_of(parameter: inspect.Parameter, experiment: "Experiment") -> inspect.Pa
     if parameter.name == "grid":  # without a default it has to be given
         grid = inspect.Parameter.empty if experiment.grid is None else experiment.grid
         return parameter.replace(default=grid)
+    plain, *_, option = get_args(parameter.annotation)
     if parameter.name not in ("layers", "layer_sets", "positions"):
-        return parameter
+        return parameter.replace(annotation=Annotated[_without_checks(plain), option])
     sites = getattr(experiment, parameter.name)
-    plain, option = get_args(parameter.annotation)
     shown = copy(option)
     shown.show_default = _in_words(sites or "")
     return parameter.replace(default=sites, annotation=Annotated[plain, shown])
@@ -103,19 +105,20 @@ def _in_words(sites: str) -> bool | str:
 
 def _without_checks(annotation: Any) -> Any:
     """A type of which the help shows only what it is: checks of its parts come when it runs."""
-    if get_origin(annotation) not in (Union, UnionType):
-        return annotation
-    parts = [
-        get_args(part)[0] if get_origin(part) is Annotated else part
-        for part in get_args(annotation)
-    ]
-    return Union[*parts]
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is list or origin in (Union, UnionType):
+        plain = [get_args(part)[0] if get_origin(part) is Annotated else part for part in parts]
+        return list[*plain] if origin is list else Union[*plain]
+    return annotation
 
 
 def _run_experiment(
     experiment: "Experiment",
     *,
-    model: Annotated[list[str], typer.Option(help="Bundled name, folder, or hub id; repeatable.")],
+    model: Annotated[
+        list[Annotated[str, NamesFile(ORGANISMS)]],
+        typer.Option(help="Bundled name, folder, or hub id; repeatable."),
+    ],
     grid: Annotated[str | None, typer.Option(help="short, long, review, or a .toml file.")] = None,
     layers: Annotated[
         str | None, typer.Option(help="all, layers (6,10,14), or depths (0.25,0.5).")
@@ -143,7 +146,8 @@ def _run_experiment(
         typer.Option(help="cpu, cuda, cuda:1, mps, …; by default cuda where there is one."),
     ] = None,
     template: Annotated[
-        str | None, typer.Option(help="plain, or a Jinja file; by default the model's own.")
+        Annotated[str, NamesFile(("plain",))] | None,
+        typer.Option(help="plain, or a Jinja file; by default the model's own."),
     ] = None,
     as_: Annotated[
         list[str] | None,
@@ -153,7 +157,9 @@ def _run_experiment(
             "name. On a server, the hosted model (org/name) that a folder stands for.",
         ),
     ] = None,
-    store: Annotated[str, typer.Option(help="Path or URL of the Zarr store.")] = DEFAULT_STORE,
+    store: Annotated[
+        str, NamesFile(made=True), typer.Option(help="Path or URL of the Zarr store.")
+    ] = DEFAULT_STORE,
     batch_size: Annotated[
         int | None, typer.Option(help="Units (cells) at a time; by default what fits.", min=1)
     ] = None,
@@ -161,6 +167,14 @@ def _run_experiment(
         int | None,
         typer.Option(
             help="Processes that share the work (needs Ray); by default this one alone.", min=1
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="Threads that torch computes with, in each process; by default what "
+            "OMP_NUM_THREADS says, else the cores that other processes leave free.",
+            min=1,
         ),
     ] = None,
     ray_address: Annotated[
@@ -199,6 +213,7 @@ def _run_experiment(
     from persona_nns.results.store import check_writable
     from persona_nns.runs.request import check_inputs, check_options, check_sites, make_plan
     from persona_nns.runs.run import run
+    from persona_nns.runs.threads import set_threads
     from persona_nns.runs.workers import launch
 
     if ray_address is not None and workers is None:
@@ -213,6 +228,8 @@ def _run_experiment(
             f"The experiment {experiment.name!r} prepares its inputs in one process; leave out "
             "--workers."
         )
+    if workers is None and backend == "local":
+        set_threads(threads)
     labels = _labels(model, as_ or [])
     check_hosting(model, as_, backend)
     check_writable(store)
@@ -259,7 +276,13 @@ def _run_experiment(
         else:
             units = plan.units if loaded_grid is None else loaded_grid.select_cells(cells)
             asked = replace(plan, units=units)
-            names.append(launch(experiment, loading, settings, asked, workers, ray_address))
+            # Workers need not stand in this folder.
+            known = inspect.signature(_run_experiment).parameters
+            there = absolute({**known, **experiment.options}, settings)
+            its = {**absolute(known, loading), "name": absolute(known, {"model": name})["model"]}
+            names.append(
+                launch(experiment, its, there, asked, workers, ray_address, n_threads=threads)
+            )
     results = open_results(store, experiment.name, run=names)
     for name in with_values(results)[:1]:
         terminal.out.print(result_table(results, name))

@@ -8,6 +8,8 @@ from .catalog import load_experiment as load_experiment
 from .catalog import summary_of as summary_of
 from .options import EXECUTION as EXECUTION
 from .options import Count as Count
+from .options import FileName as FileName
+from .options import NamesFile as NamesFile
 from .options import NotNegative as NotNegative
 from .options import Positive as Positive
 from .options import Share as Share

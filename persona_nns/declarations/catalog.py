@@ -47,7 +47,7 @@ _RESERVED_VARIABLES = {
 _RESERVED_OPTIONS = {
     *("experiment", "model", "grid", "cells", "backend", "dtype", "device", "template", "as_"),
     *("store", "batch_size", "allow_float16", "progress", "deadline", "verbose"),
-    *("workers", "ray_address", "trust_remote_code", "name"),
+    *("workers", "ray_address", "trust_remote_code", "name", "threads"),
 }
 
 

@@ -7,9 +7,10 @@ every experiment, is marked: ``output: Annotated[str, EXECUTION]``. It is not in
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from inspect import Parameter
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
@@ -30,6 +31,57 @@ EXECUTION = Execution()
 def changes_numbers(option: Parameter) -> bool:
     """Whether an option belongs to a run's identity."""
     return EXECUTION not in getattr(option.annotation, "__metadata__", ())
+
+
+@dataclass(frozen=True)
+class NamesFile:
+    """What marks an option whose text may be the path of a file or folder.
+
+    Attributes:
+        words: what is no path whatever lies in this folder, as ``plain`` of a template.
+        made: it need not be there yet.
+    """
+
+    words: tuple[str, ...] = ()
+    made: bool = False
+
+
+#: Text that is a path where there is a file or folder of that name.
+FileName = Annotated[str, NamesFile()]
+
+
+def absolute(parameters: Mapping[str, Parameter], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of options as another folder has to be told them: those that are paths, absolute.
+
+    Args:
+        parameters: the options; `Path`, and text that is marked with `NamesFile`, may be paths.
+        values: of some of them, and of others, which stay.
+    """
+    return {
+        name: _absolute(parameters[name].annotation, value) if name in parameters else value
+        for name, value in values.items()
+    }
+
+
+def _absolute(annotation: Any, value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.expanduser().absolute()
+    if isinstance(value, list | tuple):
+        return type(value)(_absolute(annotation, each) for each in value)
+    mark = next((part for part in _parts(annotation) if isinstance(part, NamesFile)), None)
+    if mark is None or not isinstance(value, str) or value in mark.words or "://" in value:
+        return value
+    try:
+        path = Path(value).expanduser().absolute()
+        return str(path) if mark.made or path.exists() else value
+    except (OSError, RuntimeError):  # no path at all
+        return value
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """What an annotation is made of, at any depth."""
+    inner = [*get_args(annotation), *getattr(annotation, "__metadata__", ())]
+    return [annotation, *(part for each in inner for part in _parts(each))]
 
 
 def options_of(function: Callable[..., Any], n_given: int) -> dict[str, Parameter]:

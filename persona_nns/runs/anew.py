@@ -138,8 +138,7 @@ class Experiments:
         """The experiment of a run, from its attributes.
 
         Raises:
-            NotCheckedError: it is not known here, is another version, or says that it cannot be
-                verified.
+            NotCheckedError: it is not known here, or is another version.
         """
         name, version = attrs["experiment"], str(attrs["protocol_version"])
         experiment = self.own.get(name) or self._load(name)
@@ -148,8 +147,6 @@ class Experiments:
                 f"It was made by version {version} of {name!r}, and the one here is version "
                 f"{experiment.version}."
             )
-        if reason := experiment.measure.__globals__.get("not_verified"):
-            raise NotCheckedError(str(reason))
         return experiment
 
     def _load(self, name: str) -> Experiment:
@@ -180,11 +177,13 @@ def compute_anew(
     Raises:
         NotCheckedError: it cannot be done here.
     """
+    _check_harmless(info.attrs.get("unverifiable", ""))
     experiment = experiments.of(info.attrs)
     model = models.of(info.attrs)
     with TemporaryDirectory() as folder:
         try:
             planned = _plan_anew(info, experiment, model, Path(folder) / "anew.zarr")
+            _check_harmless(planned.request.plan.unverifiable)
             done = info.group.completed(planned.request.units)
             units = [unit for unit in planned.request.units if unit.label in done]
             chosen = random.Random(seed).sample(units, min(sample, len(units)))  # noqa: S311
@@ -199,6 +198,16 @@ def compute_anew(
             "determines its numbers is not what it was."
         )
     return len(chosen), problems
+
+
+def _check_harmless(reason: str) -> None:
+    """See that an experiment lets itself be computed anew.
+
+    Raises:
+        NotCheckedError: it says why not.
+    """
+    if reason:
+        raise NotCheckedError(f"It is not computed anew: {reason}.")
 
 
 def _reason(error: Exception) -> str:

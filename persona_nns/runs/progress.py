@@ -1,7 +1,9 @@
-"""How far long work has come."""
+"""How far long work has come: a bar on a terminal or in a notebook, lines anywhere else."""
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,10 +17,134 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+_FIRST_INTERVAL = 5.0  # seconds between two lines, at first; later a tenth of what has passed
+_LONGEST_INTERVAL = 300.0
+_BAR = 24  # characters of a notebook's bar
 
-def progress_bar(noun: str, *, enabled: bool) -> Progress:
-    """A bar of units, or whatever they are called, with an ETA; nothing without a terminal."""
-    console = Console(stderr=True)
+
+class UnitProgress:
+    """Shows how many units (say, cells) are complete.
+
+    On a terminal it is a bar with the time that is left, and in a notebook too. Elsewhere, in the
+    log of a batch system, say, it is a line now and then, on stderr.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        noun: str,
+        n_units: int,
+        n_done: int = 0,
+        *,
+        enabled: bool,
+        verbose: bool = False,
+    ) -> None:
+        """Begin.
+
+        Args:
+            title: what is being measured.
+            noun: what a unit is called.
+            n_units: how many are asked for.
+            n_done: how many of them were complete before.
+            enabled: show anything at all.
+            verbose: print each event on a line of its own.
+        """
+        self._title, self._noun, self._verbose = title, noun, verbose
+        self._n_units, self._n_before, self._n_done = n_units, n_done, n_done
+        self._console = Console(stderr=True)
+        self._started = time.monotonic()
+        self._bar, self._task = _bar(self._console, noun), TaskID(0)
+        self._show: Callable[[str], None] | None = None
+        self._said: float | None = None
+        self._batches = ""
+        if not enabled:
+            self._bar.disable = True
+        elif self._console.is_terminal:
+            self._task = self._bar.add_task(title, total=n_units, completed=n_done, jobs="")
+        else:
+            self._bar.disable = True
+            self._show = _in_notebook() if self._console.is_jupyter else self._print
+
+    def __enter__(self) -> "UnitProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def begin(self, how: str) -> None:
+        """Say what there is to do, and how it is done."""
+        if self._show is not None or not self._bar.disable:
+            self._print(f"{self._title}: {count(self._n_units - self._n_done, self._noun)}, {how}")
+
+    def nothing_to_do(self) -> None:
+        """Say that everything was there before."""
+        if self._show is not None or not self._bar.disable:
+            done = f"{self._n_done} of {self._n_units} {self._noun}s"
+            self._print(f"{self._title}: {done} complete, nothing computed")
+
+    def update(self, n_done: int, batch: tuple[int, int] | None = None) -> None:
+        """So many units are complete.
+
+        Args:
+            n_done: of those that are asked for.
+            batch: which batch of this process was the last, and how many there are.
+        """
+        self._n_done = n_done
+        if batch is not None:
+            self._batches = f"batch {batch[0]} of {batch[1]}, "
+        if self._show is None:
+            if not self._bar.disable:
+                self._bar.update(self._task, completed=n_done)
+            return
+        moment = time.monotonic()
+        finished, passed = n_done >= self._n_units, moment - self._started
+        interval = min(max(_FIRST_INTERVAL, passed / 10), _LONGEST_INTERVAL)
+        lately = self._said is not None and moment - self._said < interval
+        if self._show == self._print and lately and not finished:
+            return
+        self._said = moment
+        self._show(self._line(passed))
+
+    def look(self, n_done: int) -> None:
+        """So many units were found complete; nothing is said where they are as many as before."""
+        if n_done != self._n_done:
+            self.update(n_done)
+
+    def advance(self, n_units: int) -> None:
+        """So many more units are complete."""
+        self.update(self._n_done + n_units)
+
+    def tell(self, event: str) -> None:
+        """An event: shown beside the bar, and on a line of its own where asked for."""
+        if not self._bar.disable:
+            self._bar.update(self._task, jobs=escape(event))
+        if self._verbose:
+            self._print(event)
+
+    def states(self, states: Sequence[str]) -> None:
+        """What the jobs in flight are doing, as ``2 jobs running, 1 queued (position 3)``."""
+        counts = Counter(states)
+        shown = ", ".join(f"{count} {state}" for state, count in counts.items())
+        if not self._bar.disable:
+            self._bar.update(self._task, jobs=escape(f"jobs: {shown}" if shown else ""))
+
+    def _line(self, passed: float) -> str:
+        done = f"{self._n_done} of {self._n_units} {self._noun}s"
+        line = f"{self._title}: {self._batches}{done}, {_clock(passed)}"
+        measured, left = self._n_done - self._n_before, self._n_units - self._n_done
+        if measured > 0 and left > 0:
+            line += f", about {_clock(passed / measured * left)} left"
+        if self._show == self._print:
+            return line
+        filled = _BAR * self._n_done // max(self._n_units, 1)
+        return f"{'█' * filled}{'░' * (_BAR - filled)} {line}"
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _bar(console: Console, noun: str) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -27,54 +153,37 @@ def progress_bar(noun: str, *, enabled: bool) -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[jobs]}"),
         console=console,
-        disable=not (enabled and console.is_terminal),
     )
 
 
-class JobProgress:
-    """A bar over units with the state of the jobs beside it, and a line for each event if asked.
+def _in_notebook() -> Callable[[str], None]:
+    """What shows a text below a notebook's cell, in the place of the one before.
 
-    Where there is no terminal the bar is silent; the lines are not.
+    A display of its own needs nothing but Jupyter; rich's bar needs ipywidgets too.
     """
+    from IPython.display import display  # type: ignore[import-not-found]
 
-    def __init__(
-        self, title: str, noun: str, n_units: int, n_done: int, *, enabled: bool, verbose: bool
-    ) -> None:
-        console = Console(stderr=True)
-        self._verbose = verbose
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn(noun),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[jobs]}"),
-            console=console,
-            disable=not (enabled and console.is_terminal),
-        )
-        self._task: TaskID = self._bar.add_task(title, total=n_units, completed=n_done, jobs="")
-        self._console = console
+    handle: Any = None
 
-    def __enter__(self) -> "JobProgress":
-        self._bar.start()
-        return self
+    def show(text: str) -> None:
+        nonlocal handle
+        shown = {"text/plain": text}
+        if handle is None:
+            handle = display(shown, raw=True, display_id=True)
+        else:
+            handle.update(shown, raw=True)
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+    return show
 
-    def tell(self, event: str) -> None:
-        """An event: shown beside the bar, and on a line of its own where asked for."""
-        self._bar.update(self._task, jobs=escape(event))
-        if self._verbose:
-            self._console.print(escape(event), highlight=False, soft_wrap=True)
 
-    def states(self, states: Sequence[str]) -> None:
-        """What the jobs in flight are doing, as ``2 jobs running, 1 queued (position 3)``."""
-        counts = Counter(states)
-        shown = ", ".join(f"{count} {state}" for state, count in counts.items())
-        self._bar.update(self._task, jobs=escape(f"jobs: {shown}" if shown else ""))
+def count(number: int, noun: str) -> str:
+    """A number of things, as ``1 thread`` or ``2 threads``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
-    def advance(self, n_units: int) -> None:
-        """Units are in the store."""
-        self._bar.advance(self._task, n_units)
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

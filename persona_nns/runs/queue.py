@@ -63,6 +63,11 @@ class Queue:
         """Units that were not complete when this process last looked."""
         return sum(map(len, self._batches))
 
+    @property
+    def n_batches(self) -> int:
+        """Batches that were not complete when this process last looked."""
+        return len(self._batches)
+
     def _next(self) -> list[Unit]:
         while True:
             claimed = self._claims.claimed_by_others()  # by label

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import xarray as xr
 from nnsight import TransformersModel
 
@@ -23,7 +24,7 @@ from persona_nns.results.reading import LATEST, find_run, open_results
 from persona_nns.results.store import check_writable, completed_units
 from persona_nns.runs.identity import now, session_attributes, session_name
 from persona_nns.runs.known import Known, agrees, known_of, missing_layers, take_over
-from persona_nns.runs.progress import progress_bar
+from persona_nns.runs.progress import UnitProgress, count
 from persona_nns.runs.queue import Queue
 from persona_nns.runs.remote.dispatch import carry_out_remotely
 from persona_nns.runs.request import Asked, Request, check_inputs, check_request
@@ -174,7 +175,8 @@ def run(
         deadline: seconds that a job on a server may go without news; by default an hour.
         verbose: print what becomes of each job on a server.
         name: what the run is called, beside the name of its group; `open_results` finds it by it.
-        progress: show a progress bar with an ETA (never where there is no terminal).
+        progress: show a progress bar with an ETA; where there is neither a terminal nor a
+            notebook, print a line now and then.
         **options: the experiment's own options.
 
     Returns:
@@ -288,7 +290,10 @@ def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
     request, model, store = planned.request, planned.model, planned.store
     done = planned.done()
     pending = [unit for unit in request.units if unit.label not in done]
+    noun, n_asked = request.plan.noun, len(request.units)
+    bar = UnitProgress(planned.title, noun, n_asked, n_asked - len(pending), enabled=progress)
     if not pending:
+        bar.nothing_to_do()
         return
     rows = [ids for of_key in request.plan.token_ids.values() for ids in of_key.values()]
     batch_size = planned.batch_size or fitting_batch_size(model, rows)
@@ -299,11 +304,10 @@ def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
     if shared:
         claims.begin()
     queue = Queue(pending, batch_size, claims)
-    noun, n_asked = request.plan.noun, len(request.units)
-    with progress_bar(noun, enabled=progress) as bar:
-        task = bar.add_task(planned.title, total=n_asked, completed=n_asked - len(pending))
+    bar.begin(f"{batch_size} at a time, {_computing(model)}")
+    with bar:
         try:
-            for batch in queue:
+            for number, batch in enumerate(queue, 1):
                 started = time.perf_counter()
                 try:
                     measured = measure_batch(request, model, batch, planned.execution)
@@ -313,9 +317,15 @@ def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
                 measured = request.finish(model.tokenizer, batch, measured)
                 arrays = declared_arrays(request, measured, len(batch))
                 claims.write(batch, arrays, (time.perf_counter() - started) / len(batch))
-                bar.update(task, completed=n_asked - queue.n_left)
+                bar.update(n_asked - queue.n_left, (number, number + queue.n_batches))
         finally:
             claims.end(now())
+
+
+def _computing(model: TransformersModel) -> str:
+    """Where a model computes."""
+    on_cpu = model.device.type == "cpu"
+    return f"on {count(torch.get_num_threads(), 'thread') if on_cpu else model.device}"
 
 
 def _smaller(batch_size: int, error: Exception, noun: str) -> int:

@@ -18,7 +18,8 @@ from persona_nns.declarations.catalog import Experiment
 from persona_nns.declarations.plans import Plan
 from persona_nns.errors import PersonaError, UsageError, first_line, one_line
 from persona_nns.results.store import find_group
-from persona_nns.runs.progress import progress_bar
+from persona_nns.runs.progress import UnitProgress
+from persona_nns.runs.threads import free_cores, set_threads
 
 _LOOK = 0.5  # seconds between two looks at how far the run has come
 
@@ -44,17 +45,21 @@ class RunCommand:
         experiment: the experiment's file.
         model: arguments of `load_model`.
         settings: arguments of `plan_run`, the grid among them.
+        n_threads: that torch computes with; None leaves it to Ray.
     """
 
     experiment: str
     model: Mapping[str, Any]
     settings: Mapping[str, Any]
+    n_threads: int | None = None
 
     def __call__(self) -> Work:
         """Load the model, and check the request against it."""
         from persona_nns.models.load import load_model
         from persona_nns.runs.run import plan_run
 
+        if self.n_threads is not None:
+            set_threads(self.n_threads)
         return plan_run(self.experiment, load_model(**self.model), **self.settings)
 
 
@@ -204,37 +209,45 @@ def launch(
     plan: Plan,
     n_workers: int,
     address: str | None,
+    *,
+    n_threads: int | None = None,
 ) -> str:
     """Run an experiment on one model by workers; returns the name of the run.
 
     Args:
         experiment: what to measure.
-        model: arguments of `load_model`; workers on other machines look for the same paths.
-        settings: arguments of `plan_run`.
+        model: arguments of `load_model`; paths are absolute, and workers on other machines look
+            for the same ones.
+        settings: arguments of `plan_run`; paths are absolute.
         plan: the units asked for, to show how many of them are complete.
         n_workers: processes at a time.
         address: of a Ray cluster; by default this machine.
+        n_threads: of each worker; by default they share the cores that are free on this machine,
+            and on a cluster have what Ray gives them.
     """
     store = str(settings["store"])
+    if n_threads is None and address is None and "OMP_NUM_THREADS" not in os.environ:
+        n_threads = max(1, free_cores() // n_workers)
     found: list[str] = []
-    with progress_bar(plan.noun, enabled=True) as bar:
-        task = bar.add_task(f"{model['label']} · {plan.name}", total=len(plan.units))
+    bar = UnitProgress(f"{model['label']} · {plan.name}", plan.noun, len(plan.units), enabled=True)
+    each = (
+        "" if n_threads is None else f", on {n_threads} thread{'s' if n_threads > 1 else ''} each"
+    )
+    bar.begin(f"{n_workers} worker{'s' if n_workers > 1 else ''}{each}")
+    with bar:
 
         def look() -> None:
             group = find_group(store, experiment.name, found[0]) if found else None
             if group is not None:
-                bar.update(task, completed=len(group.completed(plan.units)))
+                bar.look(len(group.completed(plan.units)))
 
         file = str(Path(inspect.getfile(experiment.measure)).resolve())
-        # Workers need not stand in this folder.
-        name = str(Path(model["name"]).resolve()) if Path(model["name"]).is_dir() else model["name"]
-        there = {**settings, "store": store if "://" in store else str(Path(store).absolute())}
-        command = RunCommand(file, {**model, "name": name}, there)
         run_on_workers(
-            command,
+            RunCommand(file, model, settings, n_threads),
             n_workers,
             address=address,
             on_look=look,
             on_start=lambda _process, group: found.append(group[1]),
         )
+        look()
     return found[0]

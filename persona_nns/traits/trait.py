@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from persona_nns.declarations.options import FileName
 from persona_nns.errors import UsageError
 from persona_nns.organism.bundled import ARTIFACTS
 from persona_nns.prompts.files import read_json
@@ -62,7 +63,7 @@ class TraitOptions:
     """
 
     trait: str = "cheerful"
-    artifacts: str | None = None
+    artifacts: FileName | None = None
 
     def load(self, split: Split) -> Trait:
         """The trait's questions, instructions and judge's prompt."""

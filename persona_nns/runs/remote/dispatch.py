@@ -30,7 +30,7 @@ from persona_nns.results.claims import Claims
 from persona_nns.results.reading import list_runs
 from persona_nns.results.store import completed_units
 from persona_nns.runs.identity import now, session_attributes, session_name
-from persona_nns.runs.progress import JobProgress
+from persona_nns.runs.progress import UnitProgress
 from persona_nns.runs.remote.connection import Connection, Patience, client_python
 from persona_nns.runs.remote.environment import Environment, read_deployments, read_environment
 from persona_nns.runs.remote.job_book import Job, JobBook, accepted
@@ -86,7 +86,7 @@ class Dispatcher:
     execution: Mapping[str, Any]
     batch_size: int | None
     patience: Patience
-    progress: JobProgress
+    progress: UnitProgress
     size: int = FIRST_UNITS
     proven: bool = False
     claims: Claims | None = None
@@ -360,18 +360,21 @@ def carry_out_remotely(planned: "PlannedRun", hosted: HostedModel, *, progress: 
     request = _known_precision(planned.request, planned.store)
     done = planned.done()
     pending = [unit for unit in request.units if unit.label not in done]
-    if not pending:
-        return
     n_units = len(request.units)
     deadline = planned.deadline
-    with JobProgress(
+    bar = UnitProgress(
         planned.title,
-        f"{request.plan.noun}s",
+        request.plan.noun,
         n_units,
         n_units - len(pending),
         enabled=progress,
         verbose=planned.verbose,
-    ) as bar:
+    )
+    if not pending:
+        bar.nothing_to_do()
+        return
+    bar.begin(f"on {hosted.server.url}")
+    with bar:
         Dispatcher(
             request=request,
             model=planned.model,
