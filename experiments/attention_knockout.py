@@ -11,18 +11,22 @@ persona).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from nnsight import TransformersModel, save
+from pydantic import AfterValidator
 from torch import Tensor
 from transformers import DynamicCache
 
 from persona_nns.declarations import (
+    EVERY_BAND,
+    LATER,
     Count,
     Variable,
-    band_labels,
     bands_of,
+    check_bands,
+    choose_bands,
     marker_variables,
     scored_tokens,
 )
@@ -58,7 +62,7 @@ defaults = {"grid": "review"}
 
 _BANDS = {
     "blocked": BLOCKED,
-    "layer_band": lambda record, _: band_labels(record.n_layers),
+    "layer_band": lambda record, asked: choose_bands(asked["bands"], record.n_layers),
 }
 
 variables = {
@@ -110,6 +114,7 @@ def measure(
     model: TransformersModel,
     cells: list[Cell],
     *,
+    bands: Annotated[str, AfterValidator(check_bands), LATER] = EVERY_BAND,
     n_eval: Count = 10,
     n_tokens: Count = 80,
     reuse: bool = True,
@@ -119,6 +124,7 @@ def measure(
     Args:
         model: from `load_model`.
         cells: the cells; the leading axis of every result.
+        bands: layers of a knockout, as ``all,3,0:4`` (the end is not in it).
         n_eval: reference tokens that the KLs are summed over.
         n_tokens: length of the continuations that are searched for markers.
         reuse: run shared prefixes once and resume at the first layer of a band.
@@ -131,12 +137,12 @@ def measure(
     by = prefill_rows(model, [prompt["BY"].ids for prompt in prompts], reuse=reuse)
     host = log_probabilities(force(model, by, reference.ids[:, :-1]).logits)
 
-    bands = bands_of(len(model.layers))
-    kl = torch.empty(2, len(cells), len(BLOCKED), len(bands), device=model.device)
-    for window, conditions in passes(clean, bands):
+    parts = bands_of(len(model.layers), bands)
+    kl = torch.empty(2, len(cells), len(BLOCKED), len(parts), device=model.device)
+    for window, conditions in passes(clean, parts):
         moved = knock_out(model, clean, host, window, conditions)
         for (blocked, band), of_condition in zip(conditions, moved, strict=True):
-            kl[:, :, BLOCKED.index(blocked), bands.index(band)] = of_condition
+            kl[:, :, BLOCKED.index(blocked), parts.index(band)] = of_condition
     return {
         "kl": kl[0],
         "kl_host": kl[1],

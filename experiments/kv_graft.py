@@ -16,11 +16,14 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from persona_nns.declarations import (
+    EVERY_BAND,
+    LATER,
     Count,
     ModelRecord,
     Variable,
-    band_labels,
     bands_of,
+    check_bands,
+    choose_bands,
     marker_variables,
     scored_tokens,
 )
@@ -101,7 +104,7 @@ _ONLY_PERSONA = "Bands other than 'all' are measured for the graft 'persona'."
 _ONLY_CONTINUED = f"Measured for the grafts {', '.join(CONTINUED)}."
 _coords = {
     "graft": graft_labels,
-    "layer_band": lambda record, _: band_labels(record.n_layers),
+    "layer_band": lambda record, asked: choose_bands(asked["bands"], record.n_layers),
 }
 
 variables = {
@@ -154,6 +157,7 @@ def measure(
     cells: list[Cell],
     *,
     grafts: Annotated[str, AfterValidator(check_grafts)] = ",".join(LABELS),
+    bands: Annotated[str, AfterValidator(check_bands), LATER] = EVERY_BAND,
     n_eval: Count = 10,
     n_tokens: Count = 80,
     reuse: bool = True,
@@ -164,6 +168,7 @@ def measure(
         model: from `load_model`.
         cells: the cells; the leading axis of every result.
         grafts: which grafts, by label; ``none,all`` move no key, whatever the model's positions.
+        bands: layers of the graft ``persona``, as ``all,3,0:4`` (the end is not in it).
         n_eval: reference tokens that the KL is summed over.
         n_tokens: greedy tokens that markers are looked for in.
         reuse: in a band, go on from the host's residual at its first layer.
@@ -171,20 +176,20 @@ def measure(
     warn_without_markers(cells)
     sources = fill_sources(model, cells)
     reference = read_reference(model, cells, sources, n_eval)
-    asked, bands = grafts.split(","), bands_of(len(model.layers))
-    kl = torch.full((len(cells), len(asked), len(bands)), torch.nan, device=model.device)
+    asked, parts = grafts.split(","), bands_of(len(model.layers), bands)
+    kl = torch.full((len(cells), len(asked), len(parts)), torch.nan, device=model.device)
     cache_bytes = torch.full(kl.shape, -1)
     text, distinct = [[""] * len(cells) for _ in asked], torch.full((len(asked), len(cells)), -1)
     for g, graft in enumerate(asked):
         host, layer_bytes = make_graft(sources, graft)
         kl[:, g, 0] = score(model, host.followed_by(reference.forced), reference, {})
-        cache_bytes[:, g, 0] = layer_bytes * len(bands[0])
+        cache_bytes[:, g, 0] = layer_bytes * len(parts[0])
         if graft in CONTINUED:
             text[g] = say(model, host, n_tokens).texts(model.tokenizer)
             distinct[g] = torch.tensor(count_each(text[g], cells))
-        if graft == "persona":
-            cache_bytes[:, g, 1:] = layer_bytes[:, None] * torch.tensor(list(map(len, bands[1:])))
-            kl[:, g, 1:] = score_in_bands(model, sources, reference, bands[1:], reuse=reuse)
+        if graft == "persona" and parts[1:]:
+            cache_bytes[:, g, 1:] = layer_bytes[:, None] * torch.tensor(list(map(len, parts[1:])))
+            kl[:, g, 1:] = score_in_bands(model, sources, reference, parts[1:], reuse=reuse)
     return {
         "kl": kl,
         "closure": closure(kl, kl[:, asked.index("none"), 0, None, None]),

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations import FileName, NamesFile, Plan, Variable, content_digest
+from persona_nns.declarations import LATER, FileName, NamesFile, Plan, Variable, content_digest
 from persona_nns.figures import (
     accuracy_by_persona,
     attention_before_and_after,
@@ -159,13 +159,15 @@ variables = {
     ),
 }
 
+_OF_HEADS = ("head_recovery", "head_logits_patched")  # of patching one head at a time
+
 figures = {
     "recovery_all": lambda ds: recovery_by_pair(ds, "all"),
     "recovery_identity": lambda ds: recovery_by_pair(ds, "identity"),
-    "heads_all": lambda ds: recovery_by_head(ds, "all"),
-    "heads_identity": lambda ds: recovery_by_head(ds, "identity"),
+    "heads_all": lambda ds: recovery_by_head(ds, "all") if _OF_HEADS[0] in ds else None,
+    "heads_identity": lambda ds: recovery_by_head(ds, "identity") if _OF_HEADS[0] in ds else None,
     "accuracy": accuracy_by_persona,
-    "head_ranking": head_ranking,
+    "head_ranking": lambda ds: head_ranking(ds) if _OF_HEADS[0] in ds else None,
     "attention": attention_before_and_after,
     "attention_value": lambda ds: attention_before_and_after(ds, "attention_value"),
 }
@@ -179,16 +181,18 @@ def plan(
     identities: FileName | None = None,
     persona: str = PERSONA,
     control: str = "average",
+    heads: Annotated[bool, LATER] = True,
 ) -> Plan:
     """Ask every question as every persona, and pair the personas.
 
     Args:
         tokenizer: the model's.
         questions: bundled, mmlu, mmlu:subject, or a .jsonl, .csv or .parquet file.
-        n_questions: only the first so many questions.
+        n_questions: only the first so many; by default all.
         identities: a file with one identity a line; by default competence words and colours.
         persona: the persona, with {identity} where the identity goes.
         control: the word that heads' attention to an identity is compared with.
+        heads: patch single heads too, which takes most of the time.
     """
     check_persona(persona)
     names = load_identities(identities)
@@ -228,6 +232,7 @@ def plan(
         },
         attrs={"inputs": {"questions": questions, "identities": identities, **content}},
         batch_size=1,
+        variables=None if heads else [name for name in variables if name not in _OF_HEADS],
     )
 
 
@@ -237,6 +242,7 @@ def measure(
     *,
     layers: list[int],
     threshold: Annotated[float, Field(ge=0)] = 0.05,
+    heads: Annotated[bool, LATER] = True,
     reuse: bool = True,
 ) -> dict[str, Tensor]:
     """Measure pairs of personas.
@@ -246,6 +252,7 @@ def measure(
         pairs: the pairs; the leading axis of every result.
         layers: the blocks whose components are patched and whose attention is read.
         threshold: recovery is NaN where the two runs' logit differences are closer than this.
+        heads: patch single heads too, which takes most of the time.
         reuse: run the shared prefix once and resume at the block of the patch.
     """
     measured: list[dict[str, Tensor]] = []
@@ -254,12 +261,13 @@ def measure(
         parts: list[dict[str, Tensor]] = []
         for chunk in chunks:
             run = _run_unpatched(model, pair.only(chunk), reuse=reuse)
-            patched = _patch_components(model, run, layers)
-            heads = _patch_heads(model, run, layers)
-            parts.append({**run.results(layers), **patched, "head_logits_patched": heads})
+            parts.append({**run.results(layers), **_patch_components(model, run, layers)})
+            if heads:
+                parts[-1]["head_logits_patched"] = _patch_heads(model, run, layers)
         results = join_chunks(chunks, parts)
         measured.append(results | compare_answers(results, pair, threshold))
-    return {name: torch.stack([result[name] for result in measured]) for name in variables}
+    names = [name for name in variables if name in measured[0]]
+    return {name: torch.stack([result[name] for result in measured]) for name in names}
 
 
 def _run_unpatched(model: TransformersModel, pair: Pair, *, reuse: bool) -> Unpatched:

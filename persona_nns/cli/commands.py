@@ -1,4 +1,4 @@
-"""The command line: demo, experiments, run, models, prompts, ls, verify, show, plot, rescore, compare.
+"""The command line: demo, experiments, run, models, prompts, ls, verify, show, plot and more.
 
 Heavy imports wait until a command needs them. The commands under ``run`` are in `run_command`.
 """
@@ -156,9 +156,13 @@ def show(
         bool,
         typer.Option("--bootstrap", help="Bootstrap intervals of the medians, not quartiles."),
     ] = False,
+    every_band: Annotated[  # noqa: FBT002
+        bool, typer.Option("--every-band", help="Every band of layers, however many there are.")
+    ] = False,
 ) -> None:
     """Print medians and quartiles over cells."""
     from persona_nns.cli.listings import made_table, with_values
+    from persona_nns.cli.shortening import shorten
     from persona_nns.figures.tables import measured, result_table
 
     _leave_out_dask(store, experiment)
@@ -168,13 +172,16 @@ def show(
             known = ", ".join(map(str, results.data_vars))
             raise UsageError(f"{experiment!r} has no variable {name!r}; it has {known}.")
     valued = with_values(results)
+    shown, left_out = (results, "") if every_band else shorten(results)
     for name in variable or valued:
         if name in measured(results) and name not in valued:
             terminal.say(f"{name}: nothing was measured.")
         else:
-            terminal.out.print(result_table(results, name, bootstrap=bootstrap))
+            terminal.out.print(result_table(shown, name, bootstrap=bootstrap))
     if not (variable or valued):
         terminal.out.print(made_table(results))
+    if left_out:
+        terminal.say(left_out)
 
 
 @app.command()

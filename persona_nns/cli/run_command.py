@@ -205,6 +205,7 @@ def _run_experiment(
     **options: Any,
 ) -> None:
     from persona_nns.cli.listings import made_table, with_values
+    from persona_nns.cli.shortening import shorten
     from persona_nns.figures.tables import result_table
     from persona_nns.models.checkpoints import count_layers, load_tokenizer
     from persona_nns.models.load import check_hosting, load_model
@@ -284,13 +285,16 @@ def _run_experiment(
                 launch(experiment, its, there, asked, workers, ray_address, n_threads=threads)
             )
     results = open_results(store, experiment.name, run=names)
+    shown, left_out = shorten(results)
     for name in with_values(results)[:1]:
-        terminal.out.print(result_table(results, name))
+        terminal.out.print(result_table(shown, name))
     if not with_values(results):
         terminal.out.print(made_table(results))
     if "score" in results and "score" not in with_values(results):
         again = f"persona-nns rescore {shlex.quote(store)} {experiment.name} --judge …"
         terminal.say(f"Nobody judged the answers; {again} does.")
+    if left_out:
+        terminal.say(left_out.replace("--every-band", "`show --every-band`"))
     terminal.say(f"Stored in {store}: {', '.join(names)}")
     terminal.say(f"All of it: persona-nns show {shlex.quote(store)} {experiment.name}")
 

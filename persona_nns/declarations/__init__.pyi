@@ -1,12 +1,16 @@
+from .bands import EVERY_BAND as EVERY_BAND
 from .bands import band_labels as band_labels
 from .bands import band_layers as band_layers
 from .bands import bands_of as bands_of
+from .bands import check_bands as check_bands
+from .bands import choose_bands as choose_bands
 from .catalog import Experiment as Experiment
 from .catalog import bundled_experiments as bundled_experiments
 from .catalog import check_axes as check_axes
 from .catalog import load_experiment as load_experiment
 from .catalog import summary_of as summary_of
 from .options import EXECUTION as EXECUTION
+from .options import LATER as LATER
 from .options import Count as Count
 from .options import FileName as FileName
 from .options import NamesFile as NamesFile

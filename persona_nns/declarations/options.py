@@ -33,6 +33,22 @@ def changes_numbers(option: Parameter) -> bool:
     return EXECUTION not in getattr(option.annotation, "__metadata__", ())
 
 
+class Later:
+    """What marks an option that came when there were runs already: its default is what they did.
+
+    At its default it is not in a run's identity, as it was not in theirs.
+    """
+
+
+LATER = Later()
+
+
+def is_as_before(option: Parameter | None, value: Any) -> bool:
+    """Whether a value is that of before an option was there."""
+    marks = getattr(option.annotation, "__metadata__", ()) if option is not None else ()
+    return option is not None and LATER in marks and value == option.default
+
+
 @dataclass(frozen=True)
 class NamesFile:
     """What marks an option whose text may be the path of a file or folder.

@@ -32,7 +32,9 @@ def draw(results: xr.Dataset, experiment: str) -> dict[str, Figure]:
     if not (experiment in bundled_experiments() or experiment.endswith(".py")):
         file = _own_file(results, experiment)
     functions = load_experiment(file).figures if file else {}
-    figures = {name: function(results) for name, function in functions.items()}
+    drawn = {name: function(results) for name, function in functions.items()}
+    # None is a figure of what this run was not asked to measure.
+    figures = {name: figure for name, figure in drawn.items() if figure is not None}
     figures = figures or default_figures(results)
     if not figures:
         raise UsageError(f"{experiment!r} has measured no numbers, so there is nothing to draw.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_nns.declarations.catalog import Experiment
-from persona_nns.declarations.options import changes_numbers
+from persona_nns.declarations.options import changes_numbers, is_as_before
 from persona_nns.declarations.plans import Plan, content_digest
 from persona_nns.declarations.record import ModelRecord
 
@@ -77,12 +77,13 @@ def unit_digests(experiment: Experiment, plan: Plan) -> dict[str, str]:
 
 
 def _determining(experiment: Experiment, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a run's parameters on which its numbers depend; layers and positions are such."""
+    """Those of a run's parameters that tell it from others; layers and positions are such."""
     options = experiment.options
     return {
         name: value
         for name, value in parameters.items()
-        if name not in options or changes_numbers(options[name])
+        if name not in options
+        or (changes_numbers(options[name]) and not is_as_before(options[name], value))
     }
 
 
@@ -123,7 +124,8 @@ def run_attributes(
         template: the chat template, if there is one.
     """
     determining = _determining(experiment, parameters)
-    execution = {name: parameters[name] for name in parameters if name not in determining}
+    marked = {name for name, each in experiment.options.items() if not changes_numbers(each)}
+    execution = {name: parameters[name] for name in parameters if name in marked}
     unverifiable = {"unverifiable": plan.unverifiable} if plan.unverifiable else {}
     return {
         "experiment": experiment.name,

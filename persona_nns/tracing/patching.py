@@ -276,26 +276,24 @@ def compare_answers(
     on the diagonal, and where the two differ by less than the threshold.
 
     Args:
-        results: of every question, clean, corrupt and patched.
+        results: of every question, clean, corrupt and patched (heads too, where they were).
         pair: whose they are.
         threshold: in logits.
     """
     answer = torch.tensor([asked.answer for asked in pair.asked_clean])
-    clean, corrupt, patched, head_patched = (
-        logit_difference(results[name], answer)
-        for name in ("logits", "logits_corrupt", "logits_patched", "head_logits_patched")
-    )
-    gap = clean - corrupt
+    clean, corrupt = (logit_difference(results[k], answer) for k in ("logits", "logits_corrupt"))
+    gap, of_heads = clean - corrupt, "head_logits_patched"
     defined = (gap.abs() >= threshold) & (not pair.is_diagonal)
 
-    def recovery(difference: Tensor) -> Tensor:  # [question, …]
+    def recovery(patched: str) -> Tensor:  # [question, …]
+        difference = logit_difference(results[patched], answer)
         share = (difference.movedim(0, -1) - corrupt) / gap
         return torch.where(defined, share, torch.nan).movedim(-1, 0)
 
     correct = (results["logits"].argmax(-1) == answer).float()
     return {
-        "recovery": recovery(patched),
-        "head_recovery": recovery(head_patched),
+        "recovery": recovery("logits_patched"),
+        **({"head_recovery": recovery(of_heads)} if of_heads in results else {}),
         "ld": clean,
         "accuracy": correct.mean(),
         # Of a persona, not of a pair: the others' is not stored.
