@@ -58,8 +58,26 @@ def test_through_zarr_and_back(
         write_cache(tmp_path / "s.zarr", f"caches/{name}", array)
     with pytest.raises(UsageError, match="holds no cache 'caches/other'"):
         open_cache(tmp_path / "s.zarr", "caches/other")
-    with pytest.raises(UsageError, match="holds no cache"):
+    with pytest.raises(UsageError, match="There is no Zarr store"):
         open_cache(tmp_path / "none.zarr", "caches")
+
+
+def test_a_cache_goes_where_every_store_goes(
+    tmp_path: Path,
+    random_model: Callable[[str], TransformersModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = random_model("qwen2")
+    array = label_cache(fill_cache(model, ROWS), CELLS, record_of(model))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UsageError, match=r"no Zarr store at '~/s\.zarr'"):
+        open_cache("~/s.zarr", "c")
+    write_cache("~/s.zarr", "c", array)
+    assert (tmp_path / "s.zarr" / "c" / "zarr.json").exists()
+    np.testing.assert_array_equal(open_cache("~/s.zarr", "c"), array)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="exists and is no Zarr store"):
+        write_cache(tmp_path / "file", "c", array)
 
 
 def test_spare_places_stay_empty(random_model: Callable[[str], TransformersModel]) -> None:

@@ -21,6 +21,7 @@ from store_writer import block_of, cells_of, plan_of, values_are_right, write_al
 import persona_nns as pn
 from persona_nns.declarations.variables import Variable
 from persona_nns.results.allocation import attach
+from persona_nns.results.caches import open_cache, write_cache
 from persona_nns.results.locations import location_of
 from persona_nns.results.reading import list_runs, open_results
 from persona_nns.results.store import check_writable
@@ -232,3 +233,16 @@ def test_ten_gigabytes_are_opened_at_once_and_read_by_the_chunk(
     )
     assert read < 1.1 * 2 * 4 * 2**18
     assert zarr.open_group(store, mode="r")["e/m.g.i/h"].shape == (1, 100, 33, 3, 2**18)  # type: ignore[union-attr]
+
+
+def test_caches_are_written_and_read_there(store: str) -> None:
+    dims = ("cell", "layer", "kv", "head", "position", "d_head")
+    array = xr.DataArray(np.arange(24.0, dtype=np.float32).reshape(2, 1, 2, 1, 3, 2), dims=dims)
+    write_cache(store, "caches/one", array)
+    np.testing.assert_array_equal(open_cache(store, "caches/one"), array)
+    with pytest.raises(pn.UsageError, match="already holds a group"):
+        write_cache(store, "caches/one", array)
+    with pytest.raises(pn.UsageError, match="no bucket 'elsewhere'"):
+        write_cache("s3://elsewhere/s.zarr", "c", array)
+    with pytest.raises(pn.UsageError, match=r"no Zarr store at 's3://results/none\.zarr'"):
+        open_cache("s3://results/none.zarr", "c")

@@ -1,5 +1,6 @@
 """The store: what is written is what is read, by xarray alone, cell by cell."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from store_writer import block_of
 
 from persona_nns.declarations.plans import Plan
 from persona_nns.declarations.variables import Variable
@@ -307,3 +309,14 @@ def test_a_store_is_not_put_into_a_file_or_among_other_files(tmp_path: Path) -> 
         check_writable(tmp_path / "notes.txt" / "below.zarr")
     check_writable(tmp_path / "new" / "s.zarr")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt"]
+
+
+def test_a_run_is_as_old_as_its_first_allocation(tmp_path: Path) -> None:
+    """A process that finishes what another began to allocate does not make it younger."""
+    first = block_of(2)
+    again = replace(first, attrs={**first.attrs, "created": "2026-02-02T00:00:00+00:00"})
+    attach(tmp_path / "s.zarr", first)
+    shutil.rmtree(tmp_path / "s.zarr" / "e" / first.run / "completed")  # the last to be written
+    attach(tmp_path / "s.zarr", again)
+    (info,) = list_runs(tmp_path / "s.zarr")
+    assert info.attrs["created"] == "2026-01-01T00:00:00+00:00"

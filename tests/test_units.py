@@ -257,6 +257,16 @@ def test_what_is_not_complete_is_never_read(
     assert sorted(label for batch in calls for label in batch) == ["a|bb", "bb|bb"]
 
 
+def test_a_plan_that_renders_nothing_is_measured(
+    own: Path, tmp_path: Path, model: TransformersModel
+) -> None:
+    nothing = PAIRS.replace("token_ids=ids", "token_ids={}").replace("batch_size=3,", "")
+    own.write_text(nothing)
+    ds = pn.run(own, model, layers="0", words="a,bb", store=tmp_path / "s.zarr")
+    assert bool(ds.completed.all())
+    assert ds["sum"].sel(left="bb", right="a", letter=2, layer=0).item() == 12.0
+
+
 def test_units_are_verified_like_cells(own: Path, tmp_path: Path, model: TransformersModel) -> None:
     store = tmp_path / "s.zarr"
     pn.run(own, model, layers="0", words="a,bb", store=store)

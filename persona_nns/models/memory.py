@@ -47,10 +47,11 @@ def fitting_batch_size(model: TransformersModel, prompts: Iterable[Sized]) -> in
 
     Args:
         model: the loaded model.
-        prompts: token ids of the prompts to come; the longest counts.
+        prompts: token ids of the prompts to come; the longest counts. None are known of a plan
+            that renders nothing.
     """
     config = model.config.get_text_config()
-    longest = max(map(len, prompts))
+    longest = max(map(len, prompts), default=0)
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * kv_heads * d_head * model.dtype.itemsize

@@ -1,7 +1,9 @@
 """A run's group allocated whole, before anything is measured.
 
 Whoever allocates writes the same bytes to the same place, so any number of processes may do it at
-once, and finish what one that was cut off has left.
+once, and finish what one that was cut off has left. Only when a run was made, and in which session,
+is each one's own: the first says it, and what it says stays. (Of those that come within the same
+few milliseconds, one; which is settled before any unit is written.)
 """
 
 from collections.abc import Sequence
@@ -20,6 +22,8 @@ from persona_nns.results.store import RunGroup, is_allocated, require_arrays, re
 
 # What labels stand for, where their dimension's name does not say it.
 _NAMES = {"cell": "persona/task"}
+# What a run's group says of who allocated it.
+_OF_THE_FIRST = ("created", "session")
 
 
 def attach(store: str | Path, block: Block) -> RunGroup:
@@ -65,7 +69,10 @@ def _allocate(group: zarr.Group, block: Block, location: Location) -> dict[str, 
     placed = block.plan.placed_axes
     if placed - set(block.plan.unit_axes):  # what tells which units write such a dimension
         listing["units"] = [dict(unit.place) for unit in block.plan.units]
-    group.update_attributes({**block.attrs, **listing})  # one write, not one for each
+    # Whoever began to allocate it made it: runs are listed by age, and their order stays.
+    found = zarr.open_group(group.store, path=group.path, mode="r").attrs
+    made = {name: found[name] for name in _OF_THE_FIRST if name in found}
+    group.update_attributes({**block.attrs, **listing, **made})  # one write, not one for each
     require_group(group, "sessions")
     every = {**block.variables, **bookkeeping(block.plan)}
     arrays = {
@@ -83,9 +90,9 @@ def _allocate(group: zarr.Group, block: Block, location: Location) -> dict[str, 
         for name, variable in every.items()
     }
     last = {"completed": arrays.pop("completed")}  # says that all the rest is there
-    made = require_arrays(group, arrays)
+    allocated = require_arrays(group, arrays)
     location.flush()
-    return made | require_arrays(group, last)
+    return allocated | require_arrays(group, last)
 
 
 def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:

@@ -17,6 +17,7 @@ from zarr.errors import ContainsGroupError
 
 from persona_nns.declarations.record import ModelRecord
 from persona_nns.errors import UsageError
+from persona_nns.results.locations import location_of
 
 if TYPE_CHECKING:
     from persona_nns.tracing.kv.cache import KVCache
@@ -60,15 +61,24 @@ def label_cache(cache: "KVCache", cells: Sequence[str], record: ModelRecord) -> 
 def write_cache(store: str | Path, group: str, array: xr.DataArray) -> None:
     """Write a labelled cache into a group of its own, a chunk a cell.
 
+    Args:
+        store: path or URL of the store.
+        group: a name that it does not hold yet.
+        array: from `label_cache`.
+
     Raises:
-        UsageError: the store already holds something there.
+        UsageError: the store already holds something there, or cannot be written.
+        PersonaError: the store's URL cannot be reached.
     """
+    location = location_of(store)
+    location.check_writable()
     dataset = array.to_dataset(name="cache")
     chunks = (1, *array.shape[1:])
     try:
         dataset.to_zarr(
-            str(store),
+            location.address,
             group=group,
+            storage_options=dict(location.options) or None,
             mode="w-",
             consolidated=False,
             zarr_format=3,
@@ -83,11 +93,25 @@ def write_cache(store: str | Path, group: str, array: xr.DataArray) -> None:
 def open_cache(store: str | Path, group: str) -> xr.DataArray:
     """Open a labelled cache.
 
+    Args:
+        store: path or URL of the store.
+        group: its name there.
+
     Raises:
         UsageError: there is none.
+        PersonaError: the store's URL cannot be reached.
     """
+    location = location_of(store)
+    if location.open_root() is None:
+        raise UsageError(f"There is no Zarr store at {str(store)!r}.")
     try:
-        dataset = xr.open_zarr(str(store), group=group, consolidated=False, chunks=None)
+        dataset = xr.open_zarr(
+            location.address,
+            group=group,
+            consolidated=False,
+            chunks=None,
+            storage_options=dict(location.options) or None,
+        )
         return dataset["cache"]
     except (FileNotFoundError, KeyError) as error:
         raise UsageError(f"The store {str(store)!r} holds no cache {group!r}.") from error

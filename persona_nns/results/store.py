@@ -8,8 +8,9 @@ it, and on a local disk only once the rest has reached the disk: whatever cuts a
 that says it is complete is. Metadata is never consolidated: groups that come later would not be
 seen.
 
-Whoever writes writes the same bytes to the same place, so any number of processes may allocate
-and write one run at once.
+Whoever writes writes the same numbers to the same place, so any number of processes may allocate
+and write one run at once. What differs is when and by whom a run was made (`allocation`), and how
+long a unit took.
 
 Nothing here knows about models.
 """
