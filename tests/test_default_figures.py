@@ -90,3 +90,13 @@ def test_files_of_other_models_or_runs_are_named_otherwise() -> None:
     assert names[:2] == ["e-m.g.1", "e-m.g.2"]
     assert len(set(names)) == 4
     assert all(name.startswith("e-m+n.g.") for name in names[2:])
+
+
+def test_a_number_without_units_to_summarise_is_drawn_as_it_is() -> None:
+    results = results_of((), "float", models=1)
+    results["share"] = (("model", "prompt"), np.array([[0.25, 0.75]]))
+    results = results.assign_coords(prompt=LABELS["prompt"])
+    figure = default_figures(results[["share", "completed"]])["share_by_prompt"]
+    drawn = np.ravel(figure.axes[0].get_lines()[0].get_ydata()).tolist()
+    assert drawn == [0.25, 0.75]
+    assert figure.axes[0].get_ylabel() == "share"

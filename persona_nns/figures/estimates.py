@@ -147,16 +147,22 @@ def estimates_by(
     """
     values, rate = measured_values(results, name), is_truth(results[name])
     values = values.reset_coords(drop=True).rename({dim: f"over_{dim}" for dim in over})
-    samples = values.stack(cell=[f"over_{dim}" for dim in over], create_index=False)
+    samples = values.expand_dims("cell", axis=-1)
+    if over:
+        samples = values.stack(cell=[f"over_{dim}" for dim in over], create_index=False)
     table = _estimate(np.median, samples)
     if rate:
         table = _estimate(_rate, 100 * samples, bounds=_rate_interval)
     label = f"{results[name].attrs.get('long_name', name)} (%)" if rate else ""
-    label = label or f"median {axis_label(results[name])}"
+    label = label or ("median " if over else "") + axis_label(results[name])
     rows: list[Row] = [(label, table)]
     if facet is not None:
         rows = [(f"{facet} {at}\n{label}", of_facet) for (at,), of_facet in groups(table, facet)]
-    caption = (_WILSON if rate else _BOOTSTRAP).replace("over cells", f"over {', '.join(over)}")
+    several = [dim for dim in over if results.sizes[dim] > 1]
+    caption = ""
+    if several:
+        said = _WILSON if rate else _BOOTSTRAP
+        caption = said.replace("over cells", f"over {', '.join(several)}")
     return _draw_tables(results, rows, (caption,), x=x or "model", hue=hue)
 
 
