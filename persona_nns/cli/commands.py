@@ -362,7 +362,8 @@ def main() -> None:
         terminal.fail(_INTERRUPTED, debug=debug, code=130)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        terminal.fail(f"{reason} (--debug shows the traceback)", debug=debug, code=1)
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+        terminal.fail(f"{reason} (--debug shows the traceback){notes}", debug=debug, code=1)
     else:
         if code == 130:  # typer makes an exit of an interrupt
             terminal.fail(_INTERRUPTED, debug=debug, code=130)

@@ -202,6 +202,12 @@ def _run_experiment(
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Print what becomes of each job on a server.")
     ] = False,
+    called: Annotated[
+        str | None,
+        typer.Option(
+            "--name", help="What the run is called: `show --run` and `plot --run` know it."
+        ),
+    ] = None,
     **options: Any,
 ) -> None:
     from persona_nns.cli.listings import made_table, with_values
@@ -269,6 +275,7 @@ def _run_experiment(
             "positions": positions,
             "deadline": deadline,
             "verbose": verbose,
+            "name": called,
             **options,
         }
         if workers is None:

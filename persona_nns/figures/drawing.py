@@ -7,7 +7,7 @@ import matplotlib as mpl
 import xarray as xr
 from matplotlib.figure import Figure
 
-from persona_nns.declarations.catalog import bundled_experiments, load_experiment
+from persona_nns.declarations.catalog import bundled_experiments, load_experiment, shown_where
 from persona_nns.errors import UsageError
 from persona_nns.figures.default import default_figures
 from persona_nns.results.attributes import read_attribute
@@ -31,8 +31,11 @@ def draw(results: xr.Dataset, experiment: str) -> dict[str, Figure]:
     file = experiment
     if not (experiment in bundled_experiments() or experiment.endswith(".py")):
         file = _own_file(results, experiment)
-    functions = load_experiment(file).figures if file else {}
-    drawn = {name: function(results) for name, function in functions.items()}
+    drawn: dict[str, Figure | None] = {}
+    if file:
+        loaded = load_experiment(file)
+        with shown_where(loaded):
+            drawn = {name: function(results) for name, function in loaded.figures.items()}
     # None is a figure of what this run was not asked to measure.
     figures = {name: figure for name, figure in drawn.items() if figure is not None}
     figures = figures or default_figures(results)

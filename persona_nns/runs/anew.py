@@ -18,6 +18,7 @@ from persona_nns.declarations.catalog import Experiment, bundled_experiments, lo
 from persona_nns.declarations.plans import Unit
 from persona_nns.errors import PersonaError, first_line
 from persona_nns.prompts.grids import Grid
+from persona_nns.results.measured import is_count
 from persona_nns.results.reading import RunInfo, open_results
 
 if TYPE_CHECKING:
@@ -263,8 +264,8 @@ def _compare(results: xr.Dataset, planned: "PlannedRun", units: Sequence[Unit]) 
             kept, values = results[name].sel(here).values, anew[name].sel(here).values
             same = kept.shape == values.shape and (
                 np.allclose(kept, values, rtol=_RTOL, atol=_ATOL, equal_nan=True)
-                if kept.dtype.kind == "f"
-                else np.array_equal(kept, values)
+                if kept.dtype.kind == "f" and not is_count(results[name])
+                else np.array_equal(kept, values, equal_nan=kept.dtype.kind == "f")
             )
             if not same:
                 wrong.setdefault(name, []).append(unit.label)
