@@ -114,7 +114,7 @@ def bundled_experiments() -> dict[str, Path]:
 
 def summary_of(file: Path) -> str:
     """First line of a file's docstring, without running the file."""
-    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    docstring = ast.get_docstring(ast.parse(file.read_bytes())) or ""
     return docstring.partition("\n")[0]
 
 
