@@ -103,7 +103,7 @@ def test_bands_of_three_series_are_not_filled() -> None:
 
 def test_layers_and_personas_without_numbers_are_named() -> None:
     results = by_layer(4)
-    assert "No causal KL at layer 8." in words(lines_by_layer(results, ["kl"]))
+    assert "Not at layer 8: causal KL." in words(lines_by_layer(results, ["kl"]))
     figure = cells_heatmap(results, "kl", "persona")
     assert "Not measured: persona marx." in words(figure)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["chef", "yoda"]

@@ -324,7 +324,7 @@ def left_out(results: xr.Dataset, names: Sequence[str]) -> str:
         missing = array.layer.values[empty.values].tolist()
         if missing:
             sentences.setdefault(_ranges(missing), axis_label(array).partition(" (")[0])
-    return " ".join(f"No {name} at layer {at}." for at, name in sentences.items())
+    return " ".join(f"Not at layer {at}: {name}." for at, name in sentences.items())
 
 
 def _ranges(layers: Sequence[int]) -> str:
