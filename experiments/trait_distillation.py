@@ -21,15 +21,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations import (
-    EXECUTION,
-    Count,
-    FileName,
-    NamesFile,
-    Plan,
-    Variable,
-    content_digest,
-)
+from persona_nns.declarations import Count, FileName, OutputFolder, Plan, Variable, content_digest
 from persona_nns.errors import UsageError
 from persona_nns.figures import distillation_curves, token_kl_figure
 from persona_nns.models import hosted, record_of, require_peft
@@ -281,7 +273,7 @@ def measure(
     model: TransformersModel,
     units: list[Condition],
     *,
-    output: Annotated[str, EXECUTION, NamesFile(made=True)] = "stores/students",
+    output: OutputFolder = "stores/students",
     n_samples: Count = 10,
     sampling: NucleusSampling = _SAMPLING,
     training: TrainingOptions,

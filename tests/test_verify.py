@@ -156,6 +156,9 @@ def test_experiments_of_ones_own_are_checked_with_their_file_and_not_without(
     assert "--experiment norms.py" in why
     assert state(store, experiments=[own]) == ("right", "")
     own.write_text(EXAMPLE + "\n\nX = 1\n")
+    assert state(store, experiments=[own]) == ("right", "")
+    assert "def measure" in EXAMPLE
+    own.write_text(EXAMPLE.replace("def measure", "print()\n\ndef measure"))
     answer, why = state(store, experiments=[own])
     assert answer == "not checked"
     assert "It was made by version" in why

@@ -161,11 +161,11 @@ def show(
     ] = False,
 ) -> None:
     """Print medians and quartiles over cells."""
+    _leave_out_dask(store, experiment)
     from persona_nns.cli.listings import made_table, with_values
     from persona_nns.cli.shortening import shorten
     from persona_nns.figures.tables import measured, result_table
 
-    _leave_out_dask(store, experiment)
     results = _open(store, experiment, grid, run)
     for name in variable or []:
         if name not in results:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from nnsight import TransformersModel
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ from persona_nns.runs.run import plan_run
 from persona_nns.traits.judging import JudgeOptions, judge_texts
 from persona_nns.traits.trait import load_traits
 
+_HERE = torch.device("cpu")
 _JUDGED = {"score", "coherence", "response"}
 
 
@@ -27,7 +29,7 @@ class _Reader:
     """Stands for a model where nothing is computed."""
 
     tokenizer: PreTrainedTokenizerBase
-    device: str = "cpu"
+    device: torch.device = _HERE
 
 
 def rescore(store: str, name: str, judging: JudgeOptions, run: str | None = None) -> str:

@@ -15,6 +15,7 @@ from .options import Count as Count
 from .options import FileName as FileName
 from .options import NamesFile as NamesFile
 from .options import NotNegative as NotNegative
+from .options import OutputFolder as OutputFolder
 from .options import Positive as Positive
 from .options import Share as Share
 from .plans import Label as Label

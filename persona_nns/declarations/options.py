@@ -64,6 +64,8 @@ class NamesFile:
 
 #: Text that is a path where there is a file or folder of that name.
 FileName = Annotated[str, NamesFile()]
+#: Where something is put; no number depends on it.
+OutputFolder = Annotated[str, EXECUTION, NamesFile(made=True)]
 
 
 def absolute(parameters: Mapping[str, Parameter], values: Mapping[str, Any]) -> dict[str, Any]:

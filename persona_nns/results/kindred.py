@@ -1,12 +1,16 @@
 """Runs of one model that are one result: they differ in layers, or in how many units they have."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
-import xarray as xr
 
 from persona_nns.results.store import RunGroup
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 class Run(Protocol):

@@ -1,22 +1,23 @@
 """Results as labelled arrays: what a store holds, and which of its runs are one result."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import xarray as xr
+from typing import TYPE_CHECKING, Any
 
 from persona_nns.declarations.plans import noun_of
 from persona_nns.errors import UsageError
 from persona_nns.results.block import Block
-from persona_nns.results.joining import join_models
 from persona_nns.results.kindred import families, open_family
 from persona_nns.results.locations import location_of
-from persona_nns.results.opening import open_run
 from persona_nns.results.store import RunGroup, find_group, is_allocated, open_root, subgroups
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 @dataclass(frozen=True)
@@ -201,12 +202,12 @@ def open_results(
                 f"Several runs of the model {label!r} match; choose one with run: "
                 + "; ".join(info.describe() for info in chosen if info.attrs["model"] == label)
             )
-    location = location_of(store)
+    from persona_nns.results.joining import join_models
 
-    def opened_run(info: RunInfo) -> xr.Dataset:
-        return open_run(location, f"{experiment}/{info.run}", info.group)
-
-    opened = [open_family(family, opened_run) for family in grouped]
+    opened = [
+        open_family(family, lambda info: _opened(store, info, info.run, info.group))
+        for family in grouped
+    ]
     if residuals:
         opened = [opened[0].assign(_kept_residuals(store, chosen).data_vars)]
     return join_models(opened, experiment)
@@ -224,8 +225,14 @@ def _kept_residuals(store: str | Path, chosen: Sequence[RunInfo]) -> xr.Dataset:
         raise UsageError(
             f"The run {info.run!r} kept no residuals; run it again with keep_residuals=True."
         )
-    kept = open_run(location_of(store), f"{info.experiment}/{below}", group)
-    return kept.drop_vars(["seconds", "completed"])
+    return _opened(store, info, below, group).drop_vars(["seconds", "completed"])
+
+
+def _opened(store: str | Path, info: RunInfo, run: str, group: RunGroup) -> xr.Dataset:
+    # Listing runs does without xarray, which takes as long to import as all the rest.
+    from persona_nns.results.opening import open_run
+
+    return open_run(location_of(store), f"{info.experiment}/{run}", group)
 
 
 def _is_on(info: RunInfo, grid: Any) -> bool:
