@@ -16,8 +16,8 @@ from typer.exceptions import TyperException
 
 from persona_nns.cli import terminal
 from persona_nns.cli.arguments import GridChoice, Name, RunChoice, Store
+from persona_nns.cli.experiment_commands import ExperimentCommands
 from persona_nns.cli.prompts_command import prompts
-from persona_nns.cli.run_command import ExperimentCommands
 from persona_nns.cli.verify_command import verify
 from persona_nns.errors import PersonaError, UsageError
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 import typer
 from rich.markup import escape
-from typer.core import TyperGroup
 
 from persona_nns.cli import terminal
 from persona_nns.declarations.options import NamesFile, absolute
@@ -28,23 +27,7 @@ if TYPE_CHECKING:
 DEFAULT_STORE = "stores/results.zarr"
 
 
-class ExperimentCommands(TyperGroup):
-    """The commands under ``run``: bundled experiments by name, and any ``.py`` file."""
-
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
-        """The bundled experiments."""
-        from persona_nns.declarations.catalog import bundled_experiments
-
-        return list(bundled_experiments())
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
-        """The command of one experiment."""
-        from persona_nns.declarations.catalog import load_experiment
-
-        return _experiment_command(load_experiment(cmd_name))
-
-
-def _experiment_command(experiment: "Experiment") -> Any:
+def experiment_command(experiment: "Experiment") -> Any:
     """Make a command of an experiment: the options all share, then its own."""
     help_of = _argument_help(experiment)
     own = [

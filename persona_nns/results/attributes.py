@@ -1,10 +1,13 @@
 """Attributes of results: what a NetCDF file takes, and what several models have of them."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import xarray as xr
+if TYPE_CHECKING:
+    import xarray as xr
 
 # What a group says of its arrays, and they themselves say in a Dataset. (A NetCDF writer takes an
 # attribute "variables" for its own.)

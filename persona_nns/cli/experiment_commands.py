@@ -1,0 +1,22 @@
+"""Which commands there are under ``persona-nns run``."""
+
+from typing import Any
+
+from typer.core import TyperGroup
+
+
+class ExperimentCommands(TyperGroup):
+    """The commands under ``run``: bundled experiments by name, and any ``.py`` file."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
+        """The bundled experiments."""
+        from persona_nns.declarations.catalog import bundled_experiments
+
+        return list(bundled_experiments())
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        """The command of one experiment."""
+        from persona_nns.cli.run_command import experiment_command
+        from persona_nns.declarations.catalog import load_experiment
+
+        return experiment_command(load_experiment(cmd_name))
