@@ -236,10 +236,10 @@ def _opened(store: str | Path, info: RunInfo, run: str, group: RunGroup) -> xr.D
 
 
 def _is_on(info: RunInfo, grid: Any) -> bool:
-    from persona_nns.prompts.grids import BUNDLED_GRIDS, load_grid
-
     if grid is None:
         return True
+    from persona_nns.prompts.grids import BUNDLED_GRIDS, load_grid
+
     if isinstance(grid, str) and grid not in BUNDLED_GRIDS and not grid.endswith(".toml"):
         return bool(info.attrs["grid"] == grid)
     return bool(info.attrs["grid_digest"] == load_grid(grid).digest)
