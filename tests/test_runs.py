@@ -126,7 +126,10 @@ def test_cells_measured_before_a_failure_are_kept(
     settings: dict[str, Any] = {"store": tmp_path / "s.zarr", "batch_size": 1}
     with pytest.raises(RuntimeError, match="gone"):
         run(own, model, small_grid, **settings)
-    (kept,) = [info.n_completed for info in pn.list_runs(tmp_path / "s.zarr")]
+    # Batches are measured in a random order: the cell that fails may be the first.
+    kept = 0
+    if (tmp_path / "s.zarr").exists():
+        (kept,) = [info.n_completed for info in pn.list_runs(tmp_path / "s.zarr")]
     own.write_text(OWN)
     ds = run(own, model, small_grid, **settings)
     assert bool(ds.completed.all())
