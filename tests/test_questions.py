@@ -68,6 +68,58 @@ def test_what_a_parquet_file_leaves_out_may_be_null(tmp_path: Path) -> None:
         load_questions(file)
 
 
+def test_a_parquet_file_of_the_hub_gives_the_same_questions(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    features = {"answer": {"names": ["A", "B", "C", "D"], "_type": "ClassLabel"}}
+    schema = pyarrow.schema(
+        {
+            "question": pyarrow.string(),
+            "subject": pyarrow.string(),
+            "choices": pyarrow.list_(pyarrow.string()),
+            "answer": pyarrow.int64(),
+        },
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+    file = tmp_path / "dev-00000-of-00001.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([ROW], schema), file)
+    assert load_questions(file) == load_questions(write(tmp_path / "q.jsonl", ROW))
+
+
+@pytest.mark.parametrize("letter", ["B", "b", " B "])
+def test_an_answer_may_be_a_letter(tmp_path: Path, letter: str) -> None:
+    (question,) = load_questions(write(tmp_path / "q.jsonl", {**ROW, "answer": letter}))
+    assert question.answer == 1
+    quoted = json.dumps(ROW["choices"]).replace('"', '""')
+    (tmp_path / "q.csv").write_text(f'question,choices,answer\nq,"{quoted}",{letter}\n')
+    assert load_questions(tmp_path / "q.csv")[0].answer == 1
+
+
+def test_the_first_files_of_mmlu_have_no_heading(tmp_path: Path) -> None:
+    file = tmp_path / "abstract_algebra_dev.csv"
+    file.write_text('"Find Z_3[x],\nif any.",0,1,2,3,B\nEight?,"5, 5",6,7,8,D\n')
+    first, second = load_questions(file)
+    assert first.question == "Find Z_3[x],\nif any."
+    assert (first.choices, first.answer) == (("0", "1", "2", "3"), 1)
+    assert (second.choices, second.answer) == (("5, 5", "6", "7", "8"), 3)
+    assert {first.subject, second.subject} == {"abstract_algebra"}
+    for line, sentence in (
+        ("Nine?,1,2,3,4", "Row 2 .* has 5 fields; without a heading they are six"),
+        ("Nine?,1,2,3,4,E", "Row 2 .*: answer is 'E'"),
+        ("Nine?,1,2,,4,D", "Row 2 .*: choices .*choice C is blank"),
+    ):
+        file.write_text(f"Eight?,5,6,7,8,D\n{line}\n")
+        with pytest.raises(UsageError, match=sentence):
+            load_questions(file)
+
+
+def test_a_heading_of_six_columns_is_no_question(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text("question,answer,A,B,C,D\nq,A,1,2,3,4\n")
+    with pytest.raises(UsageError, match=r"Row 1 .* has no 'choices'"):
+        load_questions(tmp_path / "q.csv")
+
+
 def test_any_line_break_inside_a_text_belongs_to_it(tmp_path: Path) -> None:
     text = "One\u2028two\u0085three\x0cfour\r\nfive?"
     row = json.dumps({**ROW, "question": text.replace("\r\n", "")}, ensure_ascii=False)
@@ -168,7 +220,7 @@ def test_without_the_package_mmlu_says_what_to_install(monkeypatch: pytest.Monke
         ({"question": None}, "Row 2 of .* has no 'question'"),
         ({"answer": 4}, "Row 2 .*: answer is 4: .* less than or equal to 3"),
         ({"answer": -1}, "Row 2 .*: answer is -1"),
-        ({"answer": "B"}, "Row 2 .*: answer is 'B'"),
+        ({"answer": "E"}, "Row 2 .*: answer is 'E'"),
         ({"choices": ["a", "b", "c"]}, "Row 2 .*: choices is .*at least 4 items"),
         ({"choices": ["a", "b", "c", "d", "e"]}, "Row 2 .*: choices is .*at most 4 items"),
         ({"question": ""}, "Row 2 .*: question is ''"),

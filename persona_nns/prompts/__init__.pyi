@@ -1,6 +1,7 @@
 from .chats import render_chat as render_chat
 from .chats import response_ids as response_ids
 from .chats import takes_system_role as takes_system_role
+from .fetched_questions import MMLU_DEV as MMLU_DEV
 from .files import stem_of as stem_of
 from .grids import BASELINE as BASELINE
 from .grids import BUNDLED_GRIDS as BUNDLED_GRIDS

@@ -159,9 +159,25 @@ def read_csv(file: str | Path, what: str) -> list[Row]:
     Raises:
         UsageError: it cannot be read.
     """
-    # Line ends stay as they are: one inside a quoted field belongs to a text.
-    stream = io.StringIO(read_text(file, what), newline="")
+    stream = _stream(file, what)
     try:
         return [Row(number, row) for number, row in enumerate(csv.DictReader(stream), start=1)]
     except csv.Error as error:
         raise UsageError(f"{what} {str(file)!r} is no CSV file: {error}.") from error
+
+
+def read_csv_without_heading(file: str | Path, what: str) -> list[list[str]]:
+    """The fields of every row of a CSV file, its heading too; lines without any are none.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        return [row for row in csv.reader(_stream(file, what)) if row]
+    except csv.Error as error:
+        raise UsageError(f"{what} {str(file)!r} is no CSV file: {error}.") from error
+
+
+def _stream(file: str | Path, what: str) -> io.StringIO:
+    # Line ends stay as they are: one inside a quoted field belongs to a text.
+    return io.StringIO(read_text(file, what), newline="")

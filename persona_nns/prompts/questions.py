@@ -1,12 +1,14 @@
 """Multiple-choice questions: the bundled ones, MMLU, or a file with the same columns.
 
 A question has four choices and the index of the right one. A file has the columns ``question``,
-``choices`` and ``answer`` (0 to 3), and may have ``subject``: MMLU's own names.
+``choices`` and ``answer`` (0 to 3, or A to D), and may have ``subject``: MMLU's own names. MMLU's
+first files are read too, without a heading: question, the four choices, the letter.
 """
 
 import ast
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from importlib import import_module, resources
@@ -23,12 +25,14 @@ from pydantic import (
 )
 
 from persona_nns.errors import PersonaError, UsageError, one_line
+from persona_nns.prompts.fetched_questions import MMLU_DEV, mmlu_dev
 from persona_nns.prompts.files import (
     Row,
     WrittenFloat,
     parse_json,
     parse_jsonl,
     read_csv,
+    read_csv_without_heading,
     read_jsonl,
     stem_of,
     suffix_of,
@@ -40,6 +44,8 @@ INSTRUCTION = "answer this multiple-choice question with one letter only."
 _COLUMNS = ("question", "choices", "answer")
 _MMLU = "cais/mmlu"
 _WHAT = "The question file"
+# Of MMLU's first files: anatomy_dev.csv.
+_SPLIT = re.compile(r"_(dev|val|test)$")
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,11 @@ class _Row(BaseModel):
 
     @field_validator("answer", mode="before")
     @classmethod
-    def _no_truth_value(cls, value: Any) -> Any:
+    def _index_or_letter(cls, value: Any) -> Any:
         if isinstance(value, bool):
-            raise ValueError("it has to be the index of a choice")
-        return value
+            raise ValueError("it has to be the index of a choice, or its letter")
+        letter = value.strip().upper() if isinstance(value, str) else ""
+        return LETTERS.index(letter) if letter in LETTERS else value
 
     @field_validator("question", "choices", "subject", mode="before")
     @classmethod
@@ -115,18 +122,22 @@ def load_questions(source: str | Path) -> tuple[Question, ...]:
     """Load multiple-choice questions, in their order.
 
     Args:
-        source: ``bundled``; ``mmlu`` or ``mmlu:subject`` (its test split, through the package
-            ``datasets``); or the path of a ``.jsonl``, ``.csv`` (both may be gzipped) or
-            ``.parquet`` file. In a CSV file ``choices`` is a list as JSON or Python writes it.
+        source: ``bundled``; ``mmlu-dev`` (281 of MMLU's development questions, out of the package
+            ``lm-eval``, which is fetched where it is not installed); ``mmlu`` or ``mmlu:subject``
+            (its test split, through the package ``datasets``); or the path of a ``.jsonl``,
+            ``.csv`` (both may be gzipped) or ``.parquet`` file. In a CSV file ``choices`` is a list
+            as JSON or Python writes it; one without a heading has question, four choices, letter.
 
     Raises:
         UsageError: unknown source, unreadable file, missing column, or a row that is no question
             of four choices.
-        PersonaError: MMLU could not be loaded.
+        PersonaError: MMLU could not be loaded, or fetched.
     """
     if source == BUNDLED:
         file = resources.files("persona_nns.organism") / "questions.jsonl"
         return _check(parse_jsonl(file.read_text(encoding="utf-8"), BUNDLED), BUNDLED)
+    if source == MMLU_DEV:
+        return _check(_numbered(mmlu_dev()), MMLU_DEV)
     name, _, subject = str(source).partition(":")
     if name == "mmlu":
         return _check(_numbered(_read_mmlu(subject or "all")), str(source))
@@ -160,17 +171,38 @@ def _read_file(source: str) -> list[Row]:
     if suffix in (".jsonl", ".jsonl.gz"):
         return read_jsonl(source, _WHAT)
     if suffix in (".csv", ".csv.gz"):
+        rows = read_csv_without_heading(source, _WHAT)
+        if rows and _is_first_form(rows[0]):
+            subject = _SPLIT.sub("", stem_of(source))
+            return _numbered(
+                _of_first_form(row, subject, source, n) for n, row in enumerate(rows, 1)
+            )
         return [_with_choices(row, source) for row in read_csv(source, _WHAT)]
     if suffix == ".parquet":
         return _numbered(_read_parquet(Path(source).expanduser()))
     raise UsageError(
-        f"Unknown questions {source!r}; use 'bundled', 'mmlu', 'mmlu:subject', or a .jsonl, "
-        ".csv (both may end in .gz) or .parquet file."
+        f"Unknown questions {source!r}; use 'bundled', 'mmlu-dev', 'mmlu', 'mmlu:subject', or a "
+        ".jsonl, .csv (both may end in .gz) or .parquet file."
     )
 
 
 def _numbered(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
     return [Row(number, row) for number, row in enumerate(rows, start=1)]
+
+
+def _is_first_form(row: Sequence[str]) -> bool:
+    """Whether the first row of a CSV file is a question already: text, four choices, a letter."""
+    named = {field.strip().lower() for field in row}
+    return len(row) == 6 and row[5].strip() in LETTERS and "question" not in named
+
+
+def _of_first_form(row: Sequence[str], subject: str, source: str, number: int) -> dict[str, Any]:
+    if len(row) != 6:
+        raise UsageError(
+            f"Row {number} of {source!r} has {len(row)} fields; without a heading they are six: "
+            "the question, four choices and the letter of the right one."
+        )
+    return {"question": row[0], "choices": row[1:5], "answer": row[5], "subject": subject}
 
 
 def _with_choices(row: Row, source: str) -> Row:
@@ -229,7 +261,7 @@ def _check(rows: Iterable[Row], source: str) -> tuple[Question, ...]:
             if values.get(column) is None:
                 raise UsageError(
                     f"{place} has no {column!r}; the columns are question, choices, answer "
-                    "(0 to 3) and, optionally, subject."
+                    "(0 to 3, or A to D) and, optionally, subject."
                 )
         known = {
             name: values[name] for name in (*_COLUMNS, "subject") if values.get(name) is not None
