@@ -7,8 +7,10 @@ follows is computed anew. How much of the way from the corrupt to the clean answ
 And which heads look at the identity, before and after?
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -28,25 +30,28 @@ from persona_nns.figures import (
 from persona_nns.prompts import (
     BUNDLED,
     LETTERS,
+    MMLU_DEV,
     PERSONA,
     Pair,
     ask,
     check_persona,
+    choose_questions,
     load_identities,
-    load_questions,
     name_questions,
 )
+from persona_nns.runs import run
 from persona_nns.tracing import (
     PATCHED_POSITIONS,
-    KVCache,
     Unpatched,
     attention_to,
     chunk_questions,
     compare_answers,
     cut_passes,
+    finish_last_token,
     join_chunks,
     open_pair,
     open_patches,
+    patch_common,
     take,
     written_by_heads,
 )
@@ -173,11 +178,32 @@ figures = {
 }
 
 
+def prepares(options: Mapping[str, Any]) -> bool:
+    """Whether the questions have to be asked before it is known which are patched."""
+    return bool(options.get("solved_by_baseline")) and options.get("solved") is None
+
+
+def prepare(
+    model: TransformersModel, store: str | Path, options: dict[str, Any], *, progress: bool
+) -> dict[str, Any]:
+    """Ask the control persona, where only what it solves is wanted; stored, and asked once."""
+    if not prepares(options):
+        return options
+    names = ("questions", "n_questions", "persona", "control")
+    asked = {name: options[name] for name in names if name in options}
+    asked |= {"identities": "none", "store": store, "progress": progress}
+    said = run("persona_accuracy", model, **asked)
+    right = said.correct.isel(model=0, persona=-1)  # the control, the last one asked
+    return {**options, "solved": ",".join(map(str, said.question.values[right.values]))}
+
+
 def plan(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    questions: Annotated[str, NamesFile((BUNDLED, "mmlu"))] = BUNDLED,
+    questions: Annotated[str, NamesFile((BUNDLED, MMLU_DEV, "mmlu"))] = BUNDLED,
     n_questions: Annotated[int, Field(ge=1)] | None = None,
+    solved_by_baseline: bool = False,
+    solved: str | None = None,
     identities: FileName | None = None,
     persona: str = PERSONA,
     control: str = "average",
@@ -187,8 +213,10 @@ def plan(
 
     Args:
         tokenizer: the model's.
-        questions: bundled, mmlu, mmlu:subject, or a .jsonl, .csv or .parquet file.
+        questions: bundled, mmlu-dev, mmlu, mmlu:subject, or a .jsonl, .csv or .parquet file.
         n_questions: only the first so many; by default all.
+        solved_by_baseline: of these, only what the control persona answers right.
+        solved: with it, which those are, as 0,4,17; by default they are found by asking.
         identities: a file with one identity a line; by default competence words and colours.
         persona: the persona, with {identity} where the identity goes.
         control: the word that heads' attention to an identity is compared with.
@@ -196,7 +224,8 @@ def plan(
     """
     check_persona(persona)
     names = load_identities(identities)
-    chosen = load_questions(questions)[:n_questions]
+    of_number = choose_questions(questions, n_questions, solved, solved_by_baseline)
+    chosen = list(of_number.values())
     asked = {
         name: tuple(ask(tokenizer, persona, name, question) for question in chosen)
         for name in dict.fromkeys((*names, control))
@@ -206,6 +235,7 @@ def plan(
         "identities": list(names),
         "control": control,
         "questions": [[q.question, list(q.choices), q.answer] for q in chosen],
+        **({"solved_by_baseline": list(of_number)} if solved_by_baseline else {}),
     }
     return Plan(
         name=name_questions(questions),
@@ -217,7 +247,7 @@ def plan(
             "clean_persona": names,
             "corrupt_persona": names,
             "persona": names,
-            "question": range(len(chosen)),
+            "question": list(of_number),
         },
         unit_axes=("clean_persona", "corrupt_persona"),
         content=content,
@@ -336,7 +366,7 @@ def _patch_heads(model: TransformersModel, run: Unpatched, layers: list[int]) ->
     logits = run.logits.new_empty(n, len(layers), n_heads, n_sets, len(LETTERS))
     common, last_layer = run.rows.common_columns(), len(model.layers) - 1
     for k, layer in enumerate(layers):
-        behind = _patch_common(model, run, layer, common) if common and layer < last_layer else None
+        behind = patch_common(model, run, layer, common) if common and layer < last_layer else None
         for s in range(n_sets):
             # Columns that are not patched meet the patch in the block above.
             beyond = bool(run.rows.patched[s, :, common:].any())
@@ -358,38 +388,8 @@ def _patch_heads(model: TransformersModel, run: Unpatched, layers: list[int]) ->
                         patched = torch.where(patch.where, patch.value, before)
                         attention.skip((projection(patched), None))
                     if patch.window.clean is not None:
-                        _finish_last_token(model, patch.last, attention_too=layer < last_layer)
+                        finish_last_token(model, patch.last, attention_too=layer < last_layer)
                     model.lm_head.input = take(model.lm_head.input, patch.last)
                     said = save(model.output.logits[:, -1].gather(1, patch.letters).float())
                 logits[q, k, h, s] = said
     return logits
-
-
-# For speed alone: without these two, the same numbers.
-
-
-def _patch_common(model: TransformersModel, run: Unpatched, layer: int, n: int) -> KVCache:
-    """The first ``n`` columns after one head of a block is patched; [position set × head] rows."""
-    n_sets, n_heads = len(run.rows.patched), run.attention.shape[-1]
-    row = torch.arange(n_sets * n_heads, device=run.rows.last.device)
-    s, q, h = row // n_heads, torch.zeros_like(row), row % n_heads
-    patch = open_patches(run, run.heads[layer], layer, s, q, h, width=n)
-    with model.trace(patch.window.inputs(cached=True)):
-        patch.window.resume(model, layer)
-        projection = model.layers[layer].attn.o_proj
-        projection.input = torch.where(patch.where, patch.value, projection.input)
-        model.lm_head.input = model.lm_head.input[:, -1:]
-        kept = save(model.output.past_key_values)
-    return patch.window.read_cache(kept)
-
-
-def _finish_last_token(model: TransformersModel, last: Tensor, *, attention_too: bool) -> None:
-    """Inside a trace: let the last block work on the last prompt token alone.
-
-    Nothing reads what it makes of the others beyond their keys and values. Its outputs, one
-    column wide, are added to every column of the residual, of which the last token's is right.
-    """
-    block = model.layers[-1]
-    if attention_too:
-        block.attn.o_proj.input = take(block.attn.o_proj.input, last)
-    block.mlp.input = take(block.mlp.input, last)

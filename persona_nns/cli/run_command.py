@@ -213,10 +213,16 @@ def _run_experiment(
             f"Workers hold a model each; leave out --workers with the backend {backend!r}, which "
             "is sent several jobs at a time."
         )
-    if workers is not None and experiment.prepare is not None:
+    prepares = experiment.prepares or (lambda _: experiment.prepare is not None)
+    if workers is not None and prepares(options):
         raise UsageError(
             f"The experiment {experiment.name!r} prepares its inputs in one process; leave out "
             "--workers."
+        )
+    if experiment.prepares is not None and prepares(options) and len(model) > 1:
+        raise UsageError(
+            f"What {experiment.name!r} prepares is another for each model, and so are the results; "
+            "give one --model at a time."
         )
     if workers is None and backend == "local":
         set_threads(threads)

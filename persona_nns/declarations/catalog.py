@@ -16,7 +16,8 @@ are options of the same names, so that what it holds is given, stored and shown 
 
 Two more functions run where the command runs, whatever machine `measure` runs on.
 ``prepare(model, store, options, *, progress)`` runs what has to be there first and returns the
-options that say where it is. ``finish(tokenizer, units, measured, *, …)`` makes the declared
+options that say where it is; where it does so with some options only, ``prepares(options)`` says
+with which. ``finish(tokenizer, units, measured, *, …)`` makes the declared
 variables of what `measure` returned (decodes and judges texts, say); its keyword arguments are
 options of `plan` or `measure`, or have a default.
 """
@@ -67,6 +68,7 @@ class Experiment:
         site_axes: dimensions whose labels every experiment has, where its `measure` asks for
             them.
         prepare: the function that runs what has to be there first; None where nothing has.
+        prepares: whether it does so with some options; None where it does with any.
         finish: the function that makes the variables of what `measure` returned; None where
             they are what it returned.
         options: those of `plan` and `measure`, beside those that all experiments share.
@@ -89,6 +91,7 @@ class Experiment:
     plan_only: frozenset[str]
     site_axes: frozenset[str]
     prepare: Callable[..., dict[str, Any]] | None
+    prepares: Callable[[Mapping[str, Any]], bool] | None
     finish: Callable[..., dict[str, Any]] | None
     options: Mapping[str, inspect.Parameter]
     grid: str | None
@@ -194,6 +197,7 @@ def _read(file: Path, code: Code) -> Experiment:
         plan_only=plan_only,
         site_axes=frozenset(site_axes),
         prepare=getattr(module, "prepare", None),
+        prepares=getattr(module, "prepares", None),
         finish=finish,
         grid=defaults.get("grid"),
         layers=site("layers", "all"),

@@ -9,11 +9,13 @@ from .grids import Cell as Cell
 from .grids import Grid as Grid
 from .grids import PromptName as PromptName
 from .grids import load_grid as load_grid
+from .identities import BARE as BARE
 from .identities import PERSONA as PERSONA
 from .identities import AskedQuestion as AskedQuestion
 from .identities import Pair as Pair
 from .identities import align as align
 from .identities import ask as ask
+from .identities import ask_alone as ask_alone
 from .identities import check_persona as check_persona
 from .identities import load_identities as load_identities
 from .identities import shared_prefix as shared_prefix
@@ -30,6 +32,7 @@ from .positions import position_index as position_index
 from .positions import tokens_from_first_site as tokens_from_first_site
 from .questions import BUNDLED as BUNDLED
 from .questions import LETTERS as LETTERS
+from .questions import choose_questions as choose_questions
 from .questions import load_questions as load_questions
 from .questions import name_questions as name_questions
 from .render import PLAIN_TEMPLATE as PLAIN_TEMPLATE

@@ -16,9 +16,11 @@ from persona_nns.errors import PersonaError, UsageError
 from persona_nns.prompts.files import lines_of, read_text
 from persona_nns.prompts.grids import role_prompt
 from persona_nns.prompts.questions import LETTERS, Question
-from persona_nns.prompts.render import find_shown, render, tokens_between
+from persona_nns.prompts.render import Prompt, find_shown, render, tokens_between
 
 PERSONA = "a {identity} student"
+#: What a question without a persona is called beside identities.
+BARE = "bare"
 _SLOT = "{identity}"
 
 
@@ -147,8 +149,24 @@ def ask(
         raise UsageError(
             f"The identity {identity!r} has no token of its own in {filled!r}; use another."
         )
-    letters = tuple(_letter(tokenizer, prompt.text, prompt.ids, letter) for letter in LETTERS)
+    letters = _letters(tokenizer, prompt)
     return AskedQuestion(ids=prompt.ids, identity=tokens, letters=letters, answer=question.answer)
+
+
+def ask_alone(tokenizer: PreTrainedTokenizerBase, question: Question) -> AskedQuestion:
+    """Render a question without a persona, the task alone; no token is an identity's.
+
+    Raises:
+        UsageError: no chat template.
+        PersonaError: the template changes the text, or a letter is not one token.
+    """
+    prompt = render(tokenizer, None, question.task)
+    letters = _letters(tokenizer, prompt)
+    return AskedQuestion(prompt.ids, identity=range(0), letters=letters, answer=question.answer)
+
+
+def _letters(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, ...]:
+    return tuple(_letter(tokenizer, prompt.text, prompt.ids, letter) for letter in LETTERS)
 
 
 def _letter(

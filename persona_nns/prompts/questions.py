@@ -144,6 +144,50 @@ def load_questions(source: str | Path) -> tuple[Question, ...]:
     return _check(_read_file(str(source)), str(source))
 
 
+def choose_questions(
+    source: str | Path,
+    first: int | None,
+    solved: str | None,
+    solved_alone: bool,  # noqa: FBT001
+) -> dict[int, Question]:
+    """Load questions, and leave out what was not solved.
+
+    Args:
+        source: as of `load_questions`.
+        first: only the first so many; None is all.
+        solved: numbers of those that are kept, as ``0,4,17``; None is all.
+        solved_alone: whether only solved ones are wanted.
+
+    Returns:
+        The questions by their number in the source, in its order.
+
+    Raises:
+        UsageError: as `load_questions`; or what was solved is no list of their numbers, is
+            nothing, or is not wanted.
+    """
+    questions = dict(enumerate(load_questions(source)[:first]))
+    if solved is None:
+        return questions
+    if not solved_alone:
+        raise UsageError(
+            f"Which questions are solved ({solved!r}) was given and is not asked for; add "
+            "--solved-by-baseline."
+        )
+    if not solved.strip():
+        raise UsageError(
+            f"The baseline persona answers none of the {len(questions)} questions of "
+            f"{str(source)!r} right; give others, or leave out --solved-by-baseline."
+        )
+    numbers = [number.strip() for number in solved.split(",")]
+    for number in numbers:
+        if not (number.isdecimal() and int(number) in questions):
+            raise UsageError(
+                f"There is no question {number!r} in {str(source)!r}; solved questions are "
+                f"numbers from 0 to {len(questions) - 1}, as 0,4,17."
+            )
+    return {k: questions[k] for k in sorted(map(int, numbers))}
+
+
 def name_questions(source: str | Path) -> str:
     """A short name of a source, fit for a group of a store: ``mmlu-anatomy``."""
     text = str(source)

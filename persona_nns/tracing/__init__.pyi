@@ -45,6 +45,8 @@ from .kv.splice import splice as splice
 from .metrics import closure as closure
 from .metrics import log_probabilities as log_probabilities
 from .metrics import summed_kl as summed_kl
+from .patch_speed import finish_last_token as finish_last_token
+from .patch_speed import patch_common as patch_common
 from .patching import PATCHED_POSITIONS as PATCHED_POSITIONS
 from .patching import Unpatched as Unpatched
 from .patching import attention_to as attention_to

@@ -1,0 +1,36 @@
+"""Patching the heads of a block with less work: without these two, the same numbers."""
+
+import torch
+from nnsight import TransformersModel, save
+from torch import Tensor
+
+from persona_nns.tracing.kv.cache import KVCache
+from persona_nns.tracing.patching import Unpatched, open_patches
+from persona_nns.tracing.residuals import take
+
+
+def patch_common(model: TransformersModel, run: Unpatched, layer: int, n: int) -> KVCache:
+    """The first ``n`` columns after one head of a block is patched; [position set × head] rows."""
+    n_sets, n_heads = len(run.rows.patched), run.attention.shape[-1]
+    row = torch.arange(n_sets * n_heads, device=run.rows.last.device)
+    s, q, h = row // n_heads, torch.zeros_like(row), row % n_heads
+    patch = open_patches(run, run.heads[layer], layer, s, q, h, width=n)
+    with model.trace(patch.window.inputs(cached=True)):
+        patch.window.resume(model, layer)
+        projection = model.layers[layer].attn.o_proj
+        projection.input = torch.where(patch.where, patch.value, projection.input)
+        model.lm_head.input = model.lm_head.input[:, -1:]
+        kept = save(model.output.past_key_values)
+    return patch.window.read_cache(kept)
+
+
+def finish_last_token(model: TransformersModel, last: Tensor, *, attention_too: bool) -> None:
+    """Inside a trace: let the last block work on the last prompt token alone.
+
+    Nothing reads what it makes of the others beyond their keys and values. Its outputs, one
+    column wide, are added to every column of the residual, of which the last token's is right.
+    """
+    block = model.layers[-1]
+    if attention_too:
+        block.attn.o_proj.input = take(block.attn.o_proj.input, last)
+    block.mlp.input = take(block.mlp.input, last)
