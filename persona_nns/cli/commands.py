@@ -159,18 +159,27 @@ def show(
     every_band: Annotated[  # noqa: FBT002
         bool, typer.Option("--every-band", help="Every band of layers, however many there are.")
     ] = False,
+    texts: Annotated[  # noqa: FBT002
+        bool,
+        typer.Option("--texts", help="What is said in each cell, its persona's markers marked."),
+    ] = False,
 ) -> None:
     """Print medians and quartiles over cells."""
     _leave_out_dask(store, experiment)
     from persona_nns.cli.listings import made_table, with_values
     from persona_nns.cli.shortening import shorten
     from persona_nns.figures.tables import measured, result_table
+    from persona_nns.figures.texts import marked_texts
 
     results = _open(store, experiment, grid, run)
     for name in variable or []:
         if name not in results:
             known = ", ".join(map(str, results.data_vars))
             raise UsageError(f"{experiment!r} has no variable {name!r}; it has {known}.")
+    if texts:
+        for table in marked_texts(results[variable] if variable else results):
+            terminal.out.print(table)
+        return
     valued = with_values(results)
     shown, left_out = (results, "") if every_band else shorten(results)
     for name in variable or valued:

@@ -25,6 +25,7 @@ from .tables import number as number
 from .tables import result_table as result_table
 from .tables import save_csv as save_csv
 from .tables import short_number as short_number
+from .texts import marked_texts as marked_texts
 from .traits import correlation_by_layer as correlation_by_layer
 from .traits import distillation_curves as distillation_curves
 from .traits import projection_figure as projection_figure

@@ -29,7 +29,7 @@ from persona_nns.figures.style import (
     panel_title,
     panels,
 )
-from persona_nns.results.measured import is_truth, measured_values
+from persona_nns.results.measured import clean_marker_note, is_truth, measured_values
 
 Summary = Literal["mean", "median"]
 #: A row of panels: what its axis says, and what is drawn.
@@ -122,7 +122,9 @@ def estimates(
         label = shared if is_truth(results[name]) else f"{how} {axis_label(results[name])}"
         rows.append((label, estimate_table(results, name, how)))
     rates = any(is_truth(results[name]) for name in summaries)
-    caption = (_WILSON if rates else _BOOTSTRAP, left_out(results, list(summaries)), note)
+    unmarked = clean_marker_note(results) if "any_marker" in summaries else ""
+    out = left_out(results, list(summaries))
+    caption = (_WILSON if rates else _BOOTSTRAP, out, note, unmarked)
     return _draw_tables(results, rows, caption, x=x, hue=hue)
 
 
@@ -193,7 +195,8 @@ def host_markers(results: xr.Dataset) -> Figure:
         clean = estimate_table(results, f"clean_{name}", "mean")
         clean = clean.assign(site="no injection", source="long persona")
         rows.append((label, pd.concat([host, clean])))
-    return _draw_tables(results, rows, (_WILSON,), x="source", hue="site")
+    caption = (_WILSON, clean_marker_note(results))
+    return _draw_tables(results, rows, caption, x="source", hue="site")
 
 
 def shares_heatmap(results: xr.Dataset, name: str, by: str, across: str) -> Figure:

@@ -19,7 +19,7 @@ from rich.text import Text
 from persona_nns.errors import UsageError
 from persona_nns.figures.intervals import interval, share_interval
 from persona_nns.results.attributes import read_attribute
-from persona_nns.results.measured import is_truth, measured_values
+from persona_nns.results.measured import clean_marker_note, is_truth, measured_values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +33,8 @@ _MOST_COLUMNS = 3
 _NARROWEST = 8
 # Beside the results: what the store notes about their making.
 _BOOKKEEPING = ("seconds", "completed")
+# Variables that say little of a persona without markers in its clean texts.
+_OF_MARKERS = ("any_marker", "distinct_markers", "clean_any_marker")
 # Dimensions whose labels are rows of a table; of two of them, the first.
 _DOWN = ("layer", "layer_band", "control", "layer_set", "site", "condition")
 
@@ -152,10 +154,11 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
     down = [dim for dim in _DOWN if dim in array.dims][:1]
     over, across = _summarised(results, array, down)
     n_units = int(results["completed"].any("model").sum())
+    note = clean_marker_note(results) if name in _OF_MARKERS else ""
     counted = f"{n_units} cells" if over == ["cell"] else f"every {', '.join(over)}"
     table = new_table(
         Text(title if units == "1" else f"{title} in {units}"),
-        caption=Text(f"{statistic} [{spread}] over {counted}"),
+        caption=Text(". ".join(filter(None, (f"{statistic} [{spread}] over {counted}", note)))),
     )
     if np.prod([array.sizes[dim] for dim in across]) > _MOST_COLUMNS:
         down, across, statistic = [*across, *down], [], "value"

@@ -21,6 +21,16 @@ def find_markers(text: str, markers: Iterable[str]) -> list[str]:
     return [marker for marker in markers if _occurs(marker.lower(), lowered)]
 
 
+def marker_spans(text: str, markers: Iterable[str]) -> list[range]:
+    """Where markers stand in a text, each of them as often as it occurs, as `find_markers` does."""
+    found = {marker.lower() for marker in find_markers(text, markers)}
+    return [
+        range(*match.span())
+        for marker in sorted(found)
+        for match in re.finditer(_pattern(marker), text, re.IGNORECASE)
+    ]
+
+
 def count_markers(text: str, cell: Cell) -> int:
     """How many different markers of the cell's persona occur in a text; −1 where it has none."""
     if not cell.markers:
@@ -66,6 +76,9 @@ def _without_markers(cells: Sequence[Cell]) -> list[str]:
 
 
 def _occurs(marker: str, text: str) -> bool:
-    if " " in marker or "-" in marker:
-        return marker in text
-    return re.search(rf"\b{re.escape(marker)}\b", text) is not None
+    return re.search(_pattern(marker), text) is not None
+
+
+def _pattern(marker: str) -> str:
+    escaped = re.escape(marker)
+    return escaped if " " in marker or "-" in marker else rf"\b{escaped}\b"

@@ -37,6 +37,38 @@ def nowhere_measured(results: xr.Dataset) -> list[str]:
     ]
 
 
+def without_clean_markers(results: xr.Dataset) -> dict[str, list[str]]:
+    """By model, the personas whose markers occur in none of their cells' clean texts.
+
+    Nothing that is done to such a persona can take its markers away.
+
+    Args:
+        results: of any experiment; of one that looks for no markers in clean texts, nothing.
+    """
+    name, at = "clean_any_marker", {}
+    if name not in results:
+        name, at = "any_marker", {"condition": "clean"}
+    if name not in results or not {"cell", *at} <= set(results[name].dims):
+        return {}
+    clean = measured_values(results, name).sel(at)
+    clean = clean.max([dim for dim in clean.dims if dim not in ("model", "cell")])
+    best = clean.groupby("persona").max()
+    order = dict.fromkeys(results["persona"].values.tolist())
+    unmarked = {
+        str(model): [k for k in order if float(best.sel(model=model, persona=k)) == 0]
+        for model in results["model"].values.tolist()
+    }
+    return {model: personas for model, personas in unmarked.items() if personas}
+
+
+def clean_marker_note(results: xr.Dataset) -> str:
+    """A sentence that names the personas of `without_clean_markers`; empty where there are none."""
+    unmarked = without_clean_markers(results)
+    several = results.sizes.get("model", 1) > 1
+    named = (", ".join(of) + (f" ({model})" if several else "") for model, of in unmarked.items())
+    return f"Without a marker in any clean text: {'; '.join(named)}." if unmarked else ""
+
+
 def is_truth(array: xr.DataArray) -> bool:
     """Whether a variable holds truth values; they are floats where some were not measured."""
     return array.dtype.kind == "b" or array.attrs.get("kind") == "bool"

@@ -19,7 +19,7 @@ from persona_nns.models.memory import fitting_batch_size, is_out_of_memory
 from persona_nns.prompts.grids import Grid, load_grid
 from persona_nns.results.allocation import attach
 from persona_nns.results.claims import Claims
-from persona_nns.results.measured import nowhere_measured
+from persona_nns.results.measured import clean_marker_note, nowhere_measured
 from persona_nns.results.reading import LATEST, find_run, open_results
 from persona_nns.results.store import check_writable, completed_units
 from persona_nns.runs.identity import now, session_attributes, session_name
@@ -207,6 +207,12 @@ def run(
         warnings.warn(
             f"{', '.join(nothing)} of {group!r}: NaN in every {planned.request.plan.noun} that is "
             "complete. The descriptions of the variables say when nothing can be measured.",
+            stacklevel=2,
+        )
+    if note := clean_marker_note(results):
+        warnings.warn(
+            f"{note} What is done to these personas cannot take markers away: `persona-nns show "
+            f"{store} {of} --texts` shows what is said.",
             stacklevel=2,
         )
     return results
