@@ -91,6 +91,17 @@ def test_only_what_the_neutral_persona_solves_is_patched(
     assert fewer.attrs["identity"] != solved.attrs["identity"]
 
 
+@pytest.mark.slow
+def test_a_server_gives_the_same_selection(
+    settings: dict[str, Any], solved: Any, tmp_path: Path
+) -> None:
+    there = load_model("organism-qwen2", backend="simulate")
+    own = {"layers": "1", "heads": False, "solved_by_baseline": True}
+    ds = pn.run("persona_patching", there, **{**settings, "store": tmp_path / "s.zarr"}, **own)
+    assert ds.question.values.tolist() == solved.question.values.tolist()
+    np.testing.assert_allclose(ds.ld, solved.ld, rtol=1e-4, atol=1e-4)
+
+
 def _alone(store: Path) -> str:
     """The run that asks the neutral persona alone."""
     runs = list_runs(store, "persona_accuracy")
