@@ -169,7 +169,6 @@ def show(
     from persona_nns.cli.listings import made_table, with_values
     from persona_nns.cli.shortening import shorten
     from persona_nns.figures.tables import measured, result_table
-    from persona_nns.figures.texts import marked_texts
 
     results = _open(store, experiment, grid, run)
     for name in variable or []:
@@ -177,6 +176,8 @@ def show(
             known = ", ".join(map(str, results.data_vars))
             raise UsageError(f"{experiment!r} has no variable {name!r}; it has {known}.")
     if texts:
+        from persona_nns.figures.texts import marked_texts
+
         for table in marked_texts(results[variable] if variable else results):
             terminal.out.print(table)
         return
