@@ -1,6 +1,8 @@
 """What determines the numbers that a model gives, as a value."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -10,13 +12,15 @@ class ModelRecord:
     Attributes:
         label: the ``model`` coordinate.
         source: bundled name, folder or hub id it was loaded from.
-        version: commit of the hub repository, or digest of the folder's weights and configs.
+        version: commit of the hub repository, or digest of the folder's weights and configs, or of
+            the GGUF file.
         architecture: its model class.
         precision: ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: how attention is computed.
         n_layers: number of decoder blocks.
         d_model: width of the residual stream.
         n_heads: number of attention heads of a block.
+        provenance: where the weights come from, where that is a package or a GGUF file.
     """
 
     label: str
@@ -28,3 +32,4 @@ class ModelRecord:
     n_layers: int
     d_model: int
     n_heads: int
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)

@@ -8,6 +8,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from persona_nns.errors import PersonaError, missing_extra, one_line
+from persona_nns.models.fetched import FETCHED, fetch_model
+from persona_nns.models.gguf import is_gguf, kept_file
 from persona_nns.organism.bundled import ORGANISMS, organism_folder
 
 CONFIG = "adapter_config.json"
@@ -32,6 +34,11 @@ def base_of(source: str) -> str | None:
         raise PersonaError(f"The adapter {source!r} does not say which model it belongs to.")
     if str(base) in ORGANISMS:
         return str(organism_folder(str(base)))
+    if str(base) in FETCHED:
+        return str(fetch_model(str(base)))
+    if is_gguf(str(base)):
+        beside = Path(source) / str(base)
+        return str(kept_file(str(beside if beside.is_file() else base)))
     beside = Path(source) / str(base)
     return str(beside) if not Path(base).is_dir() and beside.is_dir() else str(base)
 

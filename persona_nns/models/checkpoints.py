@@ -24,6 +24,8 @@ from transformers import (
 
 from persona_nns.errors import PersonaError, UsageError, one_line
 from persona_nns.models.adapters import CONFIG, base_of, embedded_tokens, merge_adapter
+from persona_nns.models.fetched import FETCHED, fetch_model
+from persona_nns.models.gguf import is_gguf, kept_file, provenance_of
 from persona_nns.organism.bundled import ORGANISMS, organism_folder
 from persona_nns.prompts.render import check_template, read_template
 
@@ -42,7 +44,7 @@ def load_weights(
     """Load a model's weights in plain transformers; an adapter is merged into its model.
 
     Args:
-        name: a bundled model, a local folder, or a hub id.
+        name: a bundled or fetched model, a local folder, a GGUF file, or a hub id.
         precision: ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: as in `load_model`.
 
@@ -150,10 +152,14 @@ def count_layers(name: str | Path, *, trust_remote_code: bool = False) -> int:
 def model_label(name: str) -> str:
     """The ``model`` coordinate that a model gets where no other label is given.
 
+    Nothing is fetched for it, and no file is read.
+
     Raises:
         UsageError: no such model.
     """
-    return find_checkpoint(name)[1]
+    if name in FETCHED:
+        return name
+    return Path(name).stem if is_gguf(name) else find_checkpoint(name)[1]
 
 
 def bundled_models() -> dict[str, Path]:
@@ -164,12 +170,20 @@ def bundled_models() -> dict[str, Path]:
 def find_checkpoint(name: str) -> tuple[str, str]:
     """Where a model is loaded from, and the name it is shown under.
 
+    One that is fetched, or in a GGUF file, is a folder in the cache; it is made on first use.
+
     Raises:
-        UsageError: neither a bundled model, nor a folder with one, nor of the form of a hub id.
+        UsageError: neither a bundled or fetched model, nor a folder or file with one, nor of the
+            form of a hub id.
+        PersonaError: it cannot be fetched, or the cache not be written.
     """
     bundled = bundled_models()
     if name in bundled:
         return str(bundled[name]), name
+    if name in FETCHED:
+        return str(fetch_model(name)), name
+    if is_gguf(name):
+        return str(kept_file(name)), Path(name).stem
     try:
         folder = Path(name).expanduser()
         is_folder = bool(name) and folder.is_dir()
@@ -177,13 +191,15 @@ def find_checkpoint(name: str) -> tuple[str, str]:
         raise UsageError(f"The model {name!r} is no path: {one_line(error)}") from error
     if is_folder:
         if not any((folder / file).exists() for file in ("config.json", CONFIG)):
-            raise UsageError(f"The folder {name!r} holds no model: it has no config.json.")
+            files = ", ".join(sorted(str(file) for file in folder.glob("*.gguf")))
+            instead = f" Name its file: {files}." if files else ""
+            raise UsageError(f"The folder {name!r} holds no model: it has no config.json.{instead}")
         return str(folder), folder.resolve().name
     if HUB_ID.fullmatch(name) and not name.startswith((".", "~")):
         return name, name
     raise UsageError(
-        f"Unknown model {name!r}: it is neither bundled ({', '.join(bundled)}), nor a folder, "
-        "nor a hub id of the form org/name."
+        f"Unknown model {name!r}: it is neither bundled ({', '.join(bundled)}), nor fetched "
+        f"({', '.join(FETCHED)}), nor a folder or a .gguf file, nor a hub id of the form org/name."
     )
 
 
@@ -222,7 +238,10 @@ def _check_complete(shown: str, loading: Mapping[str, Any]) -> None:
 
 
 def version_of(source: str, config: PreTrainedConfig) -> str:
-    """Commit of the hub repository, or digest of a folder's weights and configurations."""
+    """Commit of the hub repository, or digest of a folder's weights and configurations.
+
+    Of a model out of a GGUF file, the digest of that file.
+    """
     folder = Path(source)
     if not folder.is_dir():
         commit = getattr(config, "_commit_hash", None)
@@ -236,6 +255,8 @@ def version_of(source: str, config: PreTrainedConfig) -> str:
     if base is not None:
         own = digest_of([*sorted(folder.glob("adapter_model.*")), folder / CONFIG])
         return hashlib.sha256(f"{version_of(base, config)}\n{own}".encode()).hexdigest()
+    if origin := provenance_of(source):
+        return str(origin["sha256"])
     weights = (path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
     configs = (folder / name for name in ("config.json", "generation_config.json"))
     return digest_of([*sorted(weights), *(path for path in configs if path.exists())])

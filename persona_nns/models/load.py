@@ -11,7 +11,7 @@ GPT-2 and GPT-NeoX. Another decoder is loaded if it passes the same checks.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,7 @@ from transformers import (
 
 from persona_nns.declarations.record import ModelRecord
 from persona_nns.errors import PersonaError, UsageError, one_line
+from persona_nns.models.adapters import base_of
 from persona_nns.models.checkpoints import (
     DTYPES,
     HUB_ID,
@@ -40,6 +41,7 @@ from persona_nns.models.checkpoints import (
     version_of,
 )
 from persona_nns.models.checks import check_model, check_names
+from persona_nns.models.gguf import provenance_of, warn_of_origin
 from persona_nns.models.memory import keep_freed_memory
 from persona_nns.models.servers import Server, read_backend
 from persona_nns.prompts.render import end_of_turn
@@ -100,7 +102,8 @@ def load_model(
     """Load a model, give its modules the standard names, and check it at every layer.
 
     Args:
-        name: a bundled model, a local folder, or a hub id (``org/name``).
+        name: a bundled model, one that is fetched, a local folder, a GGUF file, or a hub id
+            (``org/name``).
         backend: where traces run: ``local``; ``simulate`` (a server process on this machine, as
             NDIF's); ``ndif``, or the URL of such a server. On a server the model's weights are
             never loaded here: its configuration and tokenizer are.
@@ -155,8 +158,9 @@ def load_model(
         ) from error
     check_model(model, shown)
     _warn_of_other_ends(model, shown)
+    origin = _origin(model, source, shown)
     _RECORDS[model] = _record(
-        model, label or shown, str(name), version_of(source, config), precision
+        model, label or shown, str(name), version_of(source, config), precision, origin
     )
     return model
 
@@ -175,7 +179,12 @@ def _warn_of_other_ends(model: TransformersModel, shown: str) -> None:
 
 
 def _record(
-    model: TransformersModel, label: str, source: str, version: str, precision: str
+    model: TransformersModel,
+    label: str,
+    source: str,
+    version: str,
+    precision: str,
+    origin: Mapping[str, Any],
 ) -> ModelRecord:
     text_config = model.config.get_text_config()
     return ModelRecord(
@@ -188,7 +197,15 @@ def _record(
         n_layers=len(model.layers),
         d_model=text_config.hidden_size,
         n_heads=text_config.num_attention_heads,
+        provenance=origin,
     )
+
+
+def _origin(model: TransformersModel, source: str, shown: str) -> Mapping[str, Any]:
+    """Where the weights of a model (of an adapter, its base model's) come from; warns of it."""
+    origin = provenance_of(base_of(source) or source)
+    warn_of_origin(origin, model.tokenizer, shown)
+    return origin
 
 
 def _load_weightless(
@@ -226,14 +243,16 @@ def _load_weightless(
         raise PersonaError(f"The model {shown!r} is not supported: {one_line(error)}") from error
     check_names(model, shown)
     _ID_CACHE[source] = repo_id
+    origin: Mapping[str, Any] = {}  # nothing is known here of a hosted model's weights
     if server is None:
+        origin = _origin(model, source, shown)
         precision, version = _choose_dtype(shown, config, None), version_of(source, config)
         server = simulate(model, source, repo_id, precision)
     else:
         precision, name = HOSTED, repo_id
         version = f"{HOSTED} {_hosted_version(source, config)}"
     _HOSTED[model] = HostedModel(server, repo_id, model.to_model_key())
-    _RECORDS[model] = _record(model, label or shown, name, version, precision)
+    _RECORDS[model] = _record(model, label or shown, name, version, precision, origin)
     return model
 
 

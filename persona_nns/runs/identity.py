@@ -126,6 +126,7 @@ def run_attributes(
     determining = _determining(experiment, parameters)
     marked = {name for name, each in experiment.options.items() if not changes_numbers(each)}
     execution = {name: parameters[name] for name in parameters if name in marked}
+    origin = {"model_provenance": dict(record.provenance)} if record.provenance else {}
     unverifiable = {"unverifiable": plan.unverifiable} if plan.unverifiable else {}
     return {
         "experiment": experiment.name,
@@ -139,6 +140,7 @@ def run_attributes(
         "model": record.label,
         "model_source": record.source,
         "model_version": record.version,
+        **origin,
         "architecture": record.architecture,
         "precision": record.precision,
         "attn_implementation": record.attn_implementation,

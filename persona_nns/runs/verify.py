@@ -110,11 +110,11 @@ def _check_places(models: Sequence[str], backend: str | None) -> None:
     Raises:
         UsageError: one of them cannot.
     """
-    from persona_nns.models.checkpoints import find_checkpoint
+    from persona_nns.models.checkpoints import model_label
     from persona_nns.models.servers import Server, read_backend
 
     for name in models:
-        find_checkpoint(name)
+        model_label(name)
     if backend is not None and not isinstance(read_backend(backend), Server):
         raise UsageError(
             f"Runs that were made on a server are computed anew on one, not on {backend!r}; "

