@@ -94,18 +94,28 @@ def models(
     backend: Annotated[
         str, typer.Option(help="local, simulate, ndif, or the URL of a server.")
     ] = "local",
+    get: Annotated[
+        str | None, typer.Option(help="Fetch a model now, so that no network is needed later.")
+    ] = None,
 ) -> None:
-    """List the bundled models, or what a server hosts."""
-    from persona_nns.cli.listings import models_table
+    """List the models that come with the package or can be fetched, or what a server hosts."""
+    from persona_nns.cli.listings import fetched_table, models_table
     from persona_nns.models.checkpoints import bundled_models
+    from persona_nns.models.fetched import fetch_model, fetched_models
     from persona_nns.models.servers import Server, read_backend
+
+    if get is not None:
+        terminal.say(f"{get} is in {fetch_model(get)}")
+        return
 
     server = read_backend(backend)
     if isinstance(server, Server):
         _list_hosted(server)
         return
     terminal.out.print(models_table(bundled_models()))
-    terminal.out.print("A local folder or a hub id (org/name) is loaded in the same way.")
+    terminal.out.print(fetched_table(fetched_models()))
+    terminal.say("A model is fetched when it is first used, or by persona-nns models --get NAME.")
+    terminal.say("A local folder, a .gguf file or a hub id (org/name) is loaded in the same way.")
 
 
 def _list_hosted(server: "Server") -> None:

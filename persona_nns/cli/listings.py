@@ -17,6 +17,7 @@ from persona_nns.results.reading import RunInfo
 if TYPE_CHECKING:
     import xarray as xr
 
+    from persona_nns.models.fetched import FetchedModel
     from persona_nns.runs.remote.environment import Deployment
 
 
@@ -99,5 +100,20 @@ def models_table(models: Mapping[str, Path]) -> Table:
             str(config["num_hidden_layers"]),
             str(config["hidden_size"]),
             f"{size / 1e6:.1f} MB",
+        )
+    return table
+
+
+def fetched_table(models: Mapping[str, "FetchedModel"]) -> Table:
+    """The models that are fetched from a package, a row each, and whether they are here."""
+    headings = ["name", "licence", "here", "download", "on disk"]
+    table = new_table("Fetched models", texts=headings)
+    for name, model in models.items():
+        table.add_row(
+            name + (" (base)" if model.is_base else ""),
+            model.licence.partition(",")[0],
+            "yes" if model.folder.is_dir() else "no",
+            _bytes(model.download),
+            _bytes(model.size),
         )
     return table

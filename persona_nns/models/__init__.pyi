@@ -6,6 +6,10 @@ from .checkpoints import load_tokenizer as load_tokenizer
 from .checkpoints import load_weights as load_weights
 from .checkpoints import model_label as model_label
 from .checks import check_model as check_model
+from .fetched import FetchedModel as FetchedModel
+from .fetched import fetch_model as fetch_model
+from .fetched import fetched_models as fetched_models
+from .fetched import is_available as is_available
 from .load import HOSTED as HOSTED
 from .load import STANDARD_NAMES as STANDARD_NAMES
 from .load import HostedModel as HostedModel

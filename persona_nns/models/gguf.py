@@ -12,18 +12,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from gguf import GGMLQuantizationType, LlamaFileType
+from gguf import LlamaFileType
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import (
     convert_gguf_tokenizer,
     get_gguf_tokenizer,
 )
-from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 
-from persona_nns.errors import PersonaError, UsageError, one_line
+from persona_nns.errors import UsageError, one_line
 from persona_nns.models.cache import is_kept, keep
-from persona_nns.models.gguf_config import config_of, read_architecture, scaled_rotation
-from persona_nns.models.gguf_weights import ROTATION, rotation_factors, write_weights
+from persona_nns.models.gguf_config import config_of
+from persona_nns.models.gguf_file import GGUFFile, read_gguf
+from persona_nns.models.gguf_weights import write_weights
 
 PROVENANCE = "provenance.json"
 # A part of the key in the cache: raised where the same file gives other weights or tokens.
@@ -34,7 +34,7 @@ _BEGINS = {"tokenizer.ggml.model": ("llama",), "tokenizer.ggml.pre": ("llama-bpe
 
 def is_gguf(name: str) -> bool:
     """Whether a model's name is that of a GGUF file."""
-    return name.lower().endswith(".gguf")
+    return name.lower().endswith(".gguf") and not Path(name).expanduser().is_dir()
 
 
 def kept_file(name: str) -> Path:
@@ -48,13 +48,16 @@ def kept_file(name: str) -> Path:
     if not file.is_file():
         raise UsageError(f"There is no file {name!r}.")
     stat = file.stat()
-    digest = file_digest(file.resolve(), (stat.st_size, stat.st_mtime_ns, stat.st_ino))
+    try:
+        digest = _digest(file.resolve(), (stat.st_size, stat.st_mtime_ns, stat.st_ino))
+    except OSError as error:
+        raise UsageError(f"The file {name!r} cannot be read: {one_line(error)}") from error
     origin = {"file": file.name, "sha256": digest}
     return keep(f"gguf-{digest[:24]}-{CONVERSION}", lambda place: convert(file, place, origin))
 
 
 @lru_cache(maxsize=64)
-def file_digest(file: Path, state: tuple[int, ...]) -> str:  # noqa: ARG001
+def _digest(file: Path, state: tuple[int, ...]) -> str:  # noqa: ARG001
     """SHA-256 of a file, computed once for each state (size, time) of it in a process."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -68,7 +71,7 @@ def provenance_of(source: str | Path) -> dict[str, Any]:
     token, or None); for a model from a package also ``package``, ``version``, ``wheels``,
     ``licence``, ``is_base``.
     """
-    if not is_kept(source):
+    if not is_kept(source) or not (Path(source) / PROVENANCE).is_file():
         return {}
     return json.loads((Path(source) / PROVENANCE).read_text(encoding="utf-8"))
 
@@ -101,65 +104,26 @@ def convert(
         template: a chat template in place of the file's own.
 
     Raises:
-        UsageError: its architecture or quantisation is not supported.
-        PersonaError: it is damaged, or does not fit its own metadata.
+        UsageError: it is damaged, or its architecture, quantisation or tokenizer not supported.
+        PersonaError: it does not fit its own metadata.
     """
-    shown = file.name
-    metadata, header = _read(file, shown)
-    shapes = {info.name: info.shape for info in header.tensors}
-    try:
-        config = config_of(metadata, shapes, shown)
-    except KeyError as error:
-        raise PersonaError(
-            f"The GGUF file {shown!r} does not say its {error.args[0]!r}."
-        ) from error
-    if ROTATION in shapes:
-        config.rope_parameters = scaled_rotation(rotation_factors(header), config, shown)
-    write_weights(header, str(metadata["general.architecture"]), config, folder, shown)
+    whole = read_gguf(file)
+    config = config_of(whole)
+    write_weights(whole, config, folder)
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     provenance = {
         **origin,
-        **_quantisation(metadata, header),
-        **_write_tokenizer(file, folder, metadata, template),
+        **_quantisation(whole),
+        **_write_tokenizer(whole, folder, template),
     }
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
 
 
-def _read(file: Path, shown: str) -> tuple[dict[str, Any], GgufHeader]:
-    """Metadata and table of a file.
-
-    Raises:
-        UsageError: not a GGUF file, or of an unknown quantisation.
-        PersonaError: a part of a file.
-    """
-    try:
-        metadata, _ = read_gguf_metadata(str(file))
-        read_architecture(metadata, shown)  # before its quantisation: what matters more
-        header = GgufHeader.from_file(str(file))
-    except UsageError:
-        raise
-    except Exception as error:  # struct, numpy and ValueError, whatever the damage
-        reason = one_line(error).replace(str(file), "it")
-        raise UsageError(f"The GGUF file {shown!r} cannot be read: {reason}") from error
-    if metadata.get("split.count", 1) > 1:
-        raise UsageError(
-            f"The GGUF file {shown!r} is one of {metadata['split.count']} parts; join them with "
-            "`llama-gguf-split --merge`."
-        )
-    end = max((info.offset + info.nbytes for info in header.tensors), default=0)
-    if file.stat().st_size < header.data_start + end:
-        raise PersonaError(
-            f"The GGUF file {shown!r} ends before its weights do: {file.stat().st_size:,} bytes of "
-            f"{header.data_start + end:,}; copy or download it again."
-        )
-    return metadata, header
-
-
-def _quantisation(metadata: Mapping[str, Any], header: GgufHeader) -> dict[str, Any]:
+def _quantisation(file: GGUFFile) -> dict[str, Any]:
     """How a file says that it is quantised, and how many tensors are of which type."""
-    types = Counter(GGMLQuantizationType(info.ggml_type).name for info in header.tensors)
-    said = metadata.get("general.file_type")
+    types = Counter(tensor.kind.name for tensor in file.tensors.values())
+    said = file.metadata.get("general.file_type")
     if said in list(LlamaFileType):
         name = LlamaFileType(said).name.partition("_")[2]  # of ALL_F32, MOSTLY_Q4_1
     else:
@@ -167,9 +131,7 @@ def _quantisation(metadata: Mapping[str, Any], header: GgufHeader) -> dict[str, 
     return {"quantisation": name, "tensors": dict(types.most_common())}
 
 
-def _write_tokenizer(
-    file: Path, folder: Path, metadata: Mapping[str, Any], template: str | None
-) -> dict[str, Any]:
+def _write_tokenizer(file: GGUFFile, folder: Path, template: str | None) -> dict[str, Any]:
     """Write the tokenizer, which puts a beginning-of-text token in front as the file says.
 
     Returns:
@@ -178,14 +140,14 @@ def _write_tokenizer(
     Raises:
         UsageError: a tokenizer of a kind that transformers does not know.
     """
-    begins = any(metadata.get(key) in kinds for key, kinds in _BEGINS.items())
-    adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", begins))
+    begins = any(file.metadata.get(key) in kinds for key, kinds in _BEGINS.items())
+    adds_bos = bool(file.metadata.get("tokenizer.ggml.add_bos_token", begins))
     try:
-        architecture, vocabulary, special = get_gguf_tokenizer(str(file))
+        architecture, vocabulary, special = get_gguf_tokenizer(str(file.path))
         backend, more = convert_gguf_tokenizer(architecture, vocabulary)
     except (KeyError, ValueError, IndexError) as error:
         raise UsageError(
-            f"The tokenizer of the GGUF file {file.name!r} is not supported: {one_line(error)}"
+            f"The tokenizer of the GGUF file {file.path.name!r} is not supported: {one_line(error)}"
         ) from error
     special = {name: token for name, token in special.items() if token is not None}
     bos = special.get("bos_token")

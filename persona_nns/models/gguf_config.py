@@ -5,7 +5,7 @@ width of a head, caps of logits) and takes a default instead; here it is read to
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,10 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from persona_nns.errors import UsageError
+from persona_nns.models.gguf_file import GGUFFile
 
+#: A tensor that is no weight: what Llama-3's rotary frequencies are divided by.
+ROTATION = "rope_freqs.weight"
 #: Architectures of files, and what transformers calls them.
 ARCHITECTURES = {
     "llama": "llama",
@@ -38,58 +41,53 @@ _LLAMA3 = {
 }
 
 
-def read_architecture(metadata: Mapping[str, Any], shown: str) -> str:
-    """The architecture of a file, a key of `ARCHITECTURES`.
+def config_of(file: GGUFFile) -> PreTrainedConfig:
+    """The configuration of a file's model.
 
     Raises:
-        UsageError: it is not supported.
+        UsageError: its architecture, or its rotary frequencies, are not supported, or it does not
+            say what it should.
     """
-    named = str(metadata["general.architecture"])
+    shown, named = file.path.name, file.architecture
     if named not in ARCHITECTURES:
         raise UsageError(
             f"The file {shown!r} holds a model of the architecture {named!r}; GGUF files are read "
             f"of {', '.join(ARCHITECTURES)}."
         )
     # llama.cpp has no name of its own for Mistral.
-    is_mistral = named == "llama" and "mistral" in str(metadata.get("general.name", "")).lower()
-    return "mistral" if is_mistral else named
+    is_mistral = named == "llama" and "mistral" in str(file.metadata.get("general.name")).lower()
+    try:
+        config = _read(file, "mistral" if is_mistral else named)
+    except KeyError as error:
+        raise UsageError(f"The GGUF file {shown!r} does not hold {error.args[0]!r}.") from error
+    if ROTATION in file.tensors:
+        config.rope_parameters = _divided(file.values(ROTATION), config, shown)
+    return config
 
 
-def config_of(
-    metadata: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], shown: str
-) -> PreTrainedConfig:
-    """The configuration of a file's model.
-
-    Args:
-        metadata: the file's keys and values.
-        tensors: names and shapes of its tensors.
-        shown: how to call it in a message.
-
-    Raises:
-        UsageError: its architecture, or its rotary frequencies, are not supported.
-    """
-    architecture = read_architecture(metadata, shown)
-    named = str(metadata["general.architecture"])
+def _read(file: GGUFFile, architecture: str) -> PreTrainedConfig:
+    """The configuration, but for frequencies that are divided; KeyError where it is not said."""
+    beginning, tensors = f"{file.architecture}.", file.tensors
     said = {
-        key.removeprefix(f"{named}."): value
-        for key, value in metadata.items()
-        if key.startswith(f"{named}.")
+        key.removeprefix(beginning): value
+        for key, value in file.metadata.items()
+        if key.startswith(beginning)
     }
     names = GGUF_CONFIG_MAPPING[architecture]
     read = {names[key]: value for key, value in said.items() if names.get(key) is not None}
     read |= {
-        f"{of}_token_id": metadata.get(f"tokenizer.ggml.{kind}_token_id")
+        f"{of}_token_id": file.metadata.get(f"tokenizer.ggml.{kind}_token_id")
         for kind, of in _SPECIAL.items()
     }
-    read["vocab_size"] = tensors["token_embd.weight"][0]
+    read["vocab_size"] = tensors["token_embd.weight"].shape[0]
     read["tie_word_embeddings"] = "output.weight" not in tensors
     read |= _attention(architecture, said, tensors)
-    read |= _rotation(architecture, said, read, shown)
+    read |= _rotation(architecture, said, read, file.path.name)
     return AutoConfig.for_model(ARCHITECTURES[architecture], **read)
 
 
 def _attention(
-    architecture: str, said: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]
+    architecture: str, said: Mapping[str, Any], tensors: Collection[str]
 ) -> dict[str, Any]:
     """Widths, windows, caps and biases of attention."""
     heads = said["attention.head_count"]
@@ -139,7 +137,7 @@ def _rotation(
     return {"rope_parameters": {"full_attention": scaled, "sliding_attention": near}}
 
 
-def scaled_rotation(factors: np.ndarray, config: PreTrainedConfig, shown: str) -> dict[str, Any]:
+def _divided(factors: np.ndarray, config: PreTrainedConfig, shown: str) -> dict[str, Any]:
     """The ``rope_parameters`` that divide the rotary frequencies as a file says.
 
     Args:

@@ -7,57 +7,43 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
-from gguf.quants import dequantize
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.integrations.gguf.reader import GgufHeader, TensorInfo
 
 from persona_nns.errors import PersonaError
+from persona_nns.models.gguf_config import ROTATION
+from persona_nns.models.gguf_file import GGUFFile
 
-#: A tensor that is no weight: what Llama-3's rotary frequencies are divided by.
-ROTATION = "rope_freqs.weight"
 _SHARD = 2**31
 _KINDS = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
-_PLAIN = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
 
 
-def write_weights(
-    header: GgufHeader, architecture: str, config: PreTrainedConfig, folder: Path, shown: str
-) -> None:
+def write_weights(file: GGUFFile, config: PreTrainedConfig, folder: Path) -> None:
     """Write the weights as safetensors in float32, with a bar on stderr.
 
     Args:
-        header: the file's table.
-        architecture: as the file calls it.
+        file: where they are.
         config: of its model; told the model's class and precision.
         folder: where to write.
-        shown: how to call the file in a message.
 
     Raises:
         PersonaError: tensors are missing, of another shape, or have no place in the architecture.
     """
-    names = _names(header, architecture, config, shown)
+    names = _names(file, config)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        infos = [info for info in header.tensors if info.name in names]
-        for info in track(infos, f"Dequantising {shown}", console=Console(stderr=True)):
-            values = _as_in_transformers(_values(header, info), info.name, architecture, config)
-            yield names[info.name], torch.from_numpy(values)
+        told = f"Dequantising {file.path.name}"
+        for name in track([*names], told, console=Console(stderr=True)):
+            values = _as_in_transformers(file.values(name), name, file.architecture, config)
+            yield names[name], torch.from_numpy(values)
 
     _write_shards(tensors(), folder)
 
 
-def rotation_factors(header: GgufHeader) -> np.ndarray:
-    """What the rotary frequencies of a file are divided by, `[head_dim / 2]`."""
-    return next(_values(header, info) for info in header.tensors if info.name == ROTATION)
-
-
-def _names(
-    header: GgufHeader, architecture: str, config: PreTrainedConfig, shown: str
-) -> dict[str, str]:
+def _names(file: GGUFFile, config: PreTrainedConfig) -> dict[str, str]:
     """Names of a file's tensors → those of transformers.
 
     Raises:
@@ -70,13 +56,13 @@ def _names(
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
     # gguf has no name for Mistral: llama.cpp takes it for a Llama.
-    kind = _KINDS.get(architecture, MODEL_ARCH.LLAMA)
+    kind = _KINDS.get(file.architecture, MODEL_ARCH.LLAMA)
     table = get_tensor_name_map(kind, config.num_hidden_layers)
     names: dict[str, str] = {}
     for name in wanted:
         stem, _, suffix = name.rpartition(".")
         names[f"{table.get_name(stem)}.{suffix}"] = name
-    shapes = {info.name: info.shape for info in header.tensors if info.name != ROTATION}
+    shapes = {name: each.shape for name, each in file.tensors.items() if name != ROTATION}
     other = [name for name in names if shapes.get(name, wanted[names[name]]) != wanted[names[name]]]
     for what, which in (
         ("lacks weights of its architecture", set(names) - set(shapes)),
@@ -85,18 +71,9 @@ def _names(
     ):
         if which:
             raise PersonaError(
-                f"The GGUF file {shown!r} {what}: {len(which)}, such as {min(which)}."
+                f"The GGUF file {file.path.name!r} {what}: {len(which)}, such as {min(which)}."
             )
     return names
-
-
-def _values(header: GgufHeader, info: TensorInfo) -> np.ndarray:
-    """A tensor of a file in float32."""
-    data = np.memmap(header.path, mode="r", dtype=np.uint8)
-    start = header.data_start + info.offset
-    raw = np.array(data[start : start + info.nbytes]).reshape(*info.shape[:-1], -1)
-    kind = GGMLQuantizationType(info.ggml_type)
-    return dequantize(raw.view(_PLAIN.get(kind, np.uint8)), kind).astype(np.float32, copy=False)
 
 
 def _as_in_transformers(
