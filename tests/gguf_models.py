@@ -14,7 +14,7 @@ F32 = gguf.GGMLQuantizationType.F32
 # Blocks of a quantised row are of 32 numbers: narrower models than these cannot be quantised.
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _NAMES = {"gemma3_text": "gemma3", "mistral": "llama"}
