@@ -259,7 +259,10 @@ def forked(work: Callable[[], None], kill_at: int | None = None) -> int | None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_kill_at_any_moment_leaves_nothing_that_is_taken_for_a_model(gguf_file: Path) -> None:
+@pytest.mark.parametrize("n_steps", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_kill_at_any_moment_leaves_nothing_that_is_taken_for_a_model(
+    gguf_file: Path, n_steps: int
+) -> None:
     def work() -> None:
         find_checkpoint(str(gguf_file))
 
@@ -269,9 +272,10 @@ def test_a_kill_at_any_moment_leaves_nothing_that_is_taken_for_a_model(gguf_file
     shutil.rmtree(models_folder())
     calls = forked(work)
     assert calls is not None
-    steps = [calls * step // 12 for step in range(1, 12)]
+    steps = [calls * step // (n_steps + 1) for step in range(1, n_steps + 1)]
+    last = (500, 150, 60, 30, 15, 6)[-(n_steps // 2) :]
     killed = 0
-    for moment in [*steps, *(calls - before for before in (500, 150, 60, 30, 15, 6))]:
+    for moment in [*steps, *(calls - before for before in last)]:
         shutil.rmtree(models_folder())
         killed += forked(work, moment) is None
         place = Path(find_checkpoint(str(gguf_file))[0])

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import persona_nns as pn
 from persona_nns.models.cache import CACHE, models_folder
 from persona_nns.models.checkpoints import find_checkpoint, load_weights, model_label
-from persona_nns.models.load import load_model, record_of
+from persona_nns.models.load import end_tokens, load_model, record_of
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -121,7 +121,12 @@ def test_a_run_says_where_its_weights_come_from(
     make: Callable[..., tuple[Path, Path]], tmp_path: Path, small_grid: Any
 ) -> None:
     _, file = make("qwen2", kind=Q8_0)
-    asked: dict[str, Any] = {"layers": [1], "positions": ["p_last"], "store": tmp_path / "s.zarr"}
+    asked: dict[str, Any] = {
+        "layers": [1],
+        "positions": ["p_last"],
+        "cells": ["yoda/haiku"],
+        "store": tmp_path / "s.zarr",
+    }
     results = pn.run("localized_positions", load_model(file), small_grid, **asked)
     said = json.loads(results.attrs["model_provenance"])
     assert (said["file"], said["quantisation"]) == ("tiny-qwen2.gguf", "Q8_0")
@@ -260,6 +265,11 @@ def test_no_token_is_put_in_front_where_the_file_says_so(
         warnings.simplefilter("error")
         model: Any = load_model(file)
     assert model.tokenizer("a")["input_ids"] == model.tokenizer.convert_tokens_to_ids(["a"])
+
+
+def test_a_turn_ends_where_the_file_says(make: Callable[..., tuple[Path, Path]]) -> None:
+    _, file = make(metadata={"tokenizer.ggml.eot_token_id": 5})
+    assert end_tokens(load_model(file)) == [2, 5]
 
 
 def test_an_adapter_finds_a_base_in_a_gguf_file(

@@ -111,13 +111,22 @@ def convert(
     config = config_of(whole)
     write_weights(whole, config, folder)
     config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    generation = GenerationConfig.from_model_config(config)
+    ends = _ends(whole)
+    generation.eos_token_id = ends if len(ends) > 1 else config.eos_token_id
+    generation.save_pretrained(folder)
     provenance = {
         **origin,
         **_quantisation(whole),
         **_write_tokenizer(whole, folder, template),
     }
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def _ends(file: GGUFFile) -> list[int]:
+    """The tokens that, as the file says, end a text or a turn of it."""
+    named = (file.metadata.get(f"tokenizer.ggml.{which}_token_id") for which in ("eos", "eot"))
+    return [*dict.fromkeys(token for token in named if token is not None)]
 
 
 def _quantisation(file: GGUFFile) -> dict[str, Any]:
