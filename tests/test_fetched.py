@@ -24,10 +24,11 @@ from test_cli import Command, command
 
 import persona_nns as pn
 from persona_nns.models import cache, fetched
-from persona_nns.models.cache import CACHE, models_folder
+from persona_nns.models.cache import models_folder
 from persona_nns.models.checkpoints import find_checkpoint, load_weights, model_label
 from persona_nns.models.fetched import FetchedModel, Wheel, fetch_model, is_available
 from persona_nns.models.load import load_model, record_of
+from persona_nns.prompts.fetching import CACHE
 
 __all__ = ["command"]
 

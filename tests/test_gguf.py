@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import persona_nns as pn
-from persona_nns.models.cache import CACHE, models_folder
+from persona_nns.models.cache import models_folder
 from persona_nns.models.checkpoints import find_checkpoint, load_weights, model_label
 from persona_nns.models.load import end_tokens, load_model, record_of
+from persona_nns.prompts.fetching import CACHE
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -14,20 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from persona_nns.errors import PersonaError, one_line
+from persona_nns.prompts.fetching import CACHE, cache_folder
 
-#: The environment variable that names another folder than the user's cache.
-CACHE = "PERSONA_NNS_CACHE"
 _MAKING = ".making"
 
 
 def models_folder() -> Path:
     """The folder whose folders are the models."""
-    own = os.environ.get(CACHE)
-    return (Path(own).expanduser() if own else user_cache_path("persona-nns")) / "models"
+    return cache_folder() / "models"
 
 
 def is_kept(folder: str | Path) -> bool:

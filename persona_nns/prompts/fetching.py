@@ -11,12 +11,14 @@ from platformdirs import user_cache_path
 
 from persona_nns.errors import PersonaError
 
+#: The environment variable that names another folder than the user's cache.
+CACHE = "PERSONA_NNS_CACHE"
 _SECONDS = 1800  # a slow line, not a hanging one: pip gives up on those itself
 
 
 def cache_folder() -> Path:
     """Where what is fetched is kept: ``PERSONA_NNS_CACHE``, else the user's cache folder."""
-    given = os.environ.get("PERSONA_NNS_CACHE")
+    given = os.environ.get(CACHE)
     return Path(given).expanduser() if given else user_cache_path("persona-nns")
 
 
