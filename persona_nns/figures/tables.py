@@ -155,7 +155,8 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
     over, across = _summarised(results, array, down)
     n_units = int(results["completed"].any("model").sum())
     note = clean_marker_note(results) if name in _OF_MARKERS else ""
-    counted = f"{n_units} cells" if over == ["cell"] else f"every {', '.join(over)}"
+    cells = "1 cell" if n_units == 1 else f"{n_units} cells"
+    counted = cells if over == ["cell"] else f"every {', '.join(over)}"
     table = new_table(
         Text(title if units == "1" else f"{title} in {units}"),
         caption=Text(". ".join(filter(None, (f"{statistic} [{spread}] over {counted}", note)))),
