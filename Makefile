@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 # Two processes that take a file at a time, in the order of tests/conftest.py: what the tests of a
 # file share is made once.
-TWO := -n 2 --dist loadfile --no-loadscope-reorder
+TWO := -n 2 --dist loadfile --no-loadscope-reorder --durations 30 --durations-min 3
 
 .PHONY: demo test test-quick test-slow check clean
 

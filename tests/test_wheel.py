@@ -117,6 +117,7 @@ GRID = {"grid": "review", "cells": "doctor/plan,chef/arch"}
 TALK = {"max_new_tokens": 4, "temperature": 0}
 OWN_INPUTS: dict[str, dict[str, Any]] = {
     "persona_patching": {"identities": "identities.txt", "n_questions": 1},
+    "persona_accuracy": {"identities": "identities.txt", "n_questions": 1},
     "trait_vectors": {"responses": "cheerful.jsonl", "judge": "none"},
     "trait_steering": {
         "responses": "cheerful.jsonl",
