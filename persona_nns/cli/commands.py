@@ -3,6 +3,7 @@
 Heavy imports wait until a command needs them. The commands under ``run`` are in `run_command`.
 """
 
+import gc
 import os
 import shlex
 import sys
@@ -349,6 +350,7 @@ def _leave_out_dask(store: str, experiment: str) -> None:
 
     if "xarray" not in sys.modules and bytes_in_memory(store, _name_of(experiment)) < _SMALL:
         sys.modules["dask"] = None  # type: ignore[assignment] - what Python calls not installed
+        gc.disable()  # nothing that importing makes is garbage, and the process soon ends
 
 
 def _name_of(experiment: str) -> str:
