@@ -201,3 +201,18 @@ def test_a_variable_that_is_added_without_a_new_version_is_refused(
             run(own, model, small_grid, layers="1", cells=asked, store=store)
     own.write_text(own.read_text().replace("protocol_version = 1", "protocol_version = 2"))
     assert bool(run(own, model, small_grid, layers="1", store=store).more.notnull().all())
+
+
+def test_more_layers_of_patching_are_those_that_are_measured_at_once(
+    tmp_path: Path, model: TransformersModel
+) -> None:
+    (tmp_path / "identities.txt").write_text("good\nbad\n")
+    asked = {"identities": str(tmp_path / "identities.txt"), "n_questions": 1}
+    first = run("persona_patching", model, layers="1", store=tmp_path / "s.zarr", **asked)
+    both = run("persona_patching", model, layers="1,3", store=tmp_path / "s.zarr", **asked)
+    plain = run("persona_patching", model, layers="1,3", store=tmp_path / "p.zarr", **asked)
+    assert first.attrs["run"] != both.attrs["run"] == plain.attrs["run"]
+    numbers = [name for name, array in plain.data_vars.items() if array.dtype.kind == "f"]
+    for name in set(numbers) - {"seconds"}:
+        np.testing.assert_allclose(both[name], plain[name], rtol=1e-3, atol=1e-4, err_msg=str(name))
+    assert len(pn.list_runs(tmp_path / "s.zarr")) == 3  # layer 3 alone was measured for the second
