@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xarray as xr
 
 from persona_nns.declarations.catalog import Experiment, bundled_experiments, load_experiment
@@ -20,14 +19,13 @@ from persona_nns.errors import PersonaError, first_line
 from persona_nns.prompts.grids import Grid
 from persona_nns.results.measured import is_count
 from persona_nns.results.reading import RunInfo, open_results
+from persona_nns.runs.rounding import same_but_for_rounding
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
 
     from persona_nns.runs.run import PlannedRun
 
-# Results of other batches, devices and versions of torch differ by rounding.
-_RTOL, _ATOL = 1e-3, 1e-4
 _HOSTED = "hosted "  # begins the version of a model that was never loaded where the run was asked
 _DETERMINING = (
     *("protocol_version", "model_version", "precision", "architecture", "attn_implementation"),
@@ -262,12 +260,8 @@ def _compare(results: xr.Dataset, planned: "PlannedRun", units: Sequence[Unit]) 
         for name in request.plan.names_written(unit, axes):
             here = {axis: label for axis, label in unit.place.items() if axis in axes[name]}
             kept, values = results[name].sel(here).values, anew[name].sel(here).values
-            same = kept.shape == values.shape and (
-                np.allclose(kept, values, rtol=_RTOL, atol=_ATOL, equal_nan=True)
-                if kept.dtype.kind == "f" and not is_count(results[name])
-                else np.array_equal(kept, values, equal_nan=kept.dtype.kind == "f")
-            )
-            if not same:
+            exact = kept.dtype.kind != "f" or is_count(results[name])
+            if not same_but_for_rounding(kept, values, exact=exact):
                 wrong.setdefault(name, []).append(unit.label)
     for name, labels in wrong.items():
         yield f"{name!r} of {', '.join(labels)} is not what is computed anew."

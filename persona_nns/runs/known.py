@@ -23,9 +23,7 @@ from persona_nns.results.reading import RunInfo, list_runs
 from persona_nns.results.store import open_root
 from persona_nns.runs.identity import now, session_name
 from persona_nns.runs.request import Request
-
-# Rounding of other batches.
-_RTOL, _ATOL = 1e-3, 1e-4
+from persona_nns.runs.rounding import same_but_for_rounding
 
 
 @dataclass(frozen=True)
@@ -165,11 +163,10 @@ def _on_layers(
 
 def agrees(known: Known, request: Request, unit: Unit, anew: Mapping[str, NDArray[Any]]) -> bool:
     """Whether a unit measured anew, on the request's layers, is what a run holds of it."""
-    held = values_of(request, [known], unit)
-    return all(_close(value, np.asarray(anew[name][0])) for name, value in held.items())
-
-
-def _close(held: NDArray[Any], anew: NDArray[Any]) -> bool:
-    if held.shape != anew.shape or anew.dtype.kind not in "fiu":
-        return held.tolist() == anew.tolist()
-    return np.allclose(held, anew, rtol=_RTOL, atol=_ATOL, equal_nan=True)
+    variables = request.block.variables
+    return all(
+        same_but_for_rounding(
+            held, np.asarray(anew[name][0]), exact=variables[name].kind != "float"
+        )
+        for name, held in values_of(request, [known], unit).items()
+    )
