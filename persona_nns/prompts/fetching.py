@@ -22,6 +22,12 @@ def cache_folder() -> Path:
     return Path(given).expanduser() if given else user_cache_path("persona-nns")
 
 
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def fetch_wheel(package: str, version: str, sha256: str, into: Path) -> Path:
     """Download the wheel of a package's version with pip, and nothing that it depends on.
 
@@ -63,9 +69,7 @@ def fetch_wheel(package: str, version: str, sha256: str, into: Path) -> Path:
             f"{wanted} cannot be fetched ({reason or 'pip put no wheel there'}): see that pip "
             f"reaches its package index, or install {wanted}."
         )
-    with wheels[0].open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
+    if (found := sha256_of(wheels[0])) != sha256:
         raise PersonaError(
             f"The wheel of {wanted} that pip downloaded is not the one that is known (sha256 "
             f"{found}, not {sha256}), so it is not used; see which package index pip is set to."
