@@ -72,11 +72,16 @@ def _root(
 def demo(
     store: Annotated[str, typer.Option(help="Where the results go.")] = DEMO_STORE,
     figures: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("stores/demo"),
+    quick: Annotated[  # noqa: FBT002
+        bool,
+        typer.Option("--quick", help="On the bundled models, in a quarter of the time."),
+    ] = False,
 ) -> None:
-    """Run the main experiment on the bundled models: results, figures, and a table."""
-    from persona_nns.cli.demo import run_demo
+    """Tell the paper's story on SmolLM2, which is fetched: results, figures, and tables."""
+    from persona_nns.cli.demo import choose_story, run_demo
 
-    run_demo(store, figures.expanduser(), terminal.out)
+    story = choose_story(quick=quick, console=terminal.err)
+    run_demo(story, store, figures.expanduser(), terminal.out)
 
 
 @app.command()

@@ -1,10 +1,11 @@
-"""The demo: the paper's story on the bundled models, from model to figure, in three acts.
+"""The demo: the paper's story from model to figure, in three acts, on a language model.
 
 Persona and task add up locally; a vector injected into another prompt does not replace the persona
 text; the keys and values of the persona's tokens do what one vector cannot.
 """
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,63 @@ from rich.table import Table
 from rich.text import Text
 
 from persona_nns.declarations.catalog import load_experiment
+from persona_nns.errors import PersonaError
 from persona_nns.figures.drawing import draw, save_figure
 from persona_nns.figures.tables import new_table, number
 from persona_nns.models.checkpoints import bundled_models
+from persona_nns.models.fetched import fetch_model
 from persona_nns.models.load import load_model
 from persona_nns.results.reading import open_results
 from persona_nns.runs.run import run
 
 GRIDS = ("short", "long")
-#: What is run: experiment, grid, and what is asked for beside the defaults.
-REQUESTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    *(("localized_positions", grid, {"layers": "all"}) for grid in GRIDS),
-    ("behavioral_markers", "review", {}),
-    ("host_injection", "review", {}),
-    ("kv_graft", "review", {}),
-    ("attention_knockout", "review", {}),
+REAL = "smollm2-135m-instruct"
+Request = tuple[str, str, dict[str, Any]]
+"""Experiment, grid, and what is asked for beside the defaults."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the demo is told on.
+
+    Attributes:
+        models: their names.
+        folder: where its figures go, below the folder of all figures.
+        requests: what is run.
+        caveat: what its numbers are evidence about.
+    """
+
+    models: tuple[str, ...]
+    folder: str
+    requests: tuple[Request, ...]
+    caveat: str
+
+
+def _requests(layers: dict[str, Any], bands: dict[str, Any]) -> tuple[Request, ...]:
+    return (
+        *(("localized_positions", grid, layers) for grid in GRIDS),
+        ("behavioral_markers", "review", {}),
+        ("host_injection", "review", {}),
+        ("kv_graft", "review", bands),
+        ("attention_knockout", "review", bands),
+    )
+
+
+#: 30 layers: the additive KL at the five depths of the paper, and few bands.
+ON_A_LANGUAGE_MODEL = Story(
+    models=(REAL,),
+    folder=REAL,
+    requests=_requests({}, {"bands": "all,0,0:15,15:30"}),
+    caveat="One small language model (135M parameters, weights of 4 bits dequantised). Whether it "
+    "is so elsewhere, the same commands with another --model say.",
 )
-CAVEAT = (
-    "The bundled models are trained on synthetic text to show this shape; evidence about the "
-    "method and the code, not about language models."
+#: 8 layers, seconds each: every layer and every band.
+ON_ORGANISMS = Story(
+    models=tuple(bundled_models()),
+    folder="organisms",
+    requests=_requests({"layers": "all"}, {}),
+    caveat="The bundled models are trained on synthetic text to show this shape; evidence about "
+    "the method and the code, not about language models.",
 )
 _CONDITIONS = {
     "clean": "the role prompt",
@@ -42,18 +81,37 @@ _CONDITIONS = {
 }
 
 
-def run_demo(store: str, figures: Path, console: Console) -> None:
-    """Run the paper's experiments, and what goes past them, on every bundled model.
+def choose_story(*, quick: bool, console: Console) -> Story:
+    """The story on a language model, which is fetched; on the bundled ones where it cannot be.
 
     Args:
+        quick: the bundled models are asked for.
+        console: where it is said that, and why, the language model cannot be had.
+    """
+    if quick:
+        return ON_ORGANISMS
+    try:
+        fetch_model(REAL)
+    except PersonaError as error:
+        went_on = f"{error}\nThe demo runs on the bundled models instead, as with --quick."
+        console.print(went_on, markup=False, highlight=False, soft_wrap=True)
+        return ON_ORGANISMS
+    return ON_A_LANGUAGE_MODEL
+
+
+def run_demo(story: Story, store: str, figures: Path, console: Console) -> None:
+    """Run the paper's experiments, and what goes past them.
+
+    Args:
+        story: from `choose_story`.
         store: where the results go; what it already holds is not computed again.
         figures: folder for the figures.
         console: where the tables are printed.
     """
     runs: dict[tuple[str, str], list[str]] = {}
-    for name in bundled_models():
+    for name in story.models:
         model = load_model(name)
-        for experiment, grid, asked in REQUESTS:
+        for experiment, grid, asked in story.requests:
             results = run(load_experiment(experiment), model, grid, store=store, **asked)
             runs.setdefault((experiment, grid), []).append(results.attrs["run"])
     drawn: list[str] = []
@@ -62,7 +120,8 @@ def run_demo(store: str, figures: Path, console: Console) -> None:
         results = open_results(store, experiment, run=runs[experiment, grid])
         opened[experiment, grid] = results
         for name, figure in draw(results, experiment).items():
-            drawn += save_figure(figure, figures / f"{experiment}-{grid}-{name}.png", pdf=True)
+            file = figures / story.folder / f"{experiment}-{grid}-{name}.png"
+            drawn += save_figure(figure, file, pdf=True)
     console.print(Text("\n1. Local additivity holds", style="bold"))
     for grid in GRIDS:
         console.print(_additivity(opened["localized_positions", grid]))
@@ -72,10 +131,10 @@ def run_demo(store: str, figures: Path, console: Console) -> None:
     console.print(Text("3. Keys and values carry what a vector cannot", style="bold"))
     grafts, knockout = (opened[name, "review"] for name in ("kv_graft", "attention_knockout"))
     console.print(_grafts(grafts, knockout))
-    console.print(CAVEAT, style="italic")
+    console.print(story.caveat, style="italic")
     closing = (
         f"Results: {store}\n"
-        f"Figures: {len(drawn)} files in {figures}, such as {drawn[0]}\n"
+        f"Figures: {len(drawn)} files in {figures / story.folder}, such as {drawn[0]}\n"
         f"More: persona-nns show {shlex.quote(store)} localized_positions --grid long"
     )
     console.print(closing, markup=False, highlight=False, soft_wrap=True)
@@ -144,8 +203,11 @@ def _grafts(grafts: xr.Dataset, knockout: xr.Dataset) -> Table:
         "way to the host the run has then gone: 1 − KL(host ‖ knocked out) / KL(host ‖ clean).",
     )
     closure, size = grafts.closure.median("cell"), grafts.cache_bytes.median(["model", "cell"])
+    n_layers = int(grafts.n_layers.max())
     for graft, band, what in (
         ("persona", "0", "persona, layer 0 only"),
+        ("persona", f"0:{n_layers // 2}", "persona, first half of the layers"),
+        ("persona", f"{n_layers // 2}:{n_layers}", "persona, second half"),
         ("persona", "all", "persona"),
         ("task+tail", "all", "task and tail"),
         ("persona+task", "all", "persona and task"),

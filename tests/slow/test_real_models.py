@@ -3,10 +3,12 @@
 `persona-nns models --get NAME` puts one there.
 """
 
+import io
 import json
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 from nnsight import TransformersModel
+from rich.console import Console
 from safetensors.torch import load_file
 
+from persona_nns.cli import demo
 from persona_nns.models.checkpoints import (
     find_checkpoint,
     load_weights,
@@ -140,3 +144,26 @@ def test_every_number_of_the_published_script_is_reproduced_on_smollm2(
                     atol=1e-4,
                     err_msg=f"{ours} at {probe}, layer {layer}",
                 )
+
+
+def test_the_demo_is_told_on_smollm2(
+    real: Callable[[str], TransformersModel], tmp_path: Path
+) -> None:
+    real(demo.REAL)
+    console = Console(width=80, record=True, file=io.StringIO())
+    story = demo.choose_story(quick=False, console=console)
+    assert story is demo.ON_A_LANGUAGE_MODEL
+    assert console.export_text() == ""
+    cells = {"short": "yoda/haiku,marx/policy", "long": "chef/haiku", "review": "chef/plan"}
+    few = tuple(
+        (name, grid, {**asked, "cells": cells[grid]}) for name, grid, asked in story.requests
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a template's own text, personas without a marker
+        demo.run_demo(replace(story, requests=few), str(tmp_path / "d.zarr"), tmp_path, console)
+    printed = console.export_text()
+    assert "nan" not in printed.lower()
+    assert "smollm2" in printed
+    assert max(map(len, printed.splitlines()[:-3])) <= 80
+    drawn = {file.name.split("-")[0] for file in (tmp_path / demo.REAL).glob("*.png")}
+    assert drawn == {name for name, *_ in few}
