@@ -6,10 +6,16 @@ PYTHON ?= python3
 # file share is made once.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder --durations 30 --durations-min 3
 
-.PHONY: demo test test-quick test-slow check clean
+.PHONY: demo test test-quick test-slow check findings clean
 
 demo: $(VENV)/ready
 	$(BIN)/persona-nns demo
+
+# The store is kept as an archive: what it holds is not measured again.
+findings: $(VENV)/ready
+	test -d stores/findings.zarr || $(PYTHON) -m zipfile -e stores/findings.zip stores/findings.zarr
+	docs/findings/measure.sh stores/findings.zarr
+	$(BIN)/python docs/findings/tables.py stores/findings.zarr docs/findings
 
 # Side by side: types take as long on one core as a third of the tests does on two.
 test: $(VENV)/ready

@@ -1,6 +1,7 @@
 """How much prefix reuse and layer resume save, side by side in one run.
 
     python tests/benchmarks/reuse.py small       the bundled model, long grid, all layers
+    python tests/benchmarks/reuse.py real        SmolLM2-135M-Instruct, short and long grid
     python tests/benchmarks/reuse.py large       24 layers, 896 wide (random), short grid, 5 layers
     python tests/benchmarks/reuse.py long        the same on long prompts
     python tests/benchmarks/reuse.py growth      time against cells, layers, positions and length
@@ -47,6 +48,15 @@ def small() -> None:
     model = load_model("organism-qwen2")
     cells = list(load_grid("long").cells)
     compare(model, cells, parse_layers("all", len(model.layers)), sample=12)
+
+
+def real() -> None:
+    """A language model, on both grids of the paper at its five depths."""
+    model = load_model("smollm2-135m-instruct", dtype="float32")
+    for grid in ("short", "long"):
+        cells = list(load_grid(grid).cells)
+        layers = parse_layers(DEPTHS, len(model.layers))
+        compare(model, cells, layers, sample=2, turns=5, batched=False)
 
 
 def large() -> None:
@@ -265,7 +275,7 @@ def matmul_rate(width: int, n_rows: int) -> float:
 
 
 if __name__ == "__main__":
-    wanted = {"small": small, "large": large, "long": long, "growth": growth, "memory": memory}
+    wanted = {each.__name__: each for each in (small, real, large, long, growth, memory)}
     if len(sys.argv) != 2 or sys.argv[1] not in wanted:
         sys.exit(f"usage: reuse.py {'|'.join(wanted)}")
     wanted[sys.argv[1]]()

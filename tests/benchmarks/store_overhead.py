@@ -49,7 +49,8 @@ def measure_demo(folder: Path) -> None:
     ):
         timed(owner, name)
     started = time.perf_counter()
-    demo.run_demo(str(folder / "s.zarr"), folder / "figures", Console(quiet=True))
+    console = Console(quiet=True)
+    demo.run_demo(demo.ON_ORGANISMS, str(folder / "s.zarr"), folder / "figures", console)
     total = time.perf_counter() - started
     store = sum(spent[name] for name in ("write", "end", "_next"))
     print(

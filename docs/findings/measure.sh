@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# What the findings are measured with: a language model, and beside it the two bundled models whose
+# truth is known. `make findings` calls it with the store; what that holds is not measured again.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+store=$1
+real="--model smollm2-135m-instruct"
+toys="--model organism-qwen2 --model organism-gemma2"
+run() { .venv/bin/persona-nns run "$@" --store "$store"; }
+
+# Where do persona and task add up? 30 layers; 8 in the toys.
+run localized_positions $real --grid short --layers all --positions p_user_last,p_last,g1,g2
+run localized_positions $real --grid long --layers 4,8,12,16,21,26 --positions p_last,g1,g2
+run localized_positions $toys --grid short --layers all --positions p_user_last,p_last,g1,g2
+run localized_positions $toys --grid long --layers all --positions p_last,g1,g2
+
+# Does the sum, or the residual itself, replace the persona's text? The paper's sets of layers, at
+# the nearest depths.
+run behavioral_markers $real
+run behavioral_markers $toys
+run host_injection $real --layer-sets \
+    "16;12,14,16;12,14,16,18,21;12,14,16,18,21,23,25;7,9,12,14,16,18,21,23,25"
+run host_injection $toys --layer-sets "4;3,4,5;2,3,4,5,6;0,1,2,3,4,5,6,7"
+run injection_controls $real
+run injection_controls $toys
+
+# What carries the persona?
+run kv_graft $real
+run kv_graft $toys
+run attention_knockout $real --bands "all,3,6,9,12,15,18,21,24,27,\
+0:3,0:6,0:9,0:12,0:15,0:18,0:21,0:24,0:27,3:30,6:30,9:30,12:30,15:30,18:30,21:30,24:30,27:30"
+run attention_knockout $toys
+
+# Do persona words change what it gets right?
+run persona_accuracy $real --questions mmlu-dev --identities docs/findings/identities.txt

@@ -1,0 +1,327 @@
+"""The tables of the findings, out of their store: ``python docs/findings/tables.py STORE FOLDER``.
+
+A table is a CSV file in which numbers stand as they are printed. `measure.sh` fills the store.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+import persona_nns as pn
+from persona_nns.figures.estimates import closures_of_medians, estimate_table
+from persona_nns.figures.intervals import share_interval
+from persona_nns.published.compare import summarise
+from persona_nns.published.store import published_store
+
+REAL = "smollm2-135m-instruct"
+MODELS = (REAL, "organism-qwen2", "organism-gemma2")
+DEPTHS = (0.25, 0.40, 0.55, 0.70, 0.85)
+Row = dict[str, Any]
+
+
+def write_tables(store: str, folder: Path) -> None:
+    """Write every table, as a CSV file named like its function."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for table in TABLES:
+        frame = pd.DataFrame(table(store))
+        frame.to_csv(folder / f"{table.__name__}.csv", index=False, lineterminator="\n")
+
+
+def additivity(store: str) -> Iterator[Row]:
+    """The additive sum at one site: KL, cosine, and what it misses before and after the norm."""
+    for grid in ("short", "long"):
+        for results in open_each(store, "localized_positions", grid):
+            n_layers = int(results.n_layers.item())
+            for depth in DEPTHS:
+                layer = round(depth * n_layers)
+                at = results.sel(layer=layer)
+                yield {
+                    **head(results, grid=grid),
+                    "layer": f"{layer} of {n_layers}",
+                    **{f"KL {p}": quartiles(at.kl.sel(position=p)) for p in ("p_last", "g1", "g2")},
+                    **{
+                        name: quartiles(at[variable].sel(position="p_last"))
+                        for name, variable in (
+                            ("cosine", "cos_additive"),
+                            ("missed", "gap_ratio"),
+                            ("missed after the norm", "gap_ratio_post_norm"),
+                            ("KL, size put right", "kl_rms_matched"),
+                            ("KL, size put wrong", "kl_rms_only"),
+                        )
+                    },
+                }
+
+
+def paper_tables_1_and_2(store: str) -> Iterator[Row]:
+    """Median KL of the additive sum: the published models, and a fourth column."""
+    for table, grid in ((1, "short"), (2, "long")):
+        published = list(open_published("localized_positions", grid))
+        asked = [at_depths(results, grid) for results in published]
+        own = next(open_each(store, "localized_positions", grid, (REAL,)))
+        asked.append(at_depths(own, grid))
+        for place in range(len(asked[0])):
+            for position in ("p_last", "g1", "g2"):
+                row: Row = {"table": table, "grid": grid, "position": position}
+                for results, layers in zip((*published, own), asked, strict=True):
+                    kl = summarise(results, "kl")
+                    (at,) = kl.query(
+                        f"layer == {layers[place]} and position == '{position}'"
+                    ).itertuples()
+                    row[model_of(results)] = (
+                        f"{number(at.value)} [{number(at.q25)}, {number(at.q75)}], "
+                        f"layer {layers[place]}"
+                    )
+                yield row
+
+
+def paper_table_3(store: str) -> Iterator[Row]:
+    """Markers under four conditions: Gemma-2-2B as published, and SmolLM2."""
+    sides = [*open_published("behavioral_markers", "review"), *smollm2(store, "behavioral_markers")]
+    for condition in sides[0].condition.values:
+        row: Row = {"condition": condition}
+        for results in sides:
+            at = results.isel(model=0, layer=0).sel(condition=condition)
+            distinct = float(at.distinct_markers.astype(float).mean())
+            row[model_of(results)] = f"{rate(at.any_marker)}; distinct {distinct:.2f}"
+        yield row
+
+
+def paper_table_4(store: str) -> Iterator[Row]:
+    """Host injection: median KL and closure of the medians, by source and set of layers."""
+    sides = [*open_published("host_injection", "review"), *smollm2(store, "host_injection")]
+    for place, _ in enumerate(sides[0].layer_set.values):
+        for source in ("none", "cached", "oracle"):
+            row: Row = {"set": place + 1, "source": source}
+            for results in sides:
+                label = str(results.layer_set.values[place])
+                site = {"layer_set": label, "source": source}
+                kl = results.kl.isel(model=0).sel(site)
+                closed = closures_of_medians(results).query(
+                    f"layer_set == '{label}' and source == '{source}'"
+                )
+                row[f"layers, {model_of(results)}"] = label
+                row[f"KL, {model_of(results)}"] = quartiles(kl)
+                row[f"closure of medians, {model_of(results)}"] = bounded(closed)
+            yield row
+
+
+def injection(store: str) -> Iterator[Row]:
+    """Closure of host injection at one layer, and whether the host then says persona words."""
+    for results in open_each(store, "host_injection"):
+        first = results.isel(model=0, layer_set=0)
+        clean = rate(first.clean_any_marker)
+        for source in ("none", "cached", "oracle"):
+            at = first.sel(source=source)
+            yield {
+                **head(results, layer=str(first.layer_set.values), source=source),
+                "KL": median(results.isel(layer_set=[0]), "kl", source=source),
+                "closure": median(results.isel(layer_set=[0]), "closure", source=source),
+                **{f"marker, {s}": rate(at.any_marker.sel(site=s)) for s in results.site.values},
+                "marker, role prompt": clean,
+            }
+
+
+def controls(store: str) -> Iterator[Row]:
+    """What the oracle closes when host and injection are matched to the clean run."""
+    each = list(open_each(store, "injection_controls"))
+    for control in each[0].control.values:
+        row: Row = {"matched": control}
+        for results in each:
+            closure = results.closure.isel(model=0, layer_set=0).sel(source="oracle")
+            row[model_of(results)] = in_range(closure.sel(control=control))
+        yield row
+
+
+def grafts(store: str) -> Iterator[Row]:
+    """What spans of the clean prompt's cache close in the host."""
+    each = list(open_each(store, "kv_graft"))
+    for graft in each[0].graft.values:
+        row: Row = {"graft": graft}
+        for results in each:
+            at = results.isel(model=0).sel(graft=graft, layer_band="all")
+            row[model_of(results)] = in_range(at.closure)
+            row[f"above 0.9, {model_of(results)}"] = int((at.closure > 0.9).sum())
+            row[f"kB, {model_of(results)}"] = f"{float(at.cache_bytes.median()) / 1000:.0f}"
+        yield row
+
+
+def grafts_by_persona(store: str) -> Iterator[Row]:
+    """What the persona's span alone closes, persona by persona: the tasks' median and range."""
+    for results in smollm2(store, "kv_graft"):
+        whole = results.isel(model=0).sel(layer_band="all")
+        for persona, cells in whole.groupby("persona"):
+            yield {
+                "persona": persona,
+                "KL of the host": in_range(cells.kl.sel(graft="none")),
+                **{
+                    f"closure, {graft}": in_range(cells.closure.sel(graft=graft))
+                    for graft in ("persona", "task+tail", "persona+task")
+                },
+            }
+
+
+def bands(store: str) -> Iterator[Row]:
+    """In which layers the persona's cache works: its closure in the first and the last ones."""
+    for results in open_each(store, "kv_graft"):
+        n_layers = int(results.n_layers.item())
+        closure = results.closure.isel(model=0).sel(graft="persona").median("cell")
+        for layer in sorted({round(share * n_layers) for share in np.linspace(0.1, 0.9, 9)}):
+            first, last = f"0:{layer}", f"{layer}:{n_layers}"
+            yield {
+                **head(results, layer=layer, depth=f"{layer / n_layers:.2f}"),
+                "this layer alone": number(float(closure.sel(layer_band=str(layer)))),
+                "layers below it": number(float(closure.sel(layer_band=label(first, n_layers)))),
+                "it and those above": number(float(closure.sel(layer_band=label(last, n_layers)))),
+                "all layers": number(float(closure.sel(layer_band="all"))),
+            }
+
+
+def knockout(store: str) -> Iterator[Row]:
+    """Attention to the persona's tokens cut off, in all layers."""
+    for results in open_each(store, "attention_knockout"):
+        of_model = results.isel(model=0)
+        for blocked in results.blocked.values:
+            at = of_model.sel(blocked=blocked, layer_band="all")
+            yield {
+                **head(results, blocked=blocked),
+                "KL(clean ‖ cut)": quartiles(at.kl),
+                "KL(host ‖ cut)": quartiles(at.kl_host),
+                "KL(host ‖ clean)": quartiles(of_model.kl_host_clean),
+                "way to the host": quartiles(1 - at.kl_host / of_model.kl_host_clean),
+                "texts with a marker": rate(at.any_marker),
+            }
+
+
+def knockout_by_layer(store: str) -> Iterator[Row]:
+    """The knockout of all later queries, from a layer on and up to it."""
+    for results in open_each(store, "attention_knockout"):
+        n_layers = int(results.n_layers.item())
+        kl = results.kl.isel(model=0).sel(blocked="later").median("cell")
+        for layer in sorted({round(share * n_layers) for share in np.linspace(0.1, 0.9, 9)}):
+            first, last = f"0:{layer}", f"{layer}:{n_layers}"
+            yield {
+                **head(results, layer=layer, depth=f"{layer / n_layers:.2f}"),
+                "cut in layers below it": number(float(kl.sel(layer_band=label(first, n_layers)))),
+                "cut in it and above": number(float(kl.sel(layer_band=label(last, n_layers)))),
+                "cut in all": number(float(kl.sel(layer_band="all"))),
+            }
+
+
+def accuracy(store: str) -> Iterator[Row]:
+    """Multiple-choice questions asked as personas."""
+    for results in smollm2(store, "persona_accuracy"):
+        of_model = results.isel(model=0)
+        for persona in results.persona.values:
+            at = of_model.sel(persona=persona)
+            yield {"persona": persona, "questions": at.correct.size, "right": rate(at.correct)}
+
+
+def open_each(
+    store: str, experiment: str, grid: str | None = None, models: tuple[str, ...] = MODELS
+) -> Iterator[xr.Dataset]:
+    """The results of each model by itself, in the order of `models`."""
+    for model in models:
+        runs = [
+            info.run
+            for info in pn.list_runs(store, experiment)
+            if info.attrs["model"] == model and grid in (None, info.attrs["grid"])
+        ]
+        yield pn.open_results(store, experiment, run=runs)
+
+
+def smollm2(store: str, experiment: str) -> Iterator[xr.Dataset]:
+    """The results of the language model."""
+    return open_each(store, experiment, models=(REAL,))
+
+
+def open_published(experiment: str, grid: str) -> Iterator[xr.Dataset]:
+    """The published results on a grid, a model at a time."""
+    for info in pn.list_runs(published_store(), experiment):
+        if info.attrs["grid"] == grid:
+            yield pn.open_results(published_store(), experiment, run=info.run)
+
+
+def at_depths(results: xr.Dataset, grid: str) -> list[int]:
+    """The layers of a paper's table: those that were published, or those of the same depths."""
+    if "statistic" in results.dims:
+        return sorted(summarise(results, "kl")["layer"].unique().tolist())
+    depths = DEPTHS if grid == "short" else DEPTHS[1:4]
+    return [round(depth * int(results.n_layers.item())) for depth in depths]
+
+
+def head(results: xr.Dataset, **labels: Any) -> Row:
+    """What a row is about."""
+    return {"model": model_of(results), **labels}
+
+
+def model_of(results: xr.Dataset) -> str:
+    """The one model of some results."""
+    return str(results.model.item())
+
+
+def label(band: str, n_layers: int) -> str:
+    """A band's own label: a single layer at either end is called by its number."""
+    return {"0:1": "0", f"{n_layers - 1}:{n_layers}": str(n_layers - 1)}.get(band, band)
+
+
+def number(value: float) -> str:
+    """Three decimals."""
+    return f"{value:.3f}".replace("-0.000", "0.000")
+
+
+def quartiles(values: xr.DataArray) -> str:
+    """Median and quartiles over cells."""
+    low, middle, high = np.nanpercentile(values.values.astype(float), [25, 50, 75])
+    return f"{number(middle)} [{number(low)}, {number(high)}]"
+
+
+def in_range(values: xr.DataArray) -> str:
+    """Median and range over cells."""
+    found = values.values.astype(float)
+    return f"{np.nanmedian(found):.2f} [{np.nanmin(found):.2f}, {np.nanmax(found):.2f}]"
+
+
+def median(results: xr.Dataset, variable: str, **site: str) -> str:
+    """Median with its bootstrap interval over cells."""
+    table = estimate_table(results, variable, "median")
+    for dimension, at in site.items():
+        table = table[table[dimension] == at]
+    return bounded(table)
+
+
+def bounded(table: pd.DataFrame) -> str:
+    """The one row of an estimate."""
+    (row,) = table.itertuples()
+    return f"{number(row.value)} [{number(row.low)}, {number(row.high)}]"
+
+
+def rate(found: xr.DataArray) -> str:
+    """Share of what is known, in per cent, with Wilson's 95 % interval."""
+    known = found.values.astype(float)
+    known = known[~np.isnan(known)]
+    low, high = share_interval(known.sum(), known.size)
+    return f"{100 * known.mean():.1f} % [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+TABLES = (
+    additivity,
+    paper_tables_1_and_2,
+    paper_table_3,
+    paper_table_4,
+    injection,
+    controls,
+    grafts,
+    grafts_by_persona,
+    bands,
+    knockout,
+    knockout_by_layer,
+    accuracy,
+)
+
+if __name__ == "__main__":
+    write_tables(sys.argv[1], Path(sys.argv[2]))
