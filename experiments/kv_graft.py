@@ -60,7 +60,7 @@ from persona_nns.tracing import (
     warn_about_prefixes,
 )
 
-protocol_version = 1
+protocol_version = 2
 defaults = {"grid": "review"}
 
 
@@ -281,10 +281,15 @@ def score_in_bands(
 ) -> Tensor:
     """KL with the persona in a band of layers and the host in the others, [cell, band].
 
-    The persona's slot is as long as the longer of the two persona spans. Each layer holds one of
-    them at the slot's end, and hides the spare places before it.
+    The persona's slot is as long as the longer of the two persona spans. Each layer holds the
+    host's prefix and one of the spans, moved together so that the span ends where the slot does,
+    and hides the spare places before them. So no band is the graft `none`, and all layers are
+    `persona`.
     """
-    slots = [max(len(of["XY"]["persona"]), len(of["BY"]["persona"])) for of in sources.spans]
+    slots = [
+        len(of["BY"]["prefix"]) + max(len(of["XY"]["persona"]), len(of["BY"]["persona"]))
+        for of in sources.spans
+    ]
     (host_rows, host), (persona_rows, persona) = (
         graft_spans(sources, GRAFTS[graft], slots) for graft in ("none", "persona")
     )

@@ -19,6 +19,8 @@ from persona_nns.runs import plan_run, verify_store
 ROOT = Path(__file__).parents[1]
 BEFORE = ROOT / "tests" / "golden" / "before_rooms"
 MODEL = "tests/golden/qwen2"  # as the store names it, from the root of the repository
+#: Experiments whose numbers are others since: their `protocol_version` was raised.
+RAISED = {"kv_graft"}
 EXPECTED: dict[str, dict[str, Any]] = json.loads((BEFORE / "identities.json").read_text())
 
 
@@ -57,9 +59,10 @@ def test_it_goes_on_in_the_same_runs(store: Path) -> None:
 
 
 def test_its_numbers_are_those_computed_anew(store: Path) -> None:
-    verdicts = list(verify_store(store))
-    assert [verdict.n_recomputed for verdict in verdicts] == [1, 2]
-    assert [verdict.problems for verdict in verdicts] == [(), ()]
+    grafts, localized = verify_store(store)
+    assert (localized.state, localized.n_recomputed) == ("right", 2)
+    assert grafts.state == "not checked"  # its version is another one now
+    assert "version" in grafts.not_checked
 
 
 @pytest.fixture
@@ -86,4 +89,5 @@ def test_every_experiment_has_the_identity_that_it_had(inputs: Path) -> None:
     for name, before in EXPECTED.items():
         planned = plan_run(name, model, store=inputs / "none.zarr", **before["options"])
         attrs = planned.request.block.attrs
-        assert (planned.group[1], attrs["identity"]) == (before["run"], before["identity"]), name
+        is_same = (planned.group[1], attrs["identity"]) == (before["run"], before["identity"])
+        assert is_same == (name not in RAISED), name

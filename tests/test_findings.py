@@ -1,4 +1,4 @@
-"""The findings: every table is what the kept store holds, and every number of the page is in one."""
+"""The findings: tables are what the kept store holds, and numbers of the page are in a table."""
 
 import re
 import zipfile

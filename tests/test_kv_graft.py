@@ -191,7 +191,7 @@ class Oracle:
             after: list[Place] = [
                 ("BY", token) for span in ("task", "tail") for token in self.spans["BY"][span]
             ]
-            layout.append([*before, *spare, *persona, *after])
+            layout.append([*spare, *before, *persona, *after])
         return self._kl_of(layout)
 
     def additive(self) -> float:
@@ -261,6 +261,12 @@ def test_every_graft_and_band_equals_plain_transformers(
         close(kl[c, 9, 0], oracle.additive())
         close(kl[c, 1, 1:], [oracle.band(band) for band in BANDS.values()])
     assert kl[:, [k for k in range(10) if k != 1], 1:].isnan().all()
+    sources = experiment.fill_sources(model, cells)
+    reference = experiment.read_reference(model, cells, sources, 10)
+    ends = [range(0), range(len(model.layers))]
+    for reuse in (True, False):
+        bands = experiment.score_in_bands(model, sources, reference, ends, reuse=reuse)
+        torch.testing.assert_close(bands, kl[:, :2, 0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(result["closure"][:, :, 0], 1 - kl[:, :, 0] / kl[:, :1, 0])
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from persona_nns.prompts.grids import Cell, PromptName
 from persona_nns.prompts.render import Prompt, Span
@@ -47,19 +47,20 @@ def graft_spans(
     Args:
         sources: where they are cut from.
         origins: the prompt that each span is taken from.
-        slots: of each row, how many places the persona takes; None takes no spare ones.
+        slots: of each row, how many places prefix and persona take together; they stand at the end
+            of them. None takes no spare places.
 
     Returns:
         Token ids of its rows, p_last included, and their cache.
     """
     pieces = [
-        Piece(
-            sources.caches[name],
-            [of[name][span] for of in sources.spans],
-            slots if span == "persona" else None,
-        )
+        Piece(sources.caches[name], [of[name][span] for of in sources.spans])
         for span, name in origins.items()
     ]
+    if slots is not None:  # all spare places come first, so that nothing stands between the spans
+        prefix, persona, *_ = pieces
+        room = [slot - len(span) for slot, span in zip(slots, persona.spans, strict=True)]
+        pieces[0] = replace(prefix, slots=room)
     rows: list[list[int]] = []
     for prompt, of in zip(sources.prompts, sources.spans, strict=True):
         row = [prompt[name].ids[k] for span, name in origins.items() for k in of[name][span]]
