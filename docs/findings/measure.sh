@@ -25,7 +25,8 @@ run injection_controls $real
 run injection_controls $toys
 
 # What carries the persona? Bands of layers in steps of three.
-bands=$(python3 -c "print('all,0', *(f'{k},0:{k},{k}:30' for k in range(3, 30, 3)), sep=',')")
+bands=all,0,3,6,9,12,15,18,21,24,27,0:3,0:6,0:9,0:12,0:15,0:18,0:21,0:24,0:27
+bands=$bands,3:30,6:30,9:30,12:30,15:30,18:30,21:30,24:30,27:30
 run kv_graft $real --bands "$bands"
 run kv_graft $toys
 run attention_knockout $real --bands "$bands"
