@@ -34,7 +34,7 @@ _CLOSURE = (
 )
 _SHARES: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": 1, "fmt": ".2f"}
 _MOST_ANNOTATED = 12  # layers whose numbers have room in their cells
-_WIDEST = 7.5  # inches of all layers
+_WIDEST, _NARROWEST = 7.5, 2.5  # inches of all layers
 
 
 def closure_heatmap(results: xr.Dataset) -> Figure:
@@ -48,8 +48,9 @@ def closure_heatmap(results: xr.Dataset) -> Figure:
         layer. Colours run from 0 to 1; numbers stand in them where there is room.
     """
     closure = medians(results.closure, "cell")
-    models, n_layers = results.model.values.tolist(), int(results.n_layers.max())
-    wide = min(0.55 * n_layers, _WIDEST)
+    models = results.model.values.tolist()
+    asked = sorted({k for m in models for k in _persona_bands(closure.sel(model=m))["layer k"]})
+    wide = max(min(0.55 * len(asked), _WIDEST), _NARROWEST)
     size = (6.4 + wide, 1.2 + (0.8 + 0.3 * closure.sizes["graft"]) * len(models))
     ratios = {"width_ratios": [0.7, wide]}
     with panels(size, models, ["whole", "bands"], look="white", gridspec_kw=ratios) as drawn:
@@ -62,7 +63,7 @@ def closure_heatmap(results: xr.Dataset) -> Figure:
                 bands = _persona_bands(of_model).pivot(
                     index="layers", columns="layer k", values="value"
                 )
-                frame = bands.reindex(FAMILIES, columns=range(n_layers))
+                frame = bands.reindex(FAMILIES, columns=asked)
                 title = f"{model}\npersona span in a band of layers"
             annotated = frame.shape[1] <= _MOST_ANNOTATED
             heat(axis, frame, annot=annotated, annot_kws={"size": "x-small"}, **_SHARES)

@@ -43,6 +43,8 @@ def kl_by_band(results: xr.Dataset) -> Figure:
             draw_medians(axis, of_family.dropna(subset="value"), "layer k", "blocked")
             gap = float(medians(of_model[gaps[name]], "cell"))
             axis.axhline(gap, **looks[name], label=said[name])
+            # The same layers in each panel, however few bands there are.
+            axis.set_xlim(-0.5, int(of_model.n_layers) + 0.5)
             if name == "kl":
                 axis.set_title(f"{model}\n{family}", fontsize="medium")
             axis.set(xlabel="k" if name == "kl_host" else "", ylabel=axis_label(results[name]))
