@@ -114,6 +114,13 @@ for backend in ("local", "simulate"):
         pn.run(name, model, store=f"{backend}.zarr", **options)
 """
 GRID = {"grid": "review", "cells": "doctor/plan,chef/arch"}
+# Few tokens and bands: what is compared is two places, not two lengths.
+FEW: dict[str, dict[str, Any]] = {
+    "behavioral_markers": {"n_tokens": 8},
+    "host_injection": {"n_tokens": 8},
+    "kv_graft": {"n_tokens": 8, "bands": "2,0:3"},
+    "attention_knockout": {"n_tokens": 8, "bands": "2,0:3"},
+}
 TALK = {"max_new_tokens": 4, "temperature": 0}
 OWN_INPUTS: dict[str, dict[str, Any]] = {
     "persona_patching": {"identities": "identities.txt", "n_questions": 1},
@@ -140,7 +147,9 @@ def both(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("both")
     (folder / "same.py").write_text(SAME)
     asked = [
-        (name, "organism-qwen2", OWN_INPUTS[name]) if name in OWN_INPUTS else (name, GOLDEN, GRID)
+        (name, "organism-qwen2", OWN_INPUTS[name])
+        if name in OWN_INPUTS
+        else (name, GOLDEN, {**GRID, **FEW.get(name, {})})
         for name in ELSEWHERE
     ]
     _call(installed.with_name("python"), "same.py", json.dumps(asked, default=str), cwd=folder)
