@@ -1,7 +1,8 @@
 """Answers in a store as rows of a file: ``python docs/findings/answers.py STORE TRAIT FOLDER``.
 
 Nobody judges them: what `trait_responses` was told under "pos" and "neg" instructions is what
-`trait_vectors` and `trait_steering` are given, extraction and evaluation questions apart.
+`trait_vectors` and `trait_steering` are given. The vector is of the extraction questions; what is
+scored under steering are answers to the evaluation questions, under the first instruction.
 """
 
 import json
@@ -14,8 +15,9 @@ from persona_nns.results import read_attribute
 
 def write_answers(store: str, trait: str, folder: Path) -> None:
     """Write ``{split}/{trait}.jsonl`` for both splits."""
-    for split in ("extraction", "evaluation"):
-        results = pn.open_results(store, "trait_responses", run=f"{trait}-{split}")
+    for split, n_pairs in (("extraction", 5), ("evaluation", 1)):
+        run = f"{trait}-{split}"
+        results = pn.open_results(store, "trait_responses", run=run).isel(model=0, trait=0)
         systems = read_attribute(results, "systems")
         rows = [
             {
@@ -27,7 +29,7 @@ def write_answers(store: str, trait: str, folder: Path) -> None:
                 "response": said,
             }
             for question in results.question.values.tolist()
-            for pair in results.pair.values.tolist()
+            for pair in results.pair.values[:n_pairs].tolist()
             for number, label in enumerate(results.label.values.tolist())
             if (said := str(results.response.sel(question=question, pair=pair, label=label).item()))
         ]

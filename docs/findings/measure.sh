@@ -34,3 +34,15 @@ run attention_knockout $toys
 
 # Do persona words change what it gets right?
 run persona_accuracy $real --questions mmlu-dev --identities docs/findings/identities.txt
+run persona_patching $real --questions mmlu-dev --solved-by-baseline --n-questions 40 \
+    --identities docs/findings/two.txt --no-heads
+
+# A trait as a direction, without a judge: the model's own answers under two kinds of instruction.
+for split in extraction evaluation; do
+    run trait_responses $real --trait cheerful --split $split --judge none --max-new-tokens 48 \
+        --name cheerful-$split
+done
+.venv/bin/python docs/findings/answers.py "$store" cheerful docs/findings/answers
+run trait_vectors $real --responses docs/findings/answers/extraction/cheerful.jsonl --judge none
+run trait_steering $real --vector "$store" --judge none --layers 4,8,12,16,20,24 --alphas 0,1,2,4 \
+    --responses docs/findings/answers/evaluation/cheerful.jsonl

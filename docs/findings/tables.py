@@ -3,6 +3,7 @@
 A table is a CSV file in which numbers stand as they are printed. `measure.sh` fills the store.
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from persona_nns.published.store import published_store
 
 REAL = "smollm2-135m-instruct"
 MODELS = (REAL, "organism-qwen2", "organism-gemma2")
+ANSWERS = Path(__file__).parent / "answers" / "evaluation" / "cheerful.jsonl"
 DEPTHS = (0.25, 0.40, 0.55, 0.70, 0.85)
 Row = dict[str, Any]
 
@@ -74,7 +76,7 @@ def paper_tables_1_and_2(store: str) -> Iterator[Row]:
                     ).itertuples()
                     row[model_of(results)] = (
                         f"{number(at.value)} [{number(at.q25)}, {number(at.q75)}], "
-                        f"layer {layers[place]}"
+                        f"layer {layers[place]} of {int(results.n_layers.item())}"
                     )
                 yield row
 
@@ -217,7 +219,47 @@ def accuracy(store: str) -> Iterator[Row]:
         of_model = results.isel(model=0)
         for persona in results.persona.values:
             at = of_model.sel(persona=persona)
-            yield {"persona": persona, "questions": at.correct.size, "right": rate(at.correct)}
+            chosen = at.logits.argmax("letter")
+            yield {
+                "persona": persona,
+                "questions": at.correct.size,
+                "right": rate(at.correct),
+                "answers A": f"{100 * float((chosen == 0).mean()):.1f} %",
+                "logit difference": quartiles(at.ld),
+                "more than as average": quartiles(at.ld - of_model.ld.sel(persona="average")),
+            }
+
+
+def patching(store: str) -> Iterator[Row]:
+    """Components of one persona's run put into the other's: recovery of the logit difference."""
+    for results in smollm2(store, "persona_patching"):
+        recovery = results.recovery.isel(model=0).sel(position_set="all")
+        pairs = recovery.stack(pair=("clean_persona", "corrupt_persona", "question"))
+        for layer in results.layer.values[::3]:
+            row: Row = {"layer": int(layer)}
+            for component in results.component.values:
+                found = pairs.sel(component=component, layer=layer)
+                row[str(component)] = quartiles(found)
+                row["questions and directions"] = int(found.notnull().sum())
+            yield row
+
+
+def steering(store: str) -> Iterator[Row]:
+    """What a vector of cheerfulness does to the log-probability of held-out answers."""
+    rows = ANSWERS.read_text(encoding="utf-8").splitlines()
+    label = xr.DataArray([json.loads(row)["label"] for row in rows], dims="row")
+    for results in smollm2(store, "trait_steering"):
+        logp = results.logp.isel(model=0, trait=0, position_set=0)
+        moved = logp - logp.sel(alpha=0)
+        for layer in results.layer.values:
+            for alpha in results.alpha.values[results.alpha.values != 0]:
+                at = moved.sel(layer=layer, alpha=alpha)
+                yield {
+                    "layer": int(layer),
+                    "α": f"{alpha:g}",
+                    "cheerful answers": quartiles(at[label == "pos"]),
+                    "even answers": quartiles(at[label == "neg"]),
+                }
 
 
 def open_each(
@@ -268,9 +310,9 @@ def label(band: str, n_layers: int) -> str:
     return {"0:1": "0", f"{n_layers - 1}:{n_layers}": str(n_layers - 1)}.get(band, band)
 
 
-def number(value: float) -> str:
-    """Three decimals."""
-    return f"{value:.3f}".replace("-0.000", "0.000")
+def number(value: float, decimals: int = 3) -> str:
+    """Three decimals, and no negative zero."""
+    return f"{round(value, decimals) + 0.0:.{decimals}f}"
 
 
 def quartiles(values: xr.DataArray) -> str:
@@ -282,7 +324,8 @@ def quartiles(values: xr.DataArray) -> str:
 def in_range(values: xr.DataArray) -> str:
     """Median and range over cells."""
     found = values.values.astype(float)
-    return f"{np.nanmedian(found):.2f} [{np.nanmin(found):.2f}, {np.nanmax(found):.2f}]"
+    low, middle, high = (f(found) for f in (np.nanmin, np.nanmedian, np.nanmax))
+    return f"{number(middle, 2)} [{number(low, 2)}, {number(high, 2)}]"
 
 
 def median(results: xr.Dataset, variable: str, **site: str) -> str:
@@ -320,6 +363,8 @@ TABLES = (
     knockout,
     knockout_by_layer,
     accuracy,
+    patching,
+    steering,
 )
 
 if __name__ == "__main__":

@@ -47,21 +47,24 @@ class Story:
     caveat: str
 
 
-def _requests(layers: dict[str, Any], bands: dict[str, Any]) -> tuple[Request, ...]:
+def _requests(
+    additive: dict[str, Any], grafts: dict[str, Any], knockouts: dict[str, Any]
+) -> tuple[Request, ...]:
     return (
-        *(("localized_positions", grid, layers) for grid in GRIDS),
+        *(("localized_positions", grid, additive) for grid in GRIDS),
         ("behavioral_markers", "review", {}),
         ("host_injection", "review", {}),
-        ("kv_graft", "review", bands),
-        ("attention_knockout", "review", bands),
+        ("kv_graft", "review", grafts),
+        ("attention_knockout", "review", knockouts),
     )
 
 
-#: 30 layers: the additive KL at the five depths of the paper, and few bands.
+_FIVES = [f"{k},0:{k},{k}:30" for k in range(5, 30, 5)]
+#: 30 layers: the additive KL at the five depths of the paper, and some bands of layers.
 ON_A_LANGUAGE_MODEL = Story(
     models=(REAL,),
     folder=REAL,
-    requests=_requests({}, {"bands": "all,0,0:15,15:30"}),
+    requests=_requests({}, {"bands": f"0,{','.join(_FIVES)}"}, {"bands": "0:15,15:30"}),
     caveat="One small language model (135M parameters, weights of 4 bits dequantised). Whether it "
     "is so elsewhere, the same commands with another --model say.",
 )
@@ -69,7 +72,7 @@ ON_A_LANGUAGE_MODEL = Story(
 ON_ORGANISMS = Story(
     models=tuple(bundled_models()),
     folder="organisms",
-    requests=_requests({"layers": "all"}, {}),
+    requests=_requests({"layers": "all"}, {}, {}),
     caveat="The bundled models are trained on synthetic text to show this shape; evidence about "
     "the method and the code, not about language models.",
 )
