@@ -215,19 +215,20 @@ def knockout_by_layer(store: str) -> Iterator[Row]:
 
 def accuracy(store: str) -> Iterator[Row]:
     """Multiple-choice questions asked as personas."""
-    for results in smollm2(store, "persona_accuracy"):
-        of_model = results.isel(model=0)
-        for persona in results.persona.values:
-            at = of_model.sel(persona=persona)
-            chosen = at.logits.argmax("letter")
-            yield {
-                "persona": persona,
-                "questions": at.correct.size,
-                "right": rate(at.correct),
-                "answers A": f"{100 * float((chosen == 0).mean()):.1f} %",
-                "logit difference": quartiles(at.ld),
-                "more than as average": quartiles(at.ld - of_model.ld.sel(persona="average")),
-            }
+    # `persona_patching --solved-by-baseline` has asked some of them too.
+    largest = max(pn.list_runs(store, "persona_accuracy"), key=lambda info: info.n_units)
+    of_model = pn.open_results(store, "persona_accuracy", run=largest.run).isel(model=0)
+    for persona in of_model.persona.values:
+        at = of_model.sel(persona=persona)
+        chosen = at.logits.argmax("letter")
+        yield {
+            "persona": persona,
+            "questions": at.correct.size,
+            "right": rate(at.correct),
+            "answers A": f"{100 * float((chosen == 0).mean()):.1f} %",
+            "logit difference": quartiles(at.ld),
+            "more than as average": quartiles(at.ld - of_model.ld.sel(persona="average")),
+        }
 
 
 def patching(store: str) -> Iterator[Row]:
@@ -235,7 +236,7 @@ def patching(store: str) -> Iterator[Row]:
     for results in smollm2(store, "persona_patching"):
         recovery = results.recovery.isel(model=0).sel(position_set="all")
         pairs = recovery.stack(pair=("clean_persona", "corrupt_persona", "question"))
-        for layer in results.layer.values[::3]:
+        for layer in results.layer.values:
             row: Row = {"layer": int(layer)}
             for component in results.component.values:
                 found = pairs.sel(component=component, layer=layer)
