@@ -35,7 +35,7 @@ run attention_knockout $toys
 # Do persona words change what it gets right?
 run persona_accuracy $real --questions mmlu-dev --identities docs/findings/identities.txt
 run persona_patching $real --questions mmlu-dev --solved-by-baseline --n-questions 40 \
-    --identities docs/findings/two.txt --no-heads --layers 0,3,6,9,12,15,18,21,24,27
+    --identities docs/findings/identities.txt --no-heads --layers 0,3,6,9,12,15,18,21,24,27
 
 # A trait as a direction, without a judge: the model's own answers under two kinds of instruction.
 for split in extraction evaluation; do
