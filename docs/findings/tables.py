@@ -71,13 +71,10 @@ def paper_tables_1_and_2(store: str) -> Iterator[Row]:
                 row: Row = {"table": table, "grid": grid, "position": position}
                 for results, layers in zip((*published, own), asked, strict=True):
                     kl = summarise(results, "kl")
-                    (at,) = kl.query(
-                        f"layer == {layers[place]} and position == '{position}'"
-                    ).itertuples()
-                    row[model_of(results)] = (
-                        f"{number(at.value)} [{number(at.q25)}, {number(at.q75)}], "
-                        f"layer {layers[place]} of {int(results.n_layers.item())}"
-                    )
+                    at = kl.query(f"layer == {layers[place]} and position == '{position}'")
+                    where = f"layer {layers[place]} of {int(results.n_layers.item())}"
+                    said = bounded(at, "q25", "q75")
+                    row[model_of(results)] = f"{said}, {where}"
                 yield row
 
 
@@ -329,18 +326,17 @@ def in_range(values: xr.DataArray) -> str:
     return f"{number(middle, 2)} [{number(low, 2)}, {number(high, 2)}]"
 
 
-def median(results: xr.Dataset, variable: str, **site: str) -> str:
+def median(results: xr.Dataset, variable: str, *, source: str) -> str:
     """Median with its bootstrap interval over cells."""
     table = estimate_table(results, variable, "median")
-    for dimension, at in site.items():
-        table = table[table[dimension] == at]
-    return bounded(table)
+    return bounded(table.query(f"source == '{source}'"))
 
 
-def bounded(table: pd.DataFrame) -> str:
-    """The one row of an estimate."""
-    (row,) = table.itertuples()
-    return f"{number(row.value)} [{number(row.low)}, {number(row.high)}]"
+def bounded(table: pd.DataFrame, low: str = "low", high: str = "high") -> str:
+    """The value of the one row of a table, between its bounds."""
+    (row,) = table[["value", low, high]].to_numpy(dtype=float).tolist()
+    middle, below, above = map(number, row)
+    return f"{middle} [{below}, {above}]"
 
 
 def rate(found: xr.DataArray) -> str:
