@@ -4,6 +4,10 @@ from typing import Annotated
 
 import typer
 
+GRID_HELP = "short, long, review, or a .toml, .yaml, .csv or .jsonl file."
+TASKS_HELP = (
+    "File with the tasks of a grid whose file has personas alone (also .txt, a task a line)."
+)
 Store = Annotated[str, typer.Argument(help="Path or URL of a Zarr store.")]
 Name = Annotated[str, typer.Argument(help="Name of an experiment.")]
 GridChoice = Annotated[str | None, typer.Option("--grid", help="Only results on this grid.")]

@@ -8,6 +8,7 @@ import typer
 from rich.text import Text
 
 from persona_nns.cli import terminal
+from persona_nns.cli.arguments import GRID_HELP, TASKS_HELP
 from persona_nns.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ _NAMES: "tuple[PromptName, ...]" = ("BB", "XB", "BY", "XY", "BARE")
 
 def prompts(
     model: Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")],
-    grid: Annotated[str, typer.Option(help="short, long, review, or a .toml file.")],
+    grid: Annotated[str, typer.Option(help=GRID_HELP)],
+    tasks: Annotated[str | None, typer.Option(help=TASKS_HELP)] = None,
     cells: Annotated[
         str | None, typer.Option(help="Only these, as engineer/arch,…; by default the whole grid.")
     ] = None,
@@ -42,7 +44,7 @@ def prompts(
     from persona_nns.models.checkpoints import load_tokenizer
     from persona_nns.prompts.grids import load_grid
 
-    at, chosen = parse_positions(positions), load_grid(grid).select_cells(cells)
+    at, chosen = parse_positions(positions), load_grid(grid, tasks).select_cells(cells)
     tokenizer = load_tokenizer(model, template, trust_remote_code=trust_remote_code)
     for shared in distinct_prompts(tokenizer, chosen):
         for line in describe(shared, tokenizer, at, len(chosen)):

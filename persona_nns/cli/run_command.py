@@ -16,6 +16,7 @@ import typer
 from rich.markup import escape
 
 from persona_nns.cli import terminal
+from persona_nns.cli.arguments import GRID_HELP, TASKS_HELP
 from persona_nns.declarations.options import NamesFile, absolute
 from persona_nns.errors import UsageError
 from persona_nns.organism.bundled import ORGANISMS
@@ -46,7 +47,7 @@ def experiment_command(experiment: "Experiment") -> Any:
         _as_of(parameter, experiment)
         for parameter in shared
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        and (parameter.name not in ("grid", "cells") or experiment.plan is None)
+        and (parameter.name not in ("grid", "tasks", "cells") or experiment.plan is None)
         and (parameter.name != "layers" or experiment.layers is not None)
         and (parameter.name != "layer_sets" or experiment.layer_sets is not None)
         and (parameter.name != "positions" or experiment.positions is not None)
@@ -102,7 +103,8 @@ def _run_experiment(
         list[Annotated[str, NamesFile(ORGANISMS)]],
         typer.Option(help="Bundled name, folder, or hub id; repeatable."),
     ],
-    grid: Annotated[str | None, typer.Option(help="short, long, review, or a .toml file.")] = None,
+    grid: Annotated[str | None, typer.Option(help=GRID_HELP)] = None,
+    tasks: Annotated[str | None, typer.Option(help=TASKS_HELP)] = None,
     layers: Annotated[
         str | None, typer.Option(help="all, layers (6,10,14), or depths (0.25,0.5).")
     ] = None,
@@ -229,7 +231,7 @@ def _run_experiment(
     labels = _labels(model, as_ or [])
     check_hosting(model, as_, backend)
     check_writable(store)
-    loaded_grid = None if grid is None else load_grid(grid)
+    loaded_grid = None if grid is None else load_grid(grid, tasks)
     check_inputs(experiment, loaded_grid, cells)
     own = check_options(experiment, options)
     plans: list[Plan] = []

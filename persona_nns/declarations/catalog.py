@@ -46,8 +46,8 @@ _RESERVED_VARIABLES = {
     *("precision", "seconds", "completed"),
 }
 _RESERVED_OPTIONS = {
-    *("experiment", "model", "grid", "cells", "backend", "dtype", "device", "template", "as_"),
-    *("store", "batch_size", "allow_float16", "progress", "deadline", "verbose"),
+    *("experiment", "model", "grid", "tasks", "cells", "backend", "dtype", "device", "template"),
+    *("as_", "store", "batch_size", "allow_float16", "progress", "deadline", "verbose"),
     *("workers", "ray_address", "trust_remote_code", "name", "threads"),
 }
 

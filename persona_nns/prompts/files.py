@@ -1,4 +1,4 @@
-"""Files that people bring: texts, JSON, and tables with a row a line, read in one way.
+"""Files that people bring: texts, JSON, TOML, YAML, and tables with a row a line, read in one way.
 
 They are UTF-8, with or without a byte order mark, and may be gzipped (``.gz``). A line ends with
 LF, CRLF or CR and with nothing else: every other line break of Unicode belongs to the text that it
@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import re
+import tomllib
 import zlib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Mapping
@@ -17,8 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from persona_nns.errors import UsageError, one_line
 
+#: Endings of tables with a row a line.
+TABLES = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
+
+_SURPLUS = "more fields than the heading"
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -123,6 +130,56 @@ def parse_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def read_toml(file: str | Path, what: str) -> dict[str, Any]:
+    """The tables of a TOML file; ``what`` begins a message, as in `read_text`.
+
+    Raises:
+        UsageError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads("\n".join(lines_of(read_text(file, what))))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{what} {str(file)!r} is not valid TOML: {error}.") from error
+
+
+class _TextLoader(yaml.BaseLoader):
+    """Reads every scalar as the text that it is: ``no`` and ``1.10`` are no truth or number."""
+
+
+def _mapping(loader: _TextLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    """A mapping, each of whose keys stands there once: YAML itself would keep the last."""
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {key.value!r} stands there twice", problem_mark=key.start_mark
+            )
+        seen.add(str(key.value))
+    return loader.construct_mapping(node, deep=True)
+
+
+_TextLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def read_yaml(file: str | Path, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file, every value a text; ``what`` begins a message, as above.
+
+    Raises:
+        UsageError: it cannot be read, is not YAML, or holds no mapping.
+    """
+    reason = "it holds no mapping"
+    try:
+        values = yaml.load(read_text(file, what), _TextLoader)  # noqa: S506 - texts alone
+        if isinstance(values, dict):
+            return values
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" (line {error.problem_mark.line + 1})"
+        reason = f"{error.problem or one_line(error).rstrip('.')}{line}"
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = one_line(error).rstrip(".")
+    raise UsageError(f"{what} {str(file)!r} is not valid YAML: {reason}.")
+
+
 def read_jsonl(file: str | Path, what: str) -> list[Row]:
     """The rows of a JSONL file, an object a line; ``what`` begins a message, as in `read_text`.
 
@@ -153,17 +210,34 @@ def parse_jsonl(text: str, source: str) -> list[Row]:
     return rows
 
 
+def read_table(file: str | Path, what: str) -> list[Row]:
+    """The rows of a file with one of the endings in `TABLES`; ``what`` as in `read_text`.
+
+    Raises:
+        UsageError: it cannot be read, or a row is none.
+    """
+    return (read_csv if ".csv" in suffix_of(file) else read_jsonl)(file, what)
+
+
 def read_csv(file: str | Path, what: str) -> list[Row]:
     """The rows of a CSV file with a heading; ``what`` begins a message, as in `read_text`.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: it cannot be read, or a row has more fields than the heading: a text with a
+            comma that is not in quotes would be cut off.
     """
-    stream = _stream(file, what)
+    reader = csv.DictReader(_stream(file, what), restkey=_SURPLUS)
     try:
-        return [Row(number, row) for number, row in enumerate(csv.DictReader(stream), start=1)]
+        rows = [Row(number, row) for number, row in enumerate(reader, start=1)]
     except csv.Error as error:
         raise UsageError(f"{what} {str(file)!r} is no CSV file: {error}.") from error
+    for row in rows:
+        if any(field.strip() for field in row.values.get(_SURPLUS, ())):
+            raise UsageError(
+                f"Row {row.number} of {str(file)!r} has more fields than the heading; put a text "
+                "with a comma in quotes."
+            )
+    return rows
 
 
 def read_csv_without_heading(file: str | Path, what: str) -> list[list[str]]:

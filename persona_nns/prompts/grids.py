@@ -1,10 +1,10 @@
 """Grids: a table of personas and a table of tasks, and the cells between them.
 
-A grid is a TOML file with the tables ``[personas]`` and ``[tasks]`` (key = text, one key
+A grid is a TOML (or YAML) file with the tables ``[personas]`` and ``[tasks]`` (key = text, one key
 called ``baseline`` in each) and, optionally, ``[markers]`` (persona key = list of words that
-give the persona away). ``short`` and ``long`` are the two grids of "As X, Do Y" (appendix A,
-markers as in its published result file); ``review`` is the long personas on the three review
-tasks, the grid of the paper's sections 6 and 7.
+give the persona away), or comes from tables of texts (`prompts.grid_files`). ``short`` and
+``long`` are the two grids of "As X, Do Y" (appendix A, markers as in its published result file);
+``review`` is the long personas on the three review tasks, the grid of the paper's sections 6 and 7.
 """
 
 import hashlib
@@ -14,20 +14,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
 from persona_nns.errors import UsageError
-from persona_nns.prompts.files import lines_of, read_text
+from persona_nns.prompts.files import suffix_of
+from persona_nns.prompts.grid_files import BASELINE, GRID_FILES, KEY, read_grid
 
-BASELINE = "baseline"
 BUNDLED_GRIDS = ("short", "long", "review")
 REVIEW_TASKS = (BASELINE, "arch", "plan", "proposal")
+_SHOWN = 50  # cells, in a message
 
 PromptName = Literal["BB", "XB", "BY", "XY", "BARE"]
 
-Key = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]
+Key = Annotated[str, StringConstraints(pattern=KEY)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
@@ -69,12 +70,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Personas and tasks by key; the baseline of each under the key ``baseline``."""
+    """Personas and tasks by key; the baseline of each under the key ``baseline``.
+
+    ``default_baselines`` names those of ``personas`` and ``tasks`` whose file had none.
+    """
 
     name: str
     personas: Mapping[str, str]
     tasks: Mapping[str, str]
     markers: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    default_baselines: tuple[str, ...] = ()
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -119,9 +124,10 @@ class Grid:
             raise UsageError("No cell was asked for; name cells such as engineer/arch, or none.")
         for label in wanted:
             if label not in by_label:
+                shown = [*by_label][:_SHOWN] + (["…"] if len(by_label) > _SHOWN else [])
                 raise UsageError(
                     f"The grid {self.name!r} has no cell {label!r}; "
-                    f"its cells are {', '.join(by_label)}."
+                    f"its cells are {', '.join(shown)}."
                 )
         return tuple(cell for label, cell in by_label.items() if label in wanted)
 
@@ -148,16 +154,23 @@ class _GridFile(BaseModel):
         return self
 
 
-def load_grid(grid: "str | Path | Grid") -> Grid:
-    """Load a bundled grid by its name, or a user's own from a TOML file.
+def load_grid(grid: "str | Path | Grid", tasks: str | Path | None = None) -> Grid:
+    """Load a bundled grid by its name, or a user's own from a file.
 
     Args:
-        grid: ``short``, ``long``, ``review``, or the path of a ``.toml`` file; a ``Grid`` is
-            returned as it is.
+        grid: ``short``, ``long``, ``review``, or the path of a ``.toml``, ``.yaml``, ``.csv`` or
+            ``.jsonl`` file (`prompts.grid_files` says what stands in them); a ``Grid`` is returned
+            as it is.
+        tasks: a file with the tasks of a grid whose own file has personas alone.
 
     Raises:
-        UsageError: an unknown name, an unreadable file, or a file that breaks the format.
+        UsageError: an unknown name, an unreadable file, or a file that breaks the format; or tasks
+            for a grid that has its own.
     """
+    is_file = not isinstance(grid, Grid) and suffix_of(grid) in GRID_FILES
+    if tasks is not None and not is_file:
+        name = grid.name if isinstance(grid, Grid) else str(grid)
+        raise UsageError(f"The grid {name!r} has tasks of its own; leave out --tasks.")
     if isinstance(grid, Grid):
         return grid
     if grid == "review":
@@ -165,25 +178,24 @@ def load_grid(grid: "str | Path | Grid") -> Grid:
         return replace(long, name="review", tasks={key: long.tasks[key] for key in REVIEW_TASKS})
     if grid in BUNDLED_GRIDS:
         return _bundled(str(grid))
-    path = Path(grid)
-    if path.suffix != ".toml":
+    if not is_file:
         raise UsageError(
-            f"Unknown grid {str(grid)!r}; use {', '.join(BUNDLED_GRIDS)}, or a .toml file."
+            f"Unknown grid {str(grid)!r}; use {', '.join(BUNDLED_GRIDS)}, or a .toml, .yaml, .csv "
+            "or .jsonl file."
         )
-    text = "\n".join(lines_of(read_text(path, "The grid file")))
-    return _parse(path.stem, text, str(path))
+    read = read_grid(grid, tasks)
+    checked = _check(read.name, read.tables, str(grid))
+    return replace(checked, default_baselines=read.default_baselines)
 
 
 def _bundled(name: str) -> Grid:
     file = resources.files("persona_nns.prompts") / "texts" / f"{name}.toml"
-    return _parse(name, file.read_text(encoding="utf-8"), f"{name}.toml")
+    return _check(name, tomllib.loads(file.read_text(encoding="utf-8")), f"{name}.toml")
 
 
-def _parse(name: str, text: str, source: str) -> Grid:
+def _check(name: str, tables: Mapping[str, Any], source: str) -> Grid:
     try:
-        file = _GridFile.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"The grid file {source!r} is not valid TOML: {error}.") from error
+        file = _GridFile.model_validate(tables)
     except ValidationError as error:
         raise UsageError(f"The grid file {source!r} is not a grid: {_first(error)}.") from error
     markers = {persona: tuple(words) for persona, words in file.markers.items()}

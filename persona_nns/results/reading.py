@@ -238,9 +238,12 @@ def _opened(store: str | Path, info: RunInfo, run: str, group: RunGroup) -> xr.D
 def _is_on(info: RunInfo, grid: Any) -> bool:
     if grid is None:
         return True
+    from persona_nns.prompts.files import suffix_of
+    from persona_nns.prompts.grid_files import GRID_FILES
     from persona_nns.prompts.grids import BUNDLED_GRIDS, load_grid
 
-    if isinstance(grid, str) and grid not in BUNDLED_GRIDS and not grid.endswith(".toml"):
+    is_file = not isinstance(grid, str) or suffix_of(grid) in GRID_FILES
+    if not is_file and grid not in BUNDLED_GRIDS:
         return bool(info.attrs["grid"] == grid)
     return bool(info.attrs["grid_digest"] == load_grid(grid).digest)
 

@@ -255,6 +255,7 @@ def make_plan(
 
 def plan_of_grid(grid: Grid, prompts: Mapping[str, Mapping[PromptName, Prompt]]) -> Plan:
     """A plan whose units are the cells of a grid, with their rendered prompts."""
+    defaults = list(grid.default_baselines)
     return Plan(
         name=grid.name,
         units=grid.cells,
@@ -274,6 +275,7 @@ def plan_of_grid(grid: Grid, prompts: Mapping[str, Mapping[PromptName, Prompt]])
             "personas": dict(grid.personas),
             "tasks": dict(grid.tasks),
             "markers": {persona: list(words) for persona, words in grid.markers.items()},
+            **({"default_baselines": defaults} if defaults else {}),
         },
     )
 
@@ -293,10 +295,18 @@ def render_grid(
 ) -> dict[str, dict[PromptName, Prompt]]:
     """Render every prompt of every cell, and see that the positions exist in them.
 
+    A prompt that cells share is rendered once: of 5,000 personas and 2 tasks, 15,005 of 50,000.
+
     Raises:
         UsageError: no chat template, or a prompt too short for a position.
     """
-    prompts = {cell.label: render_cell(tokenizer, cell, _PROMPTS) for cell in grid.cells}
+    known: dict[tuple[str | None, str], Prompt] = {}
+    prompts: dict[str, dict[PromptName, Prompt]] = {}
+    for cell in grid.cells:
+        missing: list[PromptName] = [name for name in _PROMPTS if cell.texts(name) not in known]
+        rendered = render_cell(tokenizer, cell, missing)
+        known |= {cell.texts(name): prompt for name, prompt in rendered.items()}
+        prompts[cell.label] = {name: known[cell.texts(name)] for name in _PROMPTS}
     for of_cell in prompts.values():
         for name in ROLE_PROMPTS:
             for position in positions:

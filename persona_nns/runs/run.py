@@ -159,9 +159,9 @@ def run(
     Args:
         experiment: a bundled experiment's name, the path of an experiment file, or a loaded one.
         model: from `load_model`, or a name that it takes.
-        grid: ``short``, ``long``, ``review``, a ``.toml`` file, or a `Grid`; by default the
-            experiment's own choice, where it has one; None for an experiment whose inputs are
-            options of its own.
+        grid: ``short``, ``long``, ``review``, a file that `load_grid` takes, or a `Grid`; by
+            default the experiment's own choice, where it has one; None for an experiment whose
+            inputs are options of its own.
         layers: ``all``, layers or depths; by default the experiment's own choice.
         layer_sets: sets of layers such as ``"14;10,12,14"``; by default the experiment's own.
         positions: position names; by default the experiment's own choice.
