@@ -211,7 +211,7 @@ def plan(
     if len(counts) > 1:
         parse_students(curve)
     whole = load_vector(vector, trait, average, model, vector_run)
-    check_unseen(held_out, chosen.artifacts, vector, model, vector_run)
+    check_unseen(held_out, chosen.artifacts, vector, model, vector_run, chosen.split_seed)
     if layer >= len(whole) - 1:
         raise UsageError(
             f"Layer {layer} is out of range: the vector has layers 0 to {len(whole) - 2}."

@@ -103,7 +103,7 @@ def plan(
     trait, asked = chosen.trait, chosen.load("evaluation")
     judging.check(trait, asked.questions, tokenizer)
     direction = load_vector(vector, trait, average, model, vector_run)
-    check_unseen(asked, chosen.artifacts, vector, model, vector_run)
+    check_unseen(asked, chosen.artifacts, vector, model, vector_run, chosen.split_seed)
     units = [
         Graded(
             trait,

@@ -54,6 +54,7 @@ class Contrasted(TraitUnit):
 def plan(
     tokenizer: PreTrainedTokenizerBase,
     *,
+    model: str,
     chosen: TraitOptions,
     split: Split = "extraction",
     n_samples: Count = 1,
@@ -63,12 +64,13 @@ def plan(
 
     Args:
         tokenizer: the model's.
+        model: label of the model, for ``{model_name}`` in an instruction.
         chosen: the trait.
         split: which questions are asked.
         n_samples: answers to each prompt.
         judging: the judge.
     """
-    asked = chosen.load(split)
+    asked = chosen.load(split).of_model(model)
     judging.check(asked.name, asked.questions, tokenizer)
     units = [
         Contrasted(

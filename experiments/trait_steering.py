@@ -130,6 +130,7 @@ def plan(
     average: Average = "response_avg",
     trait: str | None = None,
     artifacts: FileName | None = None,
+    split_seed: int | None = None,
     responses: FileName | None = None,
     alphas: str = "0,0.5,1,1.5,2,2.5,3",
     position_sets: str = "response",
@@ -145,7 +146,8 @@ def plan(
         vector_run: which run of trait_vectors, where the store has several.
         average: which average of a store's vectors.
         trait: a bundled trait, or one of the folder `artifacts`; for rows from a file, its stem.
-        artifacts: folder with extraction/{trait}.json and evaluation/{trait}.json.
+        artifacts: folder with extraction/{trait}.json and evaluation/{trait}.json, or {trait}.json.
+        split_seed: seed that divides the one list of questions of a {trait}.json into halves.
         responses: given answers (.jsonl, .jsonl.gz); by default the model answers and is judged.
         alphas: coefficients.
         position_sets: all, prompt (its last token included), response (from it on).
@@ -162,9 +164,9 @@ def plan(
         texts: list[Any] = [[row.question, row.response] for row in rows]
         axis = "row"
     else:
-        asked = load_traits(name, "evaluation", artifacts)[0]
+        asked = load_traits(name, "evaluation", artifacts, split_seed)[0]
         judging.check(name, asked.questions, tokenizer)
-        check_unseen(asked, artifacts, vector, model, vector_run)
+        check_unseen(asked, artifacts, vector, model, vector_run, split_seed)
         shown = [(question, None) for question in asked.questions]
         texts, axis = list(asked.questions), "question"
         content |= {"judge": judging.identity, "eval_prompt": asked.eval_prompt}

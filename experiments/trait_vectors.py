@@ -93,7 +93,15 @@ def prepare(
         return options
     if options.get("judge") == "none":
         raise UsageError(_NOBODY_JUDGES)
-    names = ("trait", "artifacts", "n_samples", "judge", "judge_model", "judge_prices")
+    names = (
+        "trait",
+        "artifacts",
+        "split_seed",
+        "n_samples",
+        "judge",
+        "judge_model",
+        "judge_prices",
+    )
     names = (*names, "max_new_tokens", "temperature")
     made = {name: options[name] for name in names if name in options}
     results = run("trait_responses", model, store=store, progress=progress, **made)
@@ -106,6 +114,7 @@ def plan(
     model: str,
     trait: str | None = None,
     artifacts: FileName | None = None,
+    split_seed: int | None = None,
     responses: FileName | None = None,
     responses_run: str | None = None,
     n_samples: Count = 1,
@@ -119,7 +128,8 @@ def plan(
         tokenizer: the model's.
         model: label of the model.
         trait: a bundled trait, or one of the folder `artifacts`; for rows from a file, its stem.
-        artifacts: folder with extraction/{trait}.json and evaluation/{trait}.json.
+        artifacts: folder with extraction/{trait}.json and evaluation/{trait}.json, or {trait}.json.
+        split_seed: seed that divides the one list of questions of a {trait}.json into halves.
         responses: rows (.jsonl, .jsonl.gz), or a store with trait_responses; made by default.
         responses_run: which run of trait_responses, where the store has several.
         n_samples: answers to each prompt, where they are made.
@@ -138,7 +148,7 @@ def plan(
     asked = None
     if judging.judge != "none":
         judging.check(name)
-        asked = load_traits(name, "extraction", artifacts)[0]
+        asked = load_traits(name, "extraction", artifacts, split_seed)[0]
         judging.check(name, asked.questions, tokenizer)
     if responses is None:  # `prepare` has them made; until then there is nothing to render
         return _plan_of(name, [], [], tokenizer)

@@ -189,7 +189,9 @@ def test_a_run_says_every_system_prompt_that_it_used(
     pairs = tuple((f"Be {k}.", f"Be not {k}.") for k in range(n_pairs))
     module = sys.modules[load_experiment("trait_responses").measure.__module__]
     monkeypatch.setattr(TraitOptions, "load", lambda *_: replace(trait, pairs=pairs))
-    planned = module.plan(model.tokenizer, chosen=TraitOptions("terse"), judging=JudgeOptions())
+    planned = module.plan(
+        model.tokenizer, model="m", chosen=TraitOptions("terse"), judging=JudgeOptions()
+    )
     assert planned.attrs["systems"] == [
         [f"You are a terse assistant. {pos}", f"You are a helpful assistant. {neg}"]
         for pos, neg in pairs

@@ -1,20 +1,26 @@
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from nnsight import TransformersModel
 from safetensors.torch import save_file
 
 from persona_nns.errors import UsageError
 from persona_nns.organism.bundled import load_artifact
 from persona_nns.organism.trait_questions import QUESTIONS
+from persona_nns.runs import plan_run
 from persona_nns.traits.responses import Response, read_responses
 from persona_nns.traits.trait import (
     bundled_traits,
     check_held_out,
+    extraction_questions,
+    half_of,
     load_traits,
     read_trait,
 )
@@ -150,10 +156,14 @@ def test_a_trait_of_ones_own_is_read_from_its_file(tmp_path: Path) -> None:
     [
         ({"questions": None}, "lacks questions"),
         ({"eval_prompt": None, "instruction": None}, "lacks instruction, eval_prompt"),
-        ({"questions": ["How?"] * 12}, "has 12 questions; the format has 20"),
+        ({"questions": []}, "questions is an empty list; it has to be a list"),
+        ({"questions": "How?"}, "questions is 'How\\?'; it has to be a list"),
         ({"questions": ["How?"] * 19 + [""]}, "texts that are not empty"),
-        ({"instruction": [{"pos": "a", "neg": "b"}] * 4}, "has 4 instruction pairs"),
-        ({"instruction": [{"pos": "a"}] * 5}, "needs the texts 'pos' and"),
+        ({"instruction": {"pos": "a", "neg": "b"}}, "instruction is .*; it has to be a list"),
+        (
+            {"instruction": [{"pos": "a"}] * 5},
+            "needs the texts 'pos' and 'neg' .a role, not a trait",
+        ),
         ({"eval_prompt": "Rate {answer}."}, r"with \{question\} and \{answer\}"),
     ],
 )
@@ -166,6 +176,99 @@ def test_files_that_are_not_in_the_format_are_refused(
     file.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
     with pytest.raises(UsageError, match=message):
         load_traits("odd", "extraction", tmp_path)
+
+
+#: The shape of the assistant-axis code's files: one list of questions, any number of each.
+WHOLE = {
+    "instruction": [
+        {"pos": f"Be {word}.", "neg": "Be {model_name}."} for word in ("sharp", "acid")
+    ],
+    "questions": [f"What about {thing}?" for thing in ("art", "rain", "trains", "tea", "jazz")],
+    "eval_prompt": "Is it acerbic?\n{question}\n{answer}\nOne number from 0 to 100.",
+}
+
+
+def write_trait(file: Path, data: Any) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(data))
+    return file
+
+
+def test_a_trait_file_may_have_any_number_of_questions_and_instructions(tmp_path: Path) -> None:
+    trait = read_trait(write_trait(tmp_path / "acerbic.json", WHOLE))
+    assert (trait.name, len(trait.pairs), len(trait.questions)) == ("acerbic", 2, 5)
+    assert trait.system(1, "neg") == "You are a helpful assistant. Be {model_name}."
+    named = trait.of_model("org/m-7b")
+    assert named.pairs == (("Be sharp.", "Be org/m-7b."), ("Be acid.", "Be org/m-7b."))
+    assert named.questions == trait.questions
+
+
+def test_one_list_of_questions_is_divided_by_a_seed_into_halves(tmp_path: Path) -> None:
+    write_trait(tmp_path / "acerbic.json", WHOLE)
+    halves = {
+        seed: tuple(
+            load_traits("acerbic", split, tmp_path, seed)[0].questions
+            for split in ("extraction", "evaluation")
+        )
+        for seed in range(20)
+    }
+    for extraction, evaluation in halves.values():
+        assert (len(extraction), len(evaluation)) == (3, 2)
+        assert not set(extraction) & set(evaluation)
+        kept = [each for each in WHOLE["questions"] if each in extraction]
+        assert list(extraction) == kept  # in the order of the file
+    assert len(set(halves.values())) > 5  # of the 10 that there are
+    # The rule, computed by itself.
+    order = sorted(WHOLE["questions"], key=lambda text: sha256(f'[3, "{text}"]'.encode()).digest())
+    assert set(halves[3][0]) == set(order[:3])
+    # Neither the order of the list nor a question that is there twice moves another one.
+    again = half_of([*reversed(WHOLE["questions"]), WHOLE["questions"][0]], "extraction", 3)
+    assert set(again) == set(halves[3][0])
+    check_held_out(
+        *([replace(read_trait(tmp_path / "acerbic.json"), questions=of)] for of in halves[3])
+    )
+    assert extraction_questions("acerbic", tmp_path, 3) == halves[3][0]
+
+
+def test_a_seed_is_needed_for_one_list_and_refused_for_two(tmp_path: Path) -> None:
+    write_trait(tmp_path / "acerbic.json", WHOLE)
+    write_trait(tmp_path / "one.json", {**WHOLE, "questions": ["Why?", "Why?"]})
+    write_trait(tmp_path / "evaluation" / "held.json", WHOLE)
+    with pytest.raises(UsageError, match=r"has one list of questions; .*--split-seed SEED\)\.$"):
+        load_traits("acerbic", "extraction", tmp_path)
+    with pytest.raises(UsageError, match=r"has one question alone, which cannot be divided"):
+        load_traits("one", "extraction", tmp_path, 1)
+    for name, folder in (("terse", None), ("held", tmp_path)):
+        with pytest.raises(UsageError, match=r"in two folders of .*; leave out --split-seed\.$"):
+            load_traits(name, "evaluation", folder, 1)
+    assert extraction_questions("held", tmp_path) == ()
+
+
+def test_the_seed_is_recorded_and_the_halves_are_asked(
+    tmp_path: Path, golden_model: Callable[[str], TransformersModel]
+) -> None:
+    write_trait(tmp_path / "acerbic.json", WHOLE)
+    asked = {
+        "trait": "acerbic", "artifacts": str(tmp_path), "split_seed": 3, "judge": "none"
+    }  # fmt: skip
+    planned = {
+        split: plan_run(
+            "trait_responses",
+            golden_model("qwen2"),
+            store=tmp_path / "s.zarr",
+            split=split,
+            **asked,
+        ).request
+        for split in ("extraction", "evaluation")
+    }
+    texts = {split: request.plan.coords["question_text"][1] for split, request in planned.items()}
+    assert len(texts["extraction"]) == 3
+    assert sorted([*texts["extraction"], *texts["evaluation"]]) == sorted(WHOLE["questions"])
+    assert planned["evaluation"].block.attrs["plan_options"]["split_seed"] == 3
+    assert planned["evaluation"].block.attrs["systems"][0] == [
+        "You are a acerbic assistant. Be sharp.",
+        "You are a helpful assistant. Be qwen2.",
+    ]
 
 
 def test_unknown_traits_and_broken_files_are_refused(tmp_path: Path) -> None:

@@ -122,10 +122,11 @@ def _reading(request: Request, kept: xr.Dataset, choice: JudgeOptions) -> Experi
         measured: dict[str, Any],
         *,
         artifacts: str | None = None,
+        split_seed: int | None = None,
         split: Any = "evaluation",
     ) -> dict[str, Any]:
         texts = measured["response"]
-        trait = load_traits(str(units[0].place["trait"]), split, artifacts)[0]
+        trait = load_traits(str(units[0].place["trait"]), split, artifacts, split_seed)[0]
         own = [axis for axis in request.block.variables["response"].axes if axis not in placed]
         numbers = np.empty(texts.shape, dtype=int)  # of each text's question
         if "question" in own:

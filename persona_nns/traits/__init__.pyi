@@ -11,6 +11,10 @@ from .judging import JudgeOptions as JudgeOptions
 from .judging import judge_answers as judge_answers
 from .responses import is_rows_file as is_rows_file
 from .responses import read_responses as read_responses
+from .roles import Role as Role
+from .roles import load_roles as load_roles
+from .roles import read_role as read_role
+from .roles import read_role_questions as read_role_questions
 from .rows import JudgedResponse as JudgedResponse
 from .rows import row_coordinates as row_coordinates
 from .rows import rows_of_file as rows_of_file

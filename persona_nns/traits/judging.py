@@ -110,6 +110,7 @@ def judge_answers(
     measured: dict[str, Any],
     *,
     artifacts: str | None,
+    split_seed: int | None = None,
     split: Split = "evaluation",
     judging: JudgeOptions,
 ) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def judge_answers(
     """
     if "said" not in measured:
         return measured
-    trait = load_traits(str(units[0].place["trait"]), split, artifacts)[0]
+    trait = load_traits(str(units[0].place["trait"]), split, artifacts, split_seed)[0]
     questions = [
         question
         for unit in units

@@ -170,6 +170,7 @@ def check_unseen(
     source: str,
     model: str,
     run: str | None = None,
+    split_seed: int | None = None,
 ) -> None:
     """See that no question on which a vector is evaluated is one that it was made from.
 
@@ -179,11 +180,12 @@ def check_unseen(
         source: the vector, as in `load_vector`; a store also knows the questions of its rows.
         model: label of the model it was made on, where it is a store.
         run: which run, where the store has several.
+        split_seed: what divides its one list of questions into halves, where it has one.
 
     Raises:
         UsageError: a question is not held out, or there is no such vector.
     """
-    seen = set(extraction_questions(asked.name, artifacts))
+    seen = set(extraction_questions(asked.name, artifacts, split_seed))
     if not is_vector_file(source):
         rows = _open_vectors(source, asked.name, model, run)
         seen |= set(rows.row_question.values[rows.kept.values == 1].tolist())
