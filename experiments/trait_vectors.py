@@ -7,7 +7,7 @@ trait minus the mean over those without ("Persona Vectors", arXiv 2507.21509).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +93,8 @@ def prepare(
         return options
     if options.get("judge") == "none":
         raise UsageError(_NOBODY_JUDGES)
-    names = (
-        "trait",
-        "artifacts",
-        "split_seed",
-        "n_samples",
-        "judge",
-        "judge_model",
-        "judge_prices",
-    )
-    names = (*names, "max_new_tokens", "temperature")
+    names = ("trait", "artifacts", "split_seed", "n_samples", "max_new_tokens", "temperature")
+    names = (*names, *(judge.name for judge in fields(JudgeOptions)))
     made = {name: options[name] for name in names if name in options}
     results = run("trait_responses", model, store=store, progress=progress, **made)
     return {**options, "responses": str(store), "responses_run": results.attrs["run"]}
@@ -136,7 +128,9 @@ def plan(
         max_new_tokens: the longest answer, where they are made.
         temperature: 1 samples from the model; 0 is greedy.
         judging: the judge.
-        judge: lexicon, none (every given row counts), or the URL of an OpenAI-compatible endpoint.
+        judge: lexicon; none (every given row counts); a URL (http://…) of an OpenAI-compatible
+            endpoint; or a model that judges here: a bundled or fetched name, a folder, a .gguf
+            file, or a hub id (org/name).
     """
     del n_samples, max_new_tokens, temperature  # the business of trait_responses
     from_file = responses is not None and is_rows_file(responses)

@@ -61,7 +61,9 @@ def test_a_judge_behind_an_endpoint_needs_openai(
     with pytest.raises(pn.UsageError, match=needed):
         pn.run("trait_responses", model, judge="http://localhost:1/v1", store=tmp_path / "s")
     assert not (tmp_path / "s").exists()
-    with pytest.raises(pn.UsageError, match="has to be 'lexicon', 'none', or the URL"):
+    with pytest.raises(
+        pn.UsageError, match=r"has to be 'lexicon', 'none', the URL .*Unknown model 'gpt'"
+    ):
         JudgeOptions("gpt").check("terse")
     JudgeOptions("lexicon").check("terse")
 

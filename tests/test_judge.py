@@ -339,5 +339,5 @@ def test_the_lexicon_judge_scores_style_and_grammar():
 
 
 def test_the_lexicon_judge_knows_the_bundled_traits_only():
-    with pytest.raises(UsageError, match=r"not 'stoic'; give the URL"):
+    with pytest.raises(UsageError, match=r"not 'stoic'; name a model .* give the URL"):
         LexiconJudge().scores(replace(CHEERFUL, name="stoic"), answers("So be it."))

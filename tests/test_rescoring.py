@@ -21,7 +21,7 @@ from persona_nns.organism.bundled import load_artifact
 from persona_nns.results.reading import RunInfo
 from persona_nns.runs import verify_store
 from persona_nns.traits import JudgeOptions
-from persona_nns.traits.judging import LexiconJudge
+from persona_nns.traits.judges import LexiconJudge
 from persona_nns.traits.rows import rows_of_store
 from persona_nns.traits.vectors import write_vector
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_scored_is_refused(model: TransformersModel) -> None:
     pn.run("trait_responses", model, judge="lexicon", **asked)
     for name, judge, which, message in (
         ("trait_responses", "none", None, "scored by a judge"),
-        ("trait_responses", "gpt", None, "has to be 'lexicon', 'none', or the URL"),
+        ("trait_responses", "gpt", None, "has to be 'lexicon', 'none', the URL"),
         ("trait_responses", "lexicon", "gone", "No such run was found; choose one with --run"),
         ("trait_vectors", "lexicon", None, "no answers of 'trait_vectors'"),
     ):

@@ -359,7 +359,7 @@ def test_a_run_that_verifying_would_harm_says_why(
         ("trait_vectors", {"judge": "none"}, "rows have to be given"),
         ("trait_vectors", {"trait": "stoic"}, "There is no trait 'stoic'"),
         ("trait_vectors", {"trait": "stoic", "judge": "http://x/v1"}, "There is no trait 'stoic'"),
-        ("trait_vectors", {"judge": "gpt"}, "has to be 'lexicon', 'none', or the URL"),
+        ("trait_vectors", {"judge": "gpt"}, "has to be 'lexicon', 'none', the URL"),
         ("trait_vectors", {"responses": "none.jsonl", "judge": "none"}, "cannot be read"),
         ("trait_vectors", {"judge": "http://x/v1", "judge_prices": "1"}, "not two numbers"),
         ("trait_steering", {"vector": "wide.npy"}, "9 layers of width 64, but the model"),

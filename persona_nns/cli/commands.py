@@ -9,14 +9,14 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
 from typer.exceptions import TyperException
 
 from persona_nns.cli import terminal
-from persona_nns.cli.arguments import GridChoice, Name, RunChoice, Store
+from persona_nns.cli.arguments import JUDGE_HELP, GridChoice, Name, RunChoice, Store
 from persona_nns.cli.experiment_commands import ExperimentCommands
 from persona_nns.cli.prompts_command import prompts
 from persona_nns.cli.verify_command import verify
@@ -248,13 +248,16 @@ def plot(
 def rescore(
     store: Store,
     experiment: Name,
-    judge: Annotated[str, typer.Option(help="lexicon, or the URL of an endpoint.")],
+    judge: Annotated[str, typer.Option(help=JUDGE_HELP)],
     judge_model: Annotated[
-        str | None, typer.Option(help="The model there; its key is read from OPENAI_API_KEY.")
+        str | None, typer.Option(help="The model at a URL; its key is read from OPENAI_API_KEY.")
     ] = None,
     judge_prices: Annotated[
         str, typer.Option(help="Dollars for a million tokens sent and received, as 0.40,1.60.")
     ] = "",
+    scale: Annotated[
+        Literal["0-100", "yes-no"], typer.Option(help="How a model judges that runs here.")
+    ] = "0-100",
     run: Annotated[
         str | None, typer.Option(help="Whose answers (as `ls` shows it); by default unjudged ones.")
     ] = None,
@@ -263,10 +266,10 @@ def rescore(
     from persona_nns.cli.rescoring import rescore as score
     from persona_nns.figures.tables import result_table
     from persona_nns.results.reading import open_results
-    from persona_nns.traits.judging import JudgeOptions
+    from persona_nns.traits.judge_options import JudgeOptions
 
     model = JudgeOptions.judge_model if judge_model is None else judge_model
-    scored = score(store, experiment, JudgeOptions(judge, model, judge_prices), run)
+    scored = score(store, experiment, JudgeOptions(judge, model, judge_prices, scale), run)
     results = open_results(store, Path(experiment).stem, run=scored)
     terminal.out.print(result_table(results, "score"))
     terminal.say(f"Stored in {store}: {scored}")

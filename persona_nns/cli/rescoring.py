@@ -17,7 +17,8 @@ from persona_nns.models.load import HOSTED, load_model
 from persona_nns.results.reading import RunInfo, list_runs, open_results
 from persona_nns.runs.request import Request
 from persona_nns.runs.run import plan_run
-from persona_nns.traits.judging import JudgeOptions, judge_texts
+from persona_nns.traits.judge_options import JudgeOptions
+from persona_nns.traits.judging import judge_texts
 from persona_nns.traits.trait import load_traits
 
 _HERE = torch.device("cpu")
@@ -49,7 +50,9 @@ def rescore(store: str, name: str, judging: JudgeOptions, run: str | None = None
         PersonaError: its inputs are not what they were, or the judge cannot be asked.
     """
     if judging.judge == "none":
-        raise UsageError("Answers are scored by a judge: lexicon, or the URL of an endpoint.")
+        raise UsageError(
+            "Answers are scored by a judge: lexicon, the URL of an endpoint, or a model."
+        )
     experiment = load_experiment(name)
     info = _run_to_score(store, experiment.name, run)
     model = _load(info)

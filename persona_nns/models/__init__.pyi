@@ -21,6 +21,7 @@ from .load import hosted_name as hosted_name
 from .load import load_model as load_model
 from .load import record_of as record_of
 from .load import simulate as simulate
+from .load import version_and_precision as version_and_precision
 from .memory import fitting_batch_size as fitting_batch_size
 from .memory import is_out_of_memory as is_out_of_memory
 from .servers import Server as Server

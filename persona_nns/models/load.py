@@ -332,6 +332,24 @@ def _choose_dtype(
     return "float32" if config.model_type == "gemma2" or own != "bfloat16" else "bfloat16"
 
 
+def version_and_precision(name: str | Path) -> tuple[str, str]:
+    """What determines the numbers of a model beside its prompts, without loading its weights.
+
+    Returns:
+        The digest of its files, or ``org/name@commit`` for one on the hub; and the precision that
+        `load_model` chooses for it.
+
+    Raises:
+        UsageError: unknown model.
+        PersonaError: its version cannot be told.
+    """
+    source, shown = find_checkpoint(str(name))
+    config = read_config(source, shown, trust_remote_code=False)
+    version = version_of(source, config)
+    on_hub = not Path(source).is_dir()
+    return f"{source}@{version}" if on_hub else version, _choose_dtype(shown, config, None)
+
+
 def _normalise_generation(module: PreTrainedModel) -> None:
     """Generate with a growing cache up to an end token, whatever the checkpoint prefers.
 

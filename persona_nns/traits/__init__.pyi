@@ -7,7 +7,7 @@ from .distillation import parse_students as parse_students
 from .distillation import per_token_kl as per_token_kl
 from .distillation import student_replies as student_replies
 from .distillation import trained_parameters as trained_parameters
-from .judging import JudgeOptions as JudgeOptions
+from .judge_options import JudgeOptions as JudgeOptions
 from .judging import judge_answers as judge_answers
 from .responses import is_rows_file as is_rows_file
 from .responses import read_responses as read_responses

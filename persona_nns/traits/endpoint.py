@@ -1,22 +1,17 @@
 """The judge behind an OpenAI-compatible endpoint, asked concurrently and never twice.
 
-Replies are kept on disk in an SQLite file, as JSON, under a hash of everything that determines
-them: endpoint, model, prompt and sampling parameters. The key is read from ``OPENAI_API_KEY`` and
-goes to the endpoint alone: neither messages nor the file hold it.
+Replies are kept (`traits.replies`) by endpoint, model, prompt and sampling parameters. The key is
+read from ``OPENAI_API_KEY`` and goes to the endpoint alone: neither messages nor the file hold it.
 
 The score is read off one token, so a number has to be one. A model that writes 85 as 8 and 5 would
 have its 85 taken for 8: it is asked for such numbers first, and refused.
 """
 
-import json
 import os
 import re
-import sqlite3
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,9 +22,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionTokenLogprob
 from persona_nns.declarations.plans import content_digest
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.traits.judges import KEY_VARIABLE, Answer, Scores, check_url, judge_all
+from persona_nns.traits.replies import DEFAULT_CACHE, ReplyCache, Usage
 from persona_nns.traits.trait import Trait
-
-DEFAULT_CACHE = Path("~/.cache/persona-nns/judge.sqlite")
 
 _PARAMETERS: Mapping[str, Any] = {
     "max_tokens": 1,
@@ -43,72 +37,6 @@ _PROBE_PARAMETERS: Mapping[str, Any] = {**_PARAMETERS, "max_tokens": 8}
 _CONCURRENCY = 16
 _RETRIES = 6  # of 408, 409, 429, 5xx and lost connections, with growing pauses
 _TIMEOUT_S = 60
-
-
-class ReplyCache:
-    """Replies on disk, by the hash of what was asked. Threads and processes may share it."""
-
-    def __init__(self, file: str | Path) -> None:
-        self._file = Path(file).expanduser()
-        self._lock = threading.Lock()
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with closing(self._open()) as connection, connection:
-                connection.execute(
-                    "CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, value TEXT NOT NULL)"
-                )
-        except (OSError, sqlite3.Error) as error:
-            raise UsageError(
-                f"The judge's cache {str(file)!r} cannot be used: {error}; choose another."
-            ) from error
-
-    def _open(self) -> sqlite3.Connection:
-        return sqlite3.connect(self._file, timeout=30)
-
-    def get(self, key: str) -> Any:
-        """A reply, or None."""
-        with closing(self._open()) as connection:
-            row = connection.execute("SELECT value FROM reply WHERE key = ?", (key,)).fetchone()
-        return None if row is None else json.loads(row[0])
-
-    def put(self, key: str, reply: Any) -> None:
-        """Keep a reply."""
-        with self._lock, closing(self._open()) as connection, connection:
-            connection.execute(
-                "INSERT OR REPLACE INTO reply VALUES (?, ?)", (key, json.dumps(reply))
-            )
-
-
-@dataclass
-class Usage:
-    """What the judge has cost since it was made.
-
-    Attributes:
-        calls: prompts sent.
-        cached: prompts answered from disk.
-        prompt_tokens: tokens sent.
-        completion_tokens: tokens received.
-    """
-
-    calls: int = 0
-    cached: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def describe(self, prices: tuple[float, float] | None = None) -> str:
-        """One line for the terminal.
-
-        Args:
-            prices: US dollars for a million prompt tokens and a million completion tokens.
-        """
-        line = (
-            f"{self.calls} calls to the judge ({self.cached} more were cached), "
-            f"{self.prompt_tokens} + {self.completion_tokens} tokens"
-        )
-        if prices is None:
-            return line
-        dollars = (self.prompt_tokens * prices[0] + self.completion_tokens * prices[1]) / 1_000_000
-        return f"{line}, ${dollars:.4f}"
 
 
 class EndpointJudge:

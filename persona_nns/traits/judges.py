@@ -1,10 +1,11 @@
 """Judges: how much of a trait an answer shows, and how coherent it is, from 0 to 100.
 
-Two kinds. The lexicon judge knows the bundled traits and needs nothing. The endpoint judge asks a
-language model behind an OpenAI-compatible endpoint for one token and takes the mean of the
+The lexicon judge knows the bundled traits and needs nothing. The endpoint judge (`traits.endpoint`)
+asks a language model behind an OpenAI-compatible endpoint for one token and takes the mean of the
 numbers 0 to 100 that it might have said, weighted by their probability. Where it hardly says a
 number at all (their probability sums to less than a quarter), it refuses, and the score is none.
-A model that splits numbers into several tokens is not asked.
+A model that splits numbers into several tokens is not asked there; one that runs here is
+(`traits.local_judge`), since all its probabilities are known.
 """
 
 import math
@@ -99,8 +100,9 @@ def check_lexicon(
     """
     if trait not in TRAITS:
         raise UsageError(
-            f"The lexicon judge knows {', '.join(TRAITS)} only, not {trait!r}; give the URL of an "
-            "OpenAI-compatible endpoint (--judge URL)."
+            f"The lexicon judge knows {', '.join(TRAITS)} only, not {trait!r}; name a "
+            "model that judges (--judge MODEL), or give the URL of an OpenAI-compatible endpoint "
+            "(--judge URL)."
         )
     splits: tuple[Split, ...] = ("extraction", "evaluation")
     bundled = {each for split in splits for each in load_traits(trait, split)[0].questions}
@@ -114,8 +116,8 @@ def check_lexicon(
 def _not_made_for(why: str) -> str:
     return (
         "The lexicon judge is made for what the bundled models answer to the bundled questions, "
-        f"and {why}; give the URL of an OpenAI-compatible endpoint (--judge URL), or nobody judges "
-        "(--judge none)."
+        f"and {why}; give a model (--judge MODEL) or the URL of an OpenAI-compatible endpoint "
+        "(--judge URL), or nobody judges (--judge none)."
     )
 
 
@@ -128,8 +130,8 @@ def check_url(url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UsageError(
-            "The judge has to be 'lexicon', 'none', or the URL of an OpenAI-compatible endpoint "
-            "such as https://api.openai.com/v1."
+            "The judge has to be 'lexicon', 'none', the URL of an OpenAI-compatible endpoint such "
+            "as https://api.openai.com/v1, or a model."
         )
     if parts.username or parts.password or parts.query:
         raise UsageError(
@@ -154,6 +156,16 @@ def expected_score(logprobs: Mapping[str, float]) -> float:
     return weighted / mass if mass >= LEAST_MASS else math.nan
 
 
+def log_odds_score(logprobs: Mapping[str, float]) -> float:
+    """100 / (1 + exp(log p(No) − log p(Yes))): the log-odds of Yes by the logistic function.
+
+    Args:
+        logprobs: log-probabilities of ``Yes`` and ``No``.
+    """
+    odds = logprobs["Yes"] - logprobs["No"]
+    return 100 / (1 + math.exp(-odds)) if odds > 0 else 100 * math.exp(odds) / (1 + math.exp(odds))
+
+
 def fill_prompt(prompt: str, given: Answer) -> str:
     """Put question and answer into a judge's prompt; braces in them stay as they are."""
     texts = {"question": given.question, "answer": given.answer}
@@ -164,23 +176,28 @@ def judge_all(
     ask: Callable[[Sequence[str]], Sequence[Mapping[str, float]]],
     trait: Trait,
     answers: Sequence[Answer],
+    read: Callable[[Mapping[str, float]], float] = expected_score,
+    *,
+    suffix: str = "",
 ) -> Scores:
     """Both scores of each answer, asked for in one go.
 
     Args:
-        ask: prompts → log-probabilities of the first token's candidates.
+        ask: prompts → log-probabilities of the candidates for the reply.
         trait: whose ``eval_prompt`` is asked.
         answers: what is judged.
+        read: log-probabilities → score, NaN for a refusal.
+        suffix: what follows each prompt.
 
     Raises:
         PersonaError: every answer is refused.
     """
     prompts = [
-        fill_prompt(prompt, given)
+        fill_prompt(prompt, given) + suffix
         for prompt in (trait.eval_prompt, COHERENCE_PROMPT)
         for given in answers
     ]
-    found = [expected_score(logprobs) for logprobs in ask(prompts)]
+    found = [read(logprobs) for logprobs in ask(prompts)]
     scores = Scores(tuple(found[: len(answers)]), tuple(found[len(answers) :]))
     for what, values in (("trait", scores.trait), ("coherence", scores.coherence)):
         if values and all(map(math.isnan, values)):

@@ -1,8 +1,6 @@
 """From generated tokens to judged texts: what happens where the command runs, not the model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,96 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_nns.declarations.plans import Unit
-from persona_nns.errors import UsageError, missing_extra
-from persona_nns.traits.judges import Answer, Judge, LexiconJudge, check_lexicon, check_url
+from persona_nns.traits.judge_options import JudgeOptions, open_judge
+from persona_nns.traits.judges import Answer, Judge
 from persona_nns.traits.trait import Split, Trait, load_traits
-
-
-@dataclass(frozen=True)
-class JudgeOptions:
-    """Who judges.
-
-    Attributes:
-        judge: lexicon, none, or the URL of an OpenAI-compatible endpoint.
-        judge_model: the model there; its key is read from OPENAI_API_KEY.
-        judge_prices: dollars for a million tokens sent and received, as 0.40,1.60.
-    """
-
-    judge: str = "lexicon"
-    judge_model: str = "gpt-4.1-mini"
-    judge_prices: str = ""
-
-    @property
-    def identity(self) -> list[str]:
-        """What determines the scores."""
-        return [self.judge, self.judge_model] if "://" in self.judge else [self.judge]
-
-    @property
-    def unverifiable(self) -> str:
-        """Why `verify` must not ask this judge again; empty where it may."""
-        if "://" not in self.judge:
-            return ""
-        return f"its answers were judged at {self.judge}, which may cost money"
-
-    def check(
-        self,
-        trait: str,
-        questions: Sequence[str] = (),
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        """See that this judge can judge a trait.
-
-        Args:
-            trait: its name.
-            questions: that are answered.
-            tokenizer: of the model that answers.
-
-        Raises:
-            UsageError: it cannot, or is none.
-        """
-        if self.judge == "none":
-            return
-        if self.judge == "lexicon":
-            check_lexicon(trait, questions, tokenizer)
-            return
-        check_url(self.judge)
-        self.price_pair()
-        if not self.judge_model:
-            raise UsageError("The judge needs the name of its model (--judge-model).")
-        try:
-            import openai  # noqa: F401
-        except ImportError as error:
-            raise missing_extra("A judge behind an endpoint needs openai", "judge") from error
-
-    def price_pair(self) -> tuple[float, float] | None:
-        """The prices as numbers; None where they are unknown.
-
-        Raises:
-            UsageError: they are not two numbers.
-        """
-        if not self.judge_prices:
-            return None
-        try:
-            sent, received = map(float, self.judge_prices.split(","))
-        except ValueError as error:
-            raise UsageError(
-                f"The judge's prices {self.judge_prices!r} are not two numbers such as 0.40,1.60."
-            ) from error
-        return sent, received
-
-
-@cache
-def open_judge(choice: JudgeOptions) -> Judge:
-    """The judge of a choice; the same one for the same choice, so that it can sum its cost.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if choice.judge == "lexicon":
-        return LexiconJudge()
-    from persona_nns.traits.endpoint import EndpointJudge
-
-    return EndpointJudge(choice.judge, choice.judge_model)
 
 
 def judge_answers(
