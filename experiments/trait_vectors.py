@@ -128,9 +128,9 @@ def plan(
         max_new_tokens: the longest answer, where they are made.
         temperature: 1 samples from the model; 0 is greedy.
         judging: the judge.
-        judge: lexicon; none (every given row counts); a URL (http://…) of an OpenAI-compatible
-            endpoint; or a model that judges here: a bundled or fetched name, a folder, a .gguf
-            file, or a hub id (org/name).
+        judge: lexicon; classifier:lexicon (words of your own); none (every given row counts); a URL
+            (http://…) of an OpenAI-compatible endpoint; or a model that judges here: a bundled or
+            fetched name, a folder, a .gguf file, or a hub id (org/name).
     """
     del n_samples, max_new_tokens, temperature  # the business of trait_responses
     from_file = responses is not None and is_rows_file(responses)

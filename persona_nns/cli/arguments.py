@@ -6,8 +6,8 @@ import typer
 
 GRID_HELP = "short, long, review, or a .toml, .yaml, .csv or .jsonl file."
 JUDGE_HELP = (
-    "lexicon; a URL (http://…) of an endpoint; or a model that judges here: a bundled or fetched "
-    "name, a folder, a .gguf file, or a hub id."
+    "lexicon; classifier:lexicon (words of your own); a URL (http://…) of an endpoint; or a model "
+    "that judges here: a bundled or fetched name, a folder, a .gguf file, or a hub id."
 )
 TASKS_HELP = (
     "File with the tasks of a grid whose file has personas alone (also .txt, a task a line)."

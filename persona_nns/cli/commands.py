@@ -258,6 +258,9 @@ def rescore(
     scale: Annotated[
         Literal["0-100", "yes-no"], typer.Option(help="How a model judges that runs here.")
     ] = "0-100",
+    judge_words: Annotated[
+        str | None, typer.Option(help="File with words for each trait, for classifier:lexicon.")
+    ] = None,
     run: Annotated[
         str | None, typer.Option(help="Whose answers (as `ls` shows it); by default unjudged ones.")
     ] = None,
@@ -269,7 +272,8 @@ def rescore(
     from persona_nns.traits.judge_options import JudgeOptions
 
     model = JudgeOptions.judge_model if judge_model is None else judge_model
-    scored = score(store, experiment, JudgeOptions(judge, model, judge_prices, scale), run)
+    judging = JudgeOptions(judge, model, judge_prices, scale, judge_words)
+    scored = score(store, experiment, judging, run)
     results = open_results(store, Path(experiment).stem, run=scored)
     terminal.out.print(result_table(results, "score"))
     terminal.say(f"Stored in {store}: {scored}")

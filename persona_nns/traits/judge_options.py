@@ -7,17 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations.options import NamesFile
+from persona_nns.declarations.options import FileName, NamesFile
+from persona_nns.declarations.plans import content_digest
 from persona_nns.errors import UsageError, missing_extra
 from persona_nns.traits.judges import Judge, LexiconJudge, check_lexicon, check_url
+from persona_nns.traits.word_judge import WordJudge, read_words, words_of
 
 if TYPE_CHECKING:
     from persona_nns.traits.local_judge import JudgeModel
 
-Kind = Literal["none", "lexicon", "endpoint", "model"]
+Kind = Literal["none", "lexicon", "classifier:lexicon", "endpoint", "model"]
 Scale = Literal["0-100", "yes-no"]
+#: Words of one's own (`traits.word_judge`).
+WORDS: Literal["classifier:lexicon"] = "classifier:lexicon"
 #: Judges that have a name.
-NAMED: tuple[Kind, Kind] = ("none", "lexicon")
+NAMED: tuple[Kind, ...] = ("none", "lexicon", WORDS)
 
 
 @dataclass(frozen=True)
@@ -25,17 +29,21 @@ class JudgeOptions:
     """Who judges.
 
     Attributes:
-        judge: lexicon; none; a URL (http://…) of an OpenAI-compatible endpoint; or a model that
-            judges here: a bundled or fetched name, a folder, a .gguf file, or a hub id (org/name).
+        judge: lexicon; classifier:lexicon (words of your own); none; a URL (http://…) of an
+            OpenAI-compatible endpoint; or a model that judges here: a bundled or fetched name, a
+            folder, a .gguf file, or a hub id (org/name).
         judge_model: the model at an endpoint; its key is read from OPENAI_API_KEY.
         judge_prices: dollars for a million tokens sent and received, as 0.40,1.60.
         scale: how a model judges here: by numbers from 0-100, or by the log-odds of yes-no.
+        judge_words: a .toml or .json file with a list of words for each trait, for
+            classifier:lexicon.
     """
 
     judge: Annotated[str, NamesFile(NAMED)] = "lexicon"
     judge_model: str = "gpt-4.1-mini"
     judge_prices: str = ""
     scale: Scale = "0-100"
+    judge_words: FileName | None = None
 
     @property
     def kind(self) -> Kind:
@@ -52,6 +60,8 @@ class JudgeOptions:
             from persona_nns.traits.local_judge import find_judge
 
             return ["model", *find_judge(self.judge).identity, self.scale]
+        if self.kind == WORDS:
+            return [self.judge, content_digest(read_words(self.words_file))]
         return [self.judge, self.judge_model] if self.kind == "endpoint" else [self.judge]
 
     @property
@@ -82,14 +92,34 @@ class JudgeOptions:
                 f"The scale {self.scale!r} is one of a model that judges here, not of "
                 f"{self.judge!r}; leave out --scale, or name a model (--judge MODEL)."
             )
+        if self.judge_words is not None and self.kind != WORDS:
+            raise UsageError(
+                f"The words {self.judge_words!r} are for --judge {WORDS}, not for {self.judge!r}."
+            )
         if self.kind == "lexicon":
             check_lexicon(trait, questions, tokenizer)
+        elif self.kind == WORDS:
+            words_of(trait, self.words_file)
         elif self.kind == "endpoint":
             self._check_endpoint()
         elif self.kind == "model":
             from persona_nns.traits.local_judge import find_judge
 
             find_judge(self.judge)
+
+    @property
+    def words_file(self) -> str:
+        """The file with the words of classifier:lexicon.
+
+        Raises:
+            UsageError: none was given.
+        """
+        if self.judge_words is None:
+            raise UsageError(
+                f"The judge {WORDS} needs a file with a list of words for each trait "
+                "(--judge-words FILE)."
+            )
+        return self.judge_words
 
     def _check_endpoint(self) -> None:
         check_url(self.judge)
@@ -126,6 +156,8 @@ def open_judge(choice: JudgeOptions) -> Judge:
     """
     if choice.kind == "lexicon":
         return LexiconJudge()
+    if choice.kind == WORDS:
+        return WordJudge(choice.words_file)
     if choice.kind == "model":
         from persona_nns.traits.local_judge import find_judge
 

@@ -89,7 +89,8 @@ def find_judge(name: str) -> JudgeModel:
     except UsageError as error:
         raise UsageError(
             "The judge has to be 'lexicon', 'none', the URL of an OpenAI-compatible endpoint such "
-            f"as https://api.openai.com/v1, or a model that can be asked: {error}"
+            "as https://api.openai.com/v1, 'classifier:lexicon' with --judge-words FILE, or a "
+            f"model that can be asked: {error}"
         ) from error
 
 

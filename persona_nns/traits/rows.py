@@ -1,6 +1,7 @@
 """The answers that a trait vector is made from: given in a file, or from a store."""
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,12 +114,18 @@ def keep_pairs(
         (row.question_id, row.pair, sample, row.label): k
         for k, (row, sample) in enumerate(zip(rows, samples, strict=True))
     }
+    judged = coherence
+    if all(map(math.isnan, coherence)):
+        warnings.warn(
+            "Nobody judged coherence: pairs are kept by their trait scores alone.", stacklevel=2
+        )
+        judged = [100.0] * len(rows)
     kept = [False] * len(rows)
     for (question, pair, sample, label), pos in place.items():
         neg = place.get((question, pair, sample, "neg"))
         if label != "pos" or neg is None:
             continue
-        shows = keeps_pair((trait_scores[pos], coherence[pos]), (trait_scores[neg], coherence[neg]))
+        shows = keeps_pair((trait_scores[pos], judged[pos]), (trait_scores[neg], judged[neg]))
         kept[pos] = kept[neg] = shows and bool(rows[pos].response and rows[neg].response)
     if not any(kept):
         raise PersonaError(
