@@ -8,13 +8,13 @@ positions, and that the injection happens once. Each is matched here, alone and 
 
 `norm` rescales what is injected to the norm of the host's own residual there; `rms` rescales the
 output of the next norm to the RMS that the host's own has there. `persona_length` pads the host's
-persona with neutral text to the persona's token count; `total_length` puts neutral text before
-the role prompt until all that follows stands where it stands in XY. `tail` injects at every
-position of the template tail, `tail+task` at the last tokens of the task too, aligned from the
-end. `kv` gives the task and tail before p_last the clean run's keys and values at every layer;
-what is left of the host is prefix and persona. `every_step` injects at p_last and, as they are
-reached, at all generated positions. `together` is all of these (with `persona_length`, and
-`tail+task`), `together_own_size` the same without `norm` and `rms`.
+persona with neutral text to the persona's token count; `total_length` opens the message that
+holds the persona with neutral text until all that follows stands where it stands in XY. `tail`
+injects at every position of the template tail, `tail+task` at the last tokens of the task too,
+aligned from the end. `kv` gives the task and tail before p_last the clean run's keys and values at
+every layer; what is left of the host is prefix and persona. `every_step` injects at p_last and, as
+they are reached, at all generated positions. `together` is all of these (with `persona_length`,
+and `tail+task`), `together_own_size` the same without `norm` and `rms`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -199,7 +199,8 @@ def render_prompts(
             for cell, prompt in zip(cells, of_cell, strict=True)
         ],
         "total_length": [
-            pad_total(tokenizer, prompt["BY"], prompt["XY"], neutral) for prompt in of_cell
+            pad_total(tokenizer, cell, prompt["BY"], prompt["XY"], neutral)
+            for cell, prompt in zip(cells, of_cell, strict=True)
         ],
     }
     prompts = {

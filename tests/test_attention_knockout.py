@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from persona_nns.declarations.bands import band_labels, band_layers
 from persona_nns.declarations.catalog import load_experiment
+from persona_nns.prompts.frames import load_frame
 from persona_nns.prompts.grids import Cell, Grid, load_grid
-from persona_nns.prompts.render import render_cell
+from persona_nns.prompts.render import Prompt, render_cell
 from persona_nns.tracing.batches import left_pad
 from persona_nns.tracing.knockout import BLOCKED, block_keys, blocked_queries, persona_keys
 from persona_nns.tracing.prefixes import prefill
@@ -291,36 +292,54 @@ def test_blocking_nothing_changes_nothing(model: TransformersModel, small_grid: 
         assert torch.equal(logits, clean)
 
 
+def kl_without_persona(model: TransformersModel, prompt: Prompt) -> float:
+    """KL of the rest of the prompt on a cache without the persona's columns, at its own places."""
+    persona = prompt.spans["persona"]
+    said: list[int] = []
+    clean: list[Tensor] = []
+    while len(said) < 10:
+        ids = torch.tensor([[*prompt.ids, *said]])
+        with model.trace({"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+            last = save(model.output.logits[0, -1])
+        clean.append(last.log_softmax(-1))
+        said.append(int(last.argmax()))
+    prefix = prefill(model, [prompt.ids[: persona.stop]])
+    assert prefix is not None
+    mask = torch.ones(1, len(prompt) + 9).long()
+    mask[:, list(persona)] = 0  # a key that is masked for all is a key that is not there
+    rest = torch.tensor([[*prompt.ids[persona.stop :], *said[:-1]]])
+    with model.trace(
+        {"input_ids": rest, "attention_mask": mask},
+        position_ids=torch.arange(persona.stop, len(prompt) + 9)[None],
+        past_key_values=prefix.cache(),
+        use_cache=True,
+    ):
+        without = save(model.output.logits[0, -10:].log_softmax(-1))
+    return summed(torch.stack(clean), without)
+
+
 def test_blocking_all_later_queries_everywhere_deletes_the_persona_from_the_cache(
     batched: dict[str, Any], model: TransformersModel, small_grid: Grid
 ) -> None:
-    """The rest of the prompt on a cache without the persona's columns, at its own positions."""
     for row, cell in enumerate(small_grid.cells):
-        prompt = render_cell(model.tokenizer, cell)["XY"]
-        persona = prompt.spans["persona"]
-        said: list[int] = []
-        clean: list[Tensor] = []
-        while len(said) < 10:
-            ids = torch.tensor([[*prompt.ids, *said]])
-            with model.trace({"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
-                last = save(model.output.logits[0, -1])
-            clean.append(last.log_softmax(-1))
-            said.append(int(last.argmax()))
-        prefix = prefill(model, [prompt.ids[: persona.stop]])
-        assert prefix is not None
-        mask = torch.ones(1, len(prompt) + 9).long()
-        mask[:, list(persona)] = 0  # a key that is masked for all is a key that is not there
-        rest = torch.tensor([[*prompt.ids[persona.stop :], *said[:-1]]])
-        with model.trace(
-            {"input_ids": rest, "attention_mask": mask},
-            position_ids=torch.arange(persona.stop, len(prompt) + 9)[None],
-            past_key_values=prefix.cache(),
-            use_cache=True,
-        ):
-            without = save(model.output.logits[0, -10:].log_softmax(-1))
-        expected = summed(torch.stack(clean), without)
+        expected = kl_without_persona(model, render_cell(model.tokenizer, cell)["XY"])
         measured = float(batched["kl"][row, BLOCKED.index("later"), 0])
         assert measured == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("frame", ["system", "later"])
+def test_so_it_does_in_other_frames(
+    experiment: ModuleType, model: TransformersModel, small_grid: Grid, frame: str
+) -> None:
+    cells = list(small_grid.put_in(load_frame(frame)).cells)
+    kl = experiment.measure(model, cells, bands="all", n_tokens=1)["kl"]
+    for row, cell in enumerate(cells):
+        prompt = render_cell(model.tokenizer, cell)["XY"]
+        persona = prompt.ids[prompt.spans["persona"].start : prompt.spans["persona"].stop]
+        assert model.tokenizer.decode(list(persona)).strip() == cell.persona_text
+        measured = float(kl[row, BLOCKED.index("later"), 0])
+        assert measured == pytest.approx(kl_without_persona(model, prompt), rel=1e-4, abs=1e-5)
+        assert measured > 1e-4
 
 
 def test_single_layers_and_bands_that_are_one_thing_have_one_label(

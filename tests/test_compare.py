@@ -34,7 +34,7 @@ from persona_nns.published.tables import median_number
 from persona_nns.results.allocation import attach
 from persona_nns.results.block import Block
 from persona_nns.results.reading import open_results
-from persona_nns.runs.request import plan_of_grid
+from persona_nns.runs.grid_plan import plan_of_grid
 
 PUBLISHED = published_store()
 GEMMA = "google/gemma-2-2b-it"

@@ -16,7 +16,7 @@ from persona_nns.cli import commands as cli
 from persona_nns.declarations.catalog import load_experiment
 from persona_nns.models.checkpoints import count_layers
 from persona_nns.prompts.grids import Grid, load_grid
-from persona_nns.prompts.render import read_template
+from persona_nns.prompts.templates import read_template
 from persona_nns.results.locations import location_of
 from persona_nns.results.store import check_writable
 from persona_nns.runs.run import plan_run

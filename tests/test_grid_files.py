@@ -127,7 +127,7 @@ def test_personas_a_line_go_with_tasks_of_another_file(
     if "jsonl" in name:
         text = text.replace(', "persona": 7', "")
     personas = write(tmp_path, "hub.jsonl", lines({"persona": "A nurse."}, {"persona": "A monk."}))
-    grid = load_grid(personas, write(tmp_path, name, text))
+    grid = load_grid(personas, tasks=write(tmp_path, name, text))
     assert [cell.label for cell in grid.cells] == [
         *("a-nurse/write-a-haiku", "a-nurse/plan-a-day"),
         *("a-monk/write-a-haiku", "a-monk/plan-a-day"),
@@ -170,7 +170,7 @@ def test_keys_of_five_thousand_personas_are_labels_each_its_own_and_always_the_s
     assert load_grid(tmp_path / "hub.jsonl", tasks) == grid
     # What is added at the end changes no key before it.
     more = write(tmp_path, "more.jsonl", lines(*rows, {"persona": f"{texts[5]} too"}))
-    grown = load_grid(more, tasks)
+    grown = load_grid(more, tasks=tasks)
     assert all(grown.personas[key] == text for text, key in keys.items())
     with pytest.raises(UsageError, match="has no cell 'x/y'; its cells are ") as caught:
         grid.select_cells("x/y")
@@ -248,15 +248,15 @@ def test_tasks_have_to_be_wanted_and_there(tmp_path: Path) -> None:
     whole = write(tmp_path, "whole.yaml", KEYED)
     for grid in ("short", SHORT, whole):
         with pytest.raises(UsageError, match=r"has tasks of its own; leave out --tasks"):
-            load_grid(grid, tasks)
+            load_grid(grid, tasks=tasks)
     with pytest.raises(UsageError, match=r"t.pdf' are no .toml, .* or .txt file"):
-        load_grid(hub, tmp_path / "t.pdf")
+        load_grid(hub, tasks=tmp_path / "t.pdf")
     with pytest.raises(UsageError, match=r"hub.jsonl' holds no tasks"):
-        load_grid(hub, hub)
+        load_grid(hub, tasks=hub)
     with pytest.raises(UsageError, match=r"There are no personas and no tasks in .*e.txt'"):
-        load_grid(hub, write(tmp_path, "e.txt", "\n"))
+        load_grid(hub, tasks=write(tmp_path, "e.txt", "\n"))
     with pytest.raises(UsageError, match=r"gone.txt' cannot be read: No such file"):
-        load_grid(hub, tmp_path / "gone.txt")
+        load_grid(hub, tasks=tmp_path / "gone.txt")
 
 
 def test_the_command_line_takes_both_files(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from persona_nns.declarations.catalog import load_experiment
+from persona_nns.prompts.frames import BUNDLED_FRAMES, load_frame
 from persona_nns.prompts.grids import Cell, Grid
 from persona_nns.prompts.padding import NEUTRAL, pad_persona, pad_total
 from persona_nns.prompts.render import Prompt, render_cell
@@ -108,7 +109,7 @@ def hosts_of(tokenizer: Any, cell: Cell) -> dict[str, Prompt]:
         "persona_length": pad_persona(
             tokenizer, cell, prompts["BY"], prompts["XY"], NEUTRAL
         ).prompt,
-        "total_length": pad_total(tokenizer, prompts["BY"], prompts["XY"], NEUTRAL).prompt,
+        "total_length": pad_total(tokenizer, cell, prompts["BY"], prompts["XY"], NEUTRAL).prompt,
     }
 
 
@@ -310,15 +311,18 @@ def test_a_persona_that_is_the_baseline_leaves_nothing_to_close(
     assert int(measured["n_neutral"].abs().max()) == 0
 
 
-def test_hosts_are_padded_to_the_token(tokenizer: Any, small_grid: Grid) -> None:
+@pytest.mark.parametrize("frame", BUNDLED_FRAMES)
+def test_hosts_are_padded_to_the_token(tokenizer: Any, small_grid: Grid, frame: str) -> None:
     personas = {**small_grid.personas, "short": "me"}
     lengths = {"yoda": 0, "short": -1}
-    for cell in replace(small_grid, personas=personas).cells:
+    grid = replace(small_grid, personas=personas).put_in(load_frame(frame))
+    begins = grid.frame.messages[-1 if frame != "system" else 0].content.partition("{")[0]
+    for cell in grid.cells:
         prompts = render_cell(tokenizer, cell)
         host, target = prompts["BY"], prompts["XY"]
         for padded in (
             pad_persona(tokenizer, cell, host, target, NEUTRAL),
-            pad_total(tokenizer, host, target, NEUTRAL),
+            pad_total(tokenizer, cell, host, target, NEUTRAL),
         ):
             if cell.persona in lengths:
                 assert (padded.prompt, padded.n_neutral) == (host, lengths[cell.persona])
@@ -333,10 +337,13 @@ def test_hosts_are_padded_to_the_token(tokenizer: Any, small_grid: Grid) -> None
                 assert padded.prompt.spans[name] == target.spans[name]
             assert "ordinary" in padded.prompt.text
         in_persona = pad_persona(tokenizer, cell, host, target, NEUTRAL).prompt
-        before = pad_total(tokenizer, host, target, NEUTRAL).prompt
+        before = pad_total(tokenizer, cell, host, target, NEUTRAL).prompt
         if cell.persona not in lengths:
             assert in_persona.spans["persona"] == target.spans["persona"]
-            assert before.text.index("ordinary") < before.text.index("As a thoughtful person,")
+            own = f"{begins}a thoughtful person"
+            assert before.text.index("ordinary") < before.text.index(own)
+            head, _, _ = host.text.partition(own)
+            assert before.text.startswith(f"{head}on an")
             assert "a thoughtful person on an ordinary" in in_persona.text
 
 

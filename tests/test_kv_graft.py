@@ -27,6 +27,7 @@ from persona_nns.declarations.catalog import load_experiment
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.figures.drawing import draw
 from persona_nns.figures.tables import result_table
+from persona_nns.prompts.frames import load_frame
 from persona_nns.prompts.grids import Cell, Grid
 from persona_nns.prompts.render import Prompt, render_cell
 
@@ -268,6 +269,34 @@ def test_every_graft_and_band_equals_plain_transformers(
         bands = experiment.score_in_bands(model, sources, reference, ends, reuse=reuse)
         torch.testing.assert_close(bands, kl[:, :2, 0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(result["closure"][:, :, 0], 1 - kl[:, :, 0] / kl[:, :1, 0])
+
+
+@pytest.mark.parametrize("frame", ["system", "later"])
+@pytest.mark.parametrize("name", crossed("qwen2", "gemma3"))
+def test_a_whole_graft_is_the_clean_run_in_other_frames(
+    random_model: Callable[[str], TransformersModel],
+    plain_model: Callable[[str], PreTrainedModel],
+    experiment: ModuleType,
+    small_grid: Grid,
+    name: str,
+    frame: str,
+) -> None:
+    model, grid = random_model(name), small_grid.put_in(load_frame(frame))
+    kl = experiment.measure(model, list(grid.cells), n_tokens=1, grafts="none,all")["kl"][:, :, 0]
+    assert float(kl[:, 1].max()) < 1e-6
+    for c, cell in enumerate(grid.cells):
+        oracle = Oracle(plain_model(name), model.tokenizer, cell)
+        messages = [
+            {"role": message.role, "content": message.content}
+            for message in grid.frame.fill(cell.persona_text, cell.task_text)
+        ]
+        text = model.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert list(oracle.prompts["XY"].ids) == ids
+        close(kl[c, 0], oracle.kl(oracle.uncached("BY")))
+        assert float(kl[c, 0]) > 1e-4
 
 
 @pytest.mark.parametrize(

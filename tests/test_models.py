@@ -24,7 +24,7 @@ from persona_nns.errors import PersonaError, UsageError
 from persona_nns.models.checkpoints import model_label
 from persona_nns.models.checks import check_model
 from persona_nns.models.load import STANDARD_NAMES, load_model, record_of
-from persona_nns.prompts.render import PLAIN_TEMPLATE
+from persona_nns.prompts.templates import PLAIN_TEMPLATE
 from persona_nns.tracing.continuations import end_tokens
 
 

@@ -14,14 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.prompts.grids import load_grid
-from persona_nns.prompts.render import (
-    PLAIN_TEMPLATE,
-    Prompt,
-    apply_template,
-    read_template,
-    render,
-    render_cell,
-)
+from persona_nns.prompts.render import Prompt, render, render_cell
+from persona_nns.prompts.templates import PLAIN_TEMPLATE, apply_template, read_template
 
 SPANS = ("prefix", "persona", "task", "tail")
 HEADER = "<|im_start|>assistant\n"

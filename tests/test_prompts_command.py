@@ -75,6 +75,22 @@ def test_the_spans_are_those_that_are_measured(printed: Printed, tokenizer: Any)
     assert f"⟦persona: {cell.persona_text}⟧" in shown
 
 
+def test_a_frame_shows_the_prompt_in_it(printed: Printed) -> None:
+    code, out, err = printed("--cells", "yoda/haiku", "--frame", "system")
+    assert (code, err) == (0, "")
+    shown = out.split("\n\n")
+    assert shown[3].splitlines()[1:5] == [
+        "<|im_start|>system",
+        "You are ⟦persona: Yoda⟧⟦task: .<|im_end|>",
+        "<|im_start|>user",
+        "Write a haiku about Monday mornings.⟧<|im_end|>",
+    ]
+    assert "system" not in shown[4]
+    code, out, err = printed("--frame", "nowhere")
+    assert (code, out) == (2, "")
+    assert "Unknown frame 'nowhere'; use role, system, later, or a .toml file" in err
+
+
 def test_a_wrong_cell_or_position_is_one_sentence(printed: Printed) -> None:
     code, out, err = printed("--cells", "nobody/haiku")
     assert (code, out) == (2, "")

@@ -70,9 +70,13 @@ def haste(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Continuations that end before")
+@pytest.mark.parametrize(
+    "frame", ["role", *(pytest.param(name, marks=pytest.mark.slow) for name in ("system", "later"))]
+)
 @pytest.mark.parametrize("name", ON_A_GRID)
 def test_every_experiment_gives_the_same_numbers_there(
     name: str,
+    frame: str,
     simulated: TransformersModel,
     local: TransformersModel,
     tmp_path: Path,
@@ -82,7 +86,7 @@ def test_every_experiment_gives_the_same_numbers_there(
     chosen |= dict.fromkeys({"n_tokens", "n_eval"} & set(experiment.options), 4)
     if experiment.keeps_residuals:
         chosen["keep_residuals"] = True
-    grid = load_grid("short")
+    grid = load_grid("short", frame)
     grid = replace(grid, markers=dict.fromkeys(grid.personas, ("the", "of")))
     here = pn.run(experiment, local, grid, store=tmp_path / "h.zarr", **chosen)
     there = pn.run(experiment, simulated, grid, store=tmp_path / "t.zarr", **chosen)

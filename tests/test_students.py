@@ -19,7 +19,7 @@ from persona_nns.prompts.identities import (
     shared_prefix,
 )
 from persona_nns.prompts.questions import load_questions
-from persona_nns.prompts.render import PLAIN_TEMPLATE
+from persona_nns.prompts.templates import PLAIN_TEMPLATE
 
 QUESTION = load_questions("bundled")[0]
 

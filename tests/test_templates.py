@@ -10,8 +10,9 @@ import pytest
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.models.checkpoints import load_tokenizer
 from persona_nns.organism.bundled import organism_folder
-from persona_nns.prompts.chats import render_chat, takes_system_role
-from persona_nns.prompts.render import check_template, read_template, render
+from persona_nns.prompts.chats import render_chat
+from persona_nns.prompts.render import render
+from persona_nns.prompts.templates import check_template, read_template, takes_system_role
 
 BASE = organism_folder("organism-qwen2")
 SHOWN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

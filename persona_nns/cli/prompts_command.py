@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from persona_nns.prompts.render import Prompt, Span
 
 _STYLES = {"persona": "bold magenta", "task": "bold cyan"}
-_NAMES: "tuple[PromptName, ...]" = ("BB", "XB", "BY", "XY", "BARE")
 
 
 def prompts(
     model: Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")],
     grid: Annotated[str, typer.Option(help=GRID_HELP)],
     tasks: Annotated[str | None, typer.Option(help=TASKS_HELP)] = None,
+    frame: Annotated[
+        str | None,
+        typer.Option(help="role, system, later, or a .toml file; by default as the grid says."),
+    ] = None,
     cells: Annotated[
         str | None, typer.Option(help="Only these, as engineer/arch,…; by default the whole grid.")
     ] = None,
@@ -44,7 +47,7 @@ def prompts(
     from persona_nns.models.checkpoints import load_tokenizer
     from persona_nns.prompts.grids import load_grid
 
-    at, chosen = parse_positions(positions), load_grid(grid, tasks).select_cells(cells)
+    at, chosen = parse_positions(positions), load_grid(grid, frame, tasks).select_cells(cells)
     tokenizer = load_tokenizer(model, template, trust_remote_code=trust_remote_code)
     for shared in distinct_prompts(tokenizer, chosen):
         for line in describe(shared, tokenizer, at, len(chosen)):
@@ -69,13 +72,14 @@ class Shared:
 
 def distinct_prompts(tokenizer: Any, cells: "Sequence[Cell]") -> list[Shared]:
     """The prompts of some cells, each once: BB is the same in all of them."""
-    from persona_nns.prompts.render import render_cell
+    from persona_nns.prompts.render import prompt_names, render_cells
 
+    names = prompt_names(tokenizer, cells[0].frame)
     found: dict[tuple[PromptName, str], tuple[list[str], Prompt]] = {}
-    for cell in cells:
-        for name, prompt in render_cell(tokenizer, cell, _NAMES).items():
+    for cell, of_cell in zip(cells, render_cells(tokenizer, cells, names), strict=True):
+        for name, prompt in of_cell.items():
             found.setdefault((name, prompt.text), ([], prompt))[0].append(cell.label)
-    order = sorted(found.items(), key=lambda item: _NAMES.index(item[0][0]))
+    order = sorted(found.items(), key=lambda item: names.index(item[0][0]))
     return [Shared(name, labels, prompt) for (name, _), (labels, prompt) in order]
 
 

@@ -47,7 +47,7 @@ def experiment_command(experiment: "Experiment") -> Any:
         _as_of(parameter, experiment)
         for parameter in shared
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        and (parameter.name not in ("grid", "tasks", "cells") or experiment.plan is None)
+        and (parameter.name not in ("grid", "tasks", "frame", "cells") or experiment.plan is None)
         and (parameter.name != "layers" or experiment.layers is not None)
         and (parameter.name != "layer_sets" or experiment.layer_sets is not None)
         and (parameter.name != "positions" or experiment.positions is not None)
@@ -105,6 +105,13 @@ def _run_experiment(
     ],
     grid: Annotated[str | None, typer.Option(help=GRID_HELP)] = None,
     tasks: Annotated[str | None, typer.Option(help=TASKS_HELP)] = None,
+    frame: Annotated[
+        str | None,
+        typer.Option(
+            help="How persona and task are put to the model: role, system, later, or a .toml file; "
+            "by default as the grid says."
+        ),
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(help="all, layers (6,10,14), or depths (0.25,0.5).")
     ] = None,
@@ -231,7 +238,7 @@ def _run_experiment(
     labels = _labels(model, as_ or [])
     check_hosting(model, as_, backend)
     check_writable(store)
-    loaded_grid = None if grid is None else load_grid(grid, tasks)
+    loaded_grid = None if grid is None else load_grid(grid, frame, tasks)
     check_inputs(experiment, loaded_grid, cells)
     own = check_options(experiment, options)
     plans: list[Plan] = []

@@ -27,7 +27,7 @@ from persona_nns.models.adapters import CONFIG, base_of, embedded_tokens, merge_
 from persona_nns.models.fetched import FETCHED, fetch_model
 from persona_nns.models.gguf import is_gguf, kept_file, provenance_of
 from persona_nns.organism.bundled import ORGANISMS, organism_folder
-from persona_nns.prompts.render import check_template, read_template
+from persona_nns.prompts.templates import check_template, read_template
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")

@@ -44,7 +44,7 @@ from persona_nns.models.checks import check_model, check_names
 from persona_nns.models.gguf import provenance_of, warn_of_origin
 from persona_nns.models.memory import keep_freed_memory
 from persona_nns.models.servers import Server, read_backend
-from persona_nns.prompts.render import end_of_turn
+from persona_nns.prompts.templates import end_of_turn
 from persona_nns.tracing.continuations import end_tokens as end_tokens
 
 #: Precision of a model on somebody's server, until its first job has told.

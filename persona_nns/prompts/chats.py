@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from persona_nns.errors import PersonaError
-from persona_nns.prompts.render import TemplateError, apply_template, find_shown
+from persona_nns.prompts.templates import apply_template, find_shown, takes_system_role
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,3 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, question: str, system: str =
 def response_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> tuple[int, ...]:
     """Token ids of an answer, without an end-of-turn token."""
     return tuple(tokenizer(response, add_special_tokens=False)["input_ids"])
-
-
-def takes_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template shows a system message (some refuse it, some leave it out).
-
-    Raises:
-        UsageError: the model has no chat template.
-    """
-    probe = "A system prompt."
-    messages = [{"role": "system", "content": probe}, {"role": "user", "content": "A question?"}]
-    try:
-        return probe in apply_template(tokenizer, messages, header=True)
-    except TemplateError:
-        return False

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from persona_nns.errors import UsageError, one_line
 
@@ -255,3 +256,11 @@ def read_csv_without_heading(file: str | Path, what: str) -> list[list[str]]:
 def _stream(file: str | Path, what: str) -> io.StringIO:
     # Line ends stay as they are: one inside a quoted field belongs to a text.
     return io.StringIO(read_text(file, what), newline="")
+
+
+def problem_of(error: ValidationError) -> str:
+    """The first problem of a validation with the place where it was found, without a full stop."""
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    message = str(problem.get("ctx", {}).get("error", problem["msg"])).rstrip(".")
+    return f"{place}: {message}" if place else message

@@ -2,16 +2,17 @@
 
 A grid is a TOML (or YAML) file with the tables ``[personas]`` and ``[tasks]`` (key = text, one key
 called ``baseline`` in each) and, optionally, ``[markers]`` (persona key = list of words that
-give the persona away), or comes from tables of texts (`prompts.grid_files`). ``short`` and
-``long`` are the two grids of "As X, Do Y" (appendix A, markers as in its published result file);
-``review`` is the long personas on the three review tasks, the grid of the paper's sections 6 and 7.
+give the persona away) and ``[frame]`` (how both are put to a model, see `frames`), or comes from
+tables of texts (`prompts.grid_files`). ``short`` and ``long`` are the two grids of "As X, Do Y"
+(appendix A, markers as in its published result file); ``review`` is the long personas on the three
+review tasks, the grid of the paper's sections 6 and 7.
 """
 
 import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +20,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
 from persona_nns.errors import UsageError
-from persona_nns.prompts.files import suffix_of
+from persona_nns.prompts.files import problem_of, suffix_of
+from persona_nns.prompts.frames import ROLE, Frame, FrameTable, load_frame
 from persona_nns.prompts.grid_files import BASELINE, GRID_FILES, KEY, read_grid
 
 BUNDLED_GRIDS = ("short", "long", "review")
@@ -39,7 +41,7 @@ def role_prompt(persona: str | None, task: str) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """One (persona, task) pair with the four texts its prompts are made of."""
+    """One (persona, task) pair with the four texts its prompts are made of, and their frame."""
 
     persona: str
     task: str
@@ -48,6 +50,7 @@ class Cell:
     baseline_persona_text: str
     baseline_task_text: str
     markers: tuple[str, ...] = ()
+    frame: Frame = ROLE
 
     @property
     def label(self) -> str:
@@ -70,7 +73,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Personas and tasks by key; the baseline of each under the key ``baseline``.
+    """Personas and tasks by key, the baseline of each under the key ``baseline``; their frame.
 
     ``default_baselines`` names those of ``personas`` and ``tasks`` whose file had none.
     """
@@ -79,6 +82,7 @@ class Grid:
     personas: Mapping[str, str]
     tasks: Mapping[str, str]
     markers: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    frame: Frame = ROLE
     default_baselines: tuple[str, ...] = ()
 
     @property
@@ -93,6 +97,7 @@ class Grid:
                 baseline_persona_text=self.personas[BASELINE],
                 baseline_task_text=self.tasks[BASELINE],
                 markers=tuple(self.markers.get(persona, ())),
+                frame=self.frame,
             )
             for persona in self.personas
             if persona != BASELINE
@@ -102,10 +107,18 @@ class Grid:
 
     @property
     def digest(self) -> str:
-        """Hash of keys, texts and markers: two grids with one digest ask the same questions."""
-        tables = [dict(self.personas), dict(self.tasks), dict(self.markers)]
+        """Hash of keys, texts, markers and frame: grids with one digest ask the same questions."""
+        tables: list[Any] = [dict(self.personas), dict(self.tasks), dict(self.markers)]
+        if self.frame != ROLE:  # digests of before there were frames stay what they are
+            tables.append(asdict(self.frame)["messages"])
         texts = json.dumps(tables, ensure_ascii=False)
         return hashlib.sha256(texts.encode()).hexdigest()
+
+    def put_in(self, frame: Frame) -> "Grid":
+        """The same personas and tasks in a frame, which its name tells if it is another one."""
+        if frame == self.frame:
+            return self
+        return replace(self, name=f"{self.name}.{frame.name}", frame=frame)
 
     def select_cells(self, labels: str | Iterable[str] | None) -> tuple[Cell, ...]:
         """The cells with these labels (``a/x,b/y``, or a sequence), in the order of the grid.
@@ -140,6 +153,7 @@ class _GridFile(BaseModel):
     personas: dict[Key, Text]
     tasks: dict[Key, Text]
     markers: dict[Key, list[Text]] = {}
+    frame: FrameTable | None = None
 
     @model_validator(mode="after")
     def _check_keys(self) -> "_GridFile":
@@ -154,19 +168,30 @@ class _GridFile(BaseModel):
         return self
 
 
-def load_grid(grid: "str | Path | Grid", tasks: str | Path | None = None) -> Grid:
+def load_grid(
+    grid: "str | Path | Grid",
+    frame: str | Path | Frame | None = None,
+    tasks: str | Path | None = None,
+) -> Grid:
     """Load a bundled grid by its name, or a user's own from a file.
 
     Args:
         grid: ``short``, ``long``, ``review``, or the path of a ``.toml``, ``.yaml``, ``.csv`` or
             ``.jsonl`` file (`prompts.grid_files` says what stands in them); a ``Grid`` is returned
             as it is.
+        frame: ``role``, ``system``, ``later``, the path of a ``.toml`` file, or a `Frame`; by
+            default the grid's own.
         tasks: a file with the tasks of a grid whose own file has personas alone.
 
     Raises:
         UsageError: an unknown name, an unreadable file, or a file that breaks the format; or tasks
             for a grid that has its own.
     """
+    loaded = _load(grid, tasks)
+    return loaded if frame is None else loaded.put_in(load_frame(frame))
+
+
+def _load(grid: "str | Path | Grid", tasks: str | Path | None) -> Grid:
     is_file = not isinstance(grid, Grid) and suffix_of(grid) in GRID_FILES
     if tasks is not None and not is_file:
         name = grid.name if isinstance(grid, Grid) else str(grid)
@@ -199,16 +224,16 @@ def _check(name: str, tables: Mapping[str, Any], source: str) -> Grid:
     except ValidationError as error:
         raise UsageError(f"The grid file {source!r} is not a grid: {_first(error)}.") from error
     markers = {persona: tuple(words) for persona, words in file.markers.items()}
-    return Grid(name=name, personas=file.personas, tasks=file.tasks, markers=markers)
+    frame = ROLE if file.frame is None else file.frame.frame(name)
+    return Grid(name, file.personas, file.tasks, markers, frame)
 
 
 def _first(error: ValidationError) -> str:
     """The first problem of a validation, with the place where it was found."""
     problem = error.errors()[0]
     place = ".".join(str(part) for part in problem["loc"] if part != "[key]")
-    if problem["type"] == "extra_forbidden":
-        return f"it has a table {place!r}; a grid has [personas], [tasks] and [markers]"
+    if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
+        return f"it has a table {place!r}; a grid has [personas], [tasks], [markers] and [frame]"
     if problem["type"] == "string_pattern_mismatch":
         return f"the key {place!r} holds more than letters, digits, '_', '-' and '.'"
-    message = str(problem.get("ctx", {}).get("error", problem["msg"])).rstrip(".")
-    return f"{place}: {message}" if place else message
+    return problem_of(error)

@@ -16,7 +16,8 @@ from persona_nns.errors import PersonaError, UsageError
 from persona_nns.prompts.files import lines_of, read_text
 from persona_nns.prompts.grids import role_prompt
 from persona_nns.prompts.questions import LETTERS, Question
-from persona_nns.prompts.render import Prompt, find_shown, render, tokens_between
+from persona_nns.prompts.render import Prompt, render, tokens_between
+from persona_nns.prompts.templates import find_shown
 
 PERSONA = "a {identity} student"
 #: What a question without a persona is called beside identities.

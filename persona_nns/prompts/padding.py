@@ -47,23 +47,24 @@ def pad_persona(
         return PaddedPrompt(host, 0 if missing == 0 else -1)
     longer = " ".join([cell.baseline_persona_text, *[text] * missing])
     stop = persona.stop + missing
-    begin = render(tokenizer, longer, cell.task_text).ids[:stop]
+    begin = render(tokenizer, longer, cell.task_text, cell.frame).ids[:stop]
     spans: dict[Span, range] = {**host.spans, "persona": range(persona.start, stop)}
     return _join(tokenizer, begin, host, persona.stop, spans)
 
 
 def pad_total(
-    tokenizer: PreTrainedTokenizerBase, host: Prompt, target: Prompt, text: str
+    tokenizer: PreTrainedTokenizerBase, cell: Cell, host: Prompt, target: Prompt, text: str
 ) -> PaddedPrompt:
-    """Put a text before the role prompt, so that host and target are equally long.
+    """Open the message that holds the persona with a text, so that host and target are as long.
 
-    Everything from "As" on then stands as far from the start as in the target. Arguments as for
-    `pad_persona`.
+    Everything from "As" on (in the frame ``role``) then stands as far from the start as in the
+    target. Arguments as for `pad_persona`.
     """
     missing = len(target) - len(host)
     if missing <= 0:
         return PaddedPrompt(host, 0 if missing == 0 else -1)
-    before = render(tokenizer, None, " ".join([text] * missing))
+    opened = cell.frame.opened_by_slot(cell.baseline_persona_text)
+    before = render(tokenizer, " ".join([text] * missing), cell.task_text, opened)
     head = before.spans["prefix"].stop
     return _join(tokenizer, before.ids[: head + missing], host, head, host.spans)
 

@@ -16,6 +16,7 @@ import xarray as xr
 from persona_nns.declarations.catalog import Experiment, bundled_experiments, load_experiment
 from persona_nns.declarations.plans import Unit
 from persona_nns.errors import PersonaError, first_line
+from persona_nns.prompts.frames import ROLE, Frame, Message
 from persona_nns.prompts.grids import Grid
 from persona_nns.results.measured import is_count
 from persona_nns.results.reading import RunInfo, open_results
@@ -246,7 +247,10 @@ def grid_of(info: RunInfo) -> Grid | None:
         return None
     attrs = info.attrs
     markers = {name: tuple(words) for name, words in attrs["markers"].items()}
-    return Grid(attrs["grid"], attrs["personas"], attrs["tasks"], markers)
+    # Runs of before there were frames do not say theirs.
+    messages = tuple(Message(**message) for message in attrs.get("frame", ()))
+    frame = Frame(messages) if messages else ROLE
+    return Grid(attrs["grid"], attrs["personas"], attrs["tasks"], markers, frame)
 
 
 def _compare(results: xr.Dataset, planned: "PlannedRun", units: Sequence[Unit]) -> Iterator[str]:

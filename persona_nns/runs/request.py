@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from nnsight import TransformersModel
@@ -17,14 +17,11 @@ from persona_nns.declarations.sites import parse_layer_sets, parse_layers, parse
 from persona_nns.declarations.variables import Variable
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.models.load import record_of
-from persona_nns.prompts.grids import Grid, PromptName
-from persona_nns.prompts.positions import position_index
-from persona_nns.prompts.render import ROLE_PROMPTS, Prompt, render_cell
+from persona_nns.prompts.grids import Grid
 from persona_nns.results.block import Block
+from persona_nns.runs.grid_plan import plan_grid
 from persona_nns.runs.identity import identity, run_attributes, run_name
 from persona_nns.runs.tokens import check_tokens
-
-_PROMPTS: tuple[PromptName, ...] = (*ROLE_PROMPTS, "BARE")
 
 
 @dataclass(frozen=True)
@@ -194,14 +191,17 @@ def _check_width(plan: Plan, record: ModelRecord) -> None:
 
 
 def check_inputs(
-    experiment: Experiment, grid: Grid | None, cells: str | Sequence[str] | None
+    experiment: Experiment,
+    grid: Grid | None,
+    cells: str | Sequence[str] | None,
+    frame: Any = None,
 ) -> None:
-    """See that a grid was given exactly where the experiment runs on one.
+    """See that a grid, or what is said of one, was given exactly where one is asked.
 
     Raises:
         UsageError: one is missing, or of no use; or the grid has no such cell.
     """
-    if experiment.plan is not None and (grid is not None or cells is not None):
+    if experiment.plan is not None and any(of is not None for of in (grid, cells, frame)):
         raise UsageError(
             f"The experiment {experiment.name!r} runs on no grid of personas and tasks; its "
             f"inputs are its options: {', '.join(experiment.options)}."
@@ -236,7 +236,7 @@ def make_plan(
     """
     if experiment.plan is None:
         assert grid is not None
-        return plan_of_grid(grid, render_grid(tokenizer, grid, positions))
+        return plan_grid(tokenizer, grid, positions)
     own = arguments_of(experiment.plan, {"model": label, **options})
     with shown_where(experiment):
         plan = experiment.plan(tokenizer, **own)
@@ -253,33 +253,6 @@ def make_plan(
     return plan
 
 
-def plan_of_grid(grid: Grid, prompts: Mapping[str, Mapping[PromptName, Prompt]]) -> Plan:
-    """A plan whose units are the cells of a grid, with their rendered prompts."""
-    defaults = list(grid.default_baselines)
-    return Plan(
-        name=grid.name,
-        units=grid.cells,
-        axes={"cell": [cell.label for cell in grid.cells]},
-        unit_axes=("cell",),
-        content={cell.label: asdict(cell) for cell in grid.cells},
-        token_ids={
-            cell: {name: list(prompt.ids) for name, prompt in of_cell.items()}
-            for cell, of_cell in prompts.items()
-        },
-        digest=grid.digest,
-        coords={
-            "persona": ("cell", [cell.persona for cell in grid.cells]),
-            "task": ("cell", [cell.task for cell in grid.cells]),
-        },
-        attrs={
-            "personas": dict(grid.personas),
-            "tasks": dict(grid.tasks),
-            "markers": {persona: list(words) for persona, words in grid.markers.items()},
-            **({"default_baselines": defaults} if defaults else {}),
-        },
-    )
-
-
 def _in_precision(block: Block, precision: str) -> Block:
     return replace(block, precision=precision, attrs={**block.attrs, "precision": precision})
 
@@ -288,30 +261,6 @@ def _residuals(variables: Mapping[str, Variable], block: Block) -> Block:
     """The group for what is as wide as the model, below the run it belongs to."""
     wide = {name: v for name, v in variables.items() if v.is_residual}
     return replace(block, run=f"{block.run}/residuals", variables=wide)
-
-
-def render_grid(
-    tokenizer: PreTrainedTokenizerBase, grid: Grid, positions: Sequence[str]
-) -> dict[str, dict[PromptName, Prompt]]:
-    """Render every prompt of every cell, and see that the positions exist in them.
-
-    A prompt that cells share is rendered once: of 5,000 personas and 2 tasks, 15,005 of 50,000.
-
-    Raises:
-        UsageError: no chat template, or a prompt too short for a position.
-    """
-    known: dict[tuple[str | None, str], Prompt] = {}
-    prompts: dict[str, dict[PromptName, Prompt]] = {}
-    for cell in grid.cells:
-        missing: list[PromptName] = [name for name in _PROMPTS if cell.texts(name) not in known]
-        rendered = render_cell(tokenizer, cell, missing)
-        known |= {cell.texts(name): prompt for name, prompt in rendered.items()}
-        prompts[cell.label] = {name: known[cell.texts(name)] for name in _PROMPTS}
-    for of_cell in prompts.values():
-        for name in ROLE_PROMPTS:
-            for position in positions:
-                position_index(of_cell[name], position)
-    return prompts
 
 
 def check_sites(

@@ -16,6 +16,7 @@ from persona_nns.declarations.plans import Unit
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.models.load import hosted, load_model
 from persona_nns.models.memory import fitting_batch_size, is_out_of_memory
+from persona_nns.prompts.frames import Frame
 from persona_nns.prompts.grids import Grid, load_grid
 from persona_nns.results.allocation import attach
 from persona_nns.results.claims import Claims
@@ -138,6 +139,7 @@ def run(
     model: TransformersModel | str | Path,
     grid: str | Path | Grid | None = None,
     *,
+    frame: str | Path | Frame | None = None,
     layers: str | int | Sequence[int] | None = None,
     layer_sets: str | int | Sequence[int | Sequence[int]] | None = None,
     positions: str | Sequence[str] | None = None,
@@ -162,6 +164,8 @@ def run(
         grid: ``short``, ``long``, ``review``, a file that `load_grid` takes, or a `Grid`; by
             default the experiment's own choice, where it has one; None for an experiment whose
             inputs are options of its own.
+        frame: how persona and task are put to the model: ``role``, ``system``, ``later``, a
+            ``.toml`` file, or a `Frame`; by default the grid's own.
         layers: ``all``, layers or depths; by default the experiment's own choice.
         layer_sets: sets of layers such as ``"14;10,12,14"``; by default the experiment's own.
         positions: position names; by default the experiment's own choice.
@@ -199,7 +203,7 @@ def run(
         name=name,
         options=options,
     )
-    planned = _plan(experiment, model, grid, asked, store, progress=progress)
+    planned = _plan(experiment, model, grid, frame, asked, store, progress=progress)
     planned.carry_out(progress=progress)
     of, group = planned.group
     results = open_results(store, of, run=group)
@@ -223,6 +227,7 @@ def plan_run(
     model: TransformersModel | str | Path,
     grid: str | Path | Grid | None = None,
     *,
+    frame: str | Path | Frame | None = None,
     store: str | Path = "stores/results.zarr",
     progress: bool = False,
     **settings: Any,
@@ -233,13 +238,15 @@ def plan_run(
         UsageError: the request is wrong; nothing was written.
         PersonaError: the model cannot be loaded.
     """
-    return _plan(experiment, model, grid, Asked.of(settings), store, progress=progress)
+    asked = Asked.of(settings)
+    return _plan(experiment, model, grid, frame, asked, store, progress=progress)
 
 
 def _plan(
     experiment: str | Path | Experiment,
     model: TransformersModel | str | Path,
     grid: str | Path | Grid | None,
+    frame: str | Path | Frame | None,
     asked: Asked,
     store: str | Path,
     *,
@@ -253,8 +260,8 @@ def _plan(
     if not isinstance(experiment, Experiment):
         experiment = load_experiment(experiment)
     grid = experiment.grid if grid is None else grid
-    loaded_grid = None if grid is None else load_grid(grid)
-    check_inputs(experiment, loaded_grid, asked.cells)
+    loaded_grid = None if grid is None else load_grid(grid, frame)
+    check_inputs(experiment, loaded_grid, asked.cells, frame)
     if isinstance(model, str | Path):
         model = load_model(model)
     if not (asked.reuse or experiment.reuses):
