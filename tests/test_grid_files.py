@@ -14,10 +14,7 @@ from persona_nns.cli.commands import app
 from persona_nns.errors import UsageError
 from persona_nns.prompts import load_grid
 from persona_nns.prompts.grid_files import KEY, make_key
-from persona_nns.prompts.grids import Grid, PromptName
-from persona_nns.prompts.render import render_cell
-from persona_nns.runs import request
-from persona_nns.runs.request import plan_of_grid, render_grid
+from persona_nns.runs.grid_plan import plan_of_grid
 
 SHORT = load_grid("short")
 KEYED = """
@@ -159,7 +156,7 @@ def test_keys_of_five_thousand_personas_are_labels_each_its_own_and_always_the_s
     rows = [{"persona": text} for text in texts]
     rows[10]["persona_key"], rows[4_990]["persona_key"] = "a", make_key(texts[0], "persona")
     tasks = write(tmp_path, "t.txt", "Sing.\nDance.\n")
-    grid = load_grid(write(tmp_path, "hub.jsonl", lines(*rows)), tasks)
+    grid = load_grid(write(tmp_path, "hub.jsonl", lines(*rows)), tasks=tasks)
     keys = {text: key for key, text in grid.personas.items()}
     assert len(grid.personas) == len(keys) == 5_001
     assert all(
@@ -167,7 +164,7 @@ def test_keys_of_five_thousand_personas_are_labels_each_its_own_and_always_the_s
     )
     assert keys[texts[0]] == f"{make_key(texts[0], 'persona')}-2"
     assert len(grid.cells) == len({cell.label for cell in grid.cells}) == 10_000
-    assert load_grid(tmp_path / "hub.jsonl", tasks) == grid
+    assert load_grid(tmp_path / "hub.jsonl", tasks=tasks) == grid
     # What is added at the end changes no key before it.
     more = write(tmp_path, "more.jsonl", lines(*rows, {"persona": f"{texts[5]} too"}))
     grown = load_grid(more, tasks=tasks)
@@ -272,21 +269,3 @@ def test_the_command_line_takes_both_files(tmp_path: Path) -> None:
     )
     assert isinstance(ran.exception, UsageError), ran.output
     assert "The grid has no markers for a-nun" in str(ran.exception)
-
-
-def test_a_prompt_that_cells_share_is_rendered_once(
-    tokenizer: Any, small_grid: Grid, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rendered: list[str] = []
-
-    def count(tokenizer: Any, cell: Any, names: Any) -> Any:
-        rendered.extend(names)
-        return render_cell(tokenizer, cell, names)
-
-    names: tuple[PromptName, ...] = ("BB", "XB", "BY", "XY", "BARE")
-    alone = {cell.label: render_cell(tokenizer, cell, names) for cell in small_grid.cells}
-    monkeypatch.setattr(request, "render_cell", count)
-    assert render_grid(tokenizer, small_grid, ["p_last"]) == alone
-    assert {name: rendered.count(name) for name in names} == dict(
-        zip(names, (1, 2, 2, 4, 2), strict=True)
-    )

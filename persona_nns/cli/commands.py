@@ -18,14 +18,13 @@ from typer.exceptions import TyperException
 from persona_nns.cli import terminal
 from persona_nns.cli.arguments import JUDGE_HELP, GridChoice, Name, RunChoice, Store
 from persona_nns.cli.experiment_commands import ExperimentCommands
+from persona_nns.cli.models_command import models
 from persona_nns.cli.prompts_command import prompts
 from persona_nns.cli.verify_command import verify
 from persona_nns.errors import PersonaError, UsageError
 
 if TYPE_CHECKING:
     import xarray as xr
-
-    from persona_nns.models.servers import Server
 
 DEMO_STORE = "stores/demo.zarr"
 _SMALL = 2**26  # bytes of results that are read at once, without dask
@@ -95,55 +94,7 @@ def experiments() -> None:
     terminal.out.print(table)
 
 
-@app.command()
-def models(
-    backend: Annotated[
-        str, typer.Option(help="local, simulate, ndif, or the URL of a server.")
-    ] = "local",
-    get: Annotated[
-        str | None, typer.Option(help="Fetch a model now, so that no network is needed later.")
-    ] = None,
-) -> None:
-    """List the models that come with the package or can be fetched, or what a server hosts."""
-    from persona_nns.cli.listings import fetched_table, models_table
-    from persona_nns.models.checkpoints import bundled_models
-    from persona_nns.models.fetched import fetch_model, fetched_models
-    from persona_nns.models.servers import Server, read_backend
-
-    if get is not None:
-        terminal.say(f"{get} is in {fetch_model(get)}")
-        return
-
-    server = read_backend(backend)
-    if isinstance(server, Server):
-        _list_hosted(server)
-        return
-    terminal.out.print(models_table(bundled_models()))
-    terminal.out.print(fetched_table(fetched_models()))
-    terminal.say("A model is fetched when it is first used, or by persona-nns models --get NAME.")
-    terminal.say("A local folder, a .gguf file or a hub id (org/name) is loaded in the same way.")
-
-
-def _list_hosted(server: "Server") -> None:
-    """Print a server's models, and how its versions compare with those here."""
-    from persona_nns.cli.listings import hosted_table
-    from persona_nns.runs.remote.connection import Connection, Patience
-    from persona_nns.runs.remote.environment import read_deployments, read_environment
-
-    connection = Connection(server, Patience(unreachable=10.0, read=30.0))
-    try:
-        terminal.out.print(hosted_table(read_deployments(connection), server.url))
-        environment = read_environment(connection)
-    finally:
-        connection.close()
-    for warning in environment.check(server.url):
-        terminal.say(warning)
-    if environment.packages and not environment.differences:
-        terminal.say("Its versions are those here.")
-    key = "set" if server.headers() else "not set (NDIF_API_KEY, or `nnsight login`)"
-    terminal.say(f"API key: {key}.")
-
-
+app.command()(models)
 app.command()(prompts)
 
 
