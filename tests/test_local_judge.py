@@ -23,6 +23,7 @@ from persona_nns.errors import PersonaError, UsageError
 from persona_nns.prompts.chats import render_chat
 from persona_nns.runs import plan_run
 from persona_nns.traits import JudgeOptions, judge_options, judges, local_judge
+from persona_nns.traits.judge_options import Scale
 from persona_nns.traits.judges import COHERENCE_PROMPT, Answer, fill_prompt
 from persona_nns.traits.local_judge import (
     NUMBERS,
@@ -223,10 +224,11 @@ def test_trait_and_coherence_are_asked_with_the_same_rubrics_as_at_an_endpoint(
     splitting: Any,
     tmp_path: Path,
 ) -> None:
-    for scale, suffix, read in (
+    scales: list[tuple[Scale, str, Any]] = [
         ("0-100", "", judges.expected_score),
         ("yes-no", YES_NO, judges.log_odds_score),
-    ):
+    ]
+    for scale, suffix, read in scales:
         judge = LocalJudge(find_judge(str(judge_folder)), scale, tmp_path / f"{scale}.sqlite")
         scores = judge.scores(TERSE, ANSWERS)
         for prompt, given in (
@@ -341,7 +343,7 @@ def test_a_run_is_judged_by_a_model_from_the_start_or_later(
     loads, model = Loads(monkeypatch), golden_model("qwen2")
     asking: dict[str, Any] = {"trait": "terse", "split": "evaluation", "max_new_tokens": 4}
     store = str(tmp_path / "s.zarr")
-    by_model = {"judge": str(judge_folder), "scale": "yes-no"}
+    by_model: dict[str, Any] = {"judge": str(judge_folder), "scale": "yes-no"}
     planned = plan_run("trait_responses", model, store=store, **asking, **by_model)
     attrs = planned.request.block.attrs
     assert attrs["judge"] == JudgeOptions(str(judge_folder), scale="yes-no").identity

@@ -134,7 +134,7 @@ def test_any_model_is_scored_by_words_from_the_start_or_later(
         how = ["--judge", "classifier:lexicon", "--judge-words", file]
         done = CliRunner().invoke(app, ["rescore", store, "trait_responses", *how])
         assert done.exit_code == 0, done.output
-        by_words = {"judge": "classifier:lexicon", "judge_words": file}
+        by_words: dict[str, Any] = {"judge": "classifier:lexicon", "judge_words": file}
         scored = pn.run("trait_responses", golden_model("qwen2"), store=store, **asking, **by_words)
     assert len(pn.list_runs(store)) == 2  # what was judged later is this run
     said = [Answer("", text) for text in scored.response.values.ravel()]

@@ -46,7 +46,7 @@ YES_NO = (
 #: Less probability than this that a reply begins with a space: numbers behind one are left out, and
 #: a score is off by 100 · 1e-4 / LEAST_MASS at most.
 _LEAST_SPACE = 1e-4
-_PROMPT_TOKENS = 2_048  # of the prompts that are run at a time: their caches stay
+_PASS_TOKENS = 2_048  # of the prompts that are run at a time, and of the numbers behind them
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ class LocalJudge:
             UsageError: the cache cannot be used.
         """
         self.usage = Usage()
-        self._model, self._scale = model, scale
+        self._model = model
+        self._scale: Scale = scale
         self._cache = ReplyCache(cache)
 
     def scores(self, trait: Trait, answers: Sequence[Answer]) -> Scores:
@@ -197,7 +198,7 @@ def reply_logprobs(
         )
     replies = NumberReplies.of(tokenizer) if scale == "0-100" else WordReplies.of(tokenizer)
     replies.check(model, prompts[0])
-    for batch in similar_rows(lengths, _PROMPT_TOKENS):
+    for batch in similar_rows([length + len(NUMBERS) for length in lengths], _PASS_TOKENS):
         yield batch, replies.read(model, prefill(model, [prompts[row] for row in batch]))
 
 

@@ -18,8 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from scipy.stats import pearsonr, spearmanr
+import pandas as pd
 
 import persona_nns as pn
 from persona_nns.traits import JudgeOptions, bundled_traits, judges
@@ -89,11 +88,10 @@ def compare(case: Case, answers: Sequence[Answer], expected: Sequence[float]) ->
     masses = [sum(map(math.exp, reply.values())) for reply in replies]
     refused = sum(mass < judges.LEAST_MASS for mass in masses) if case.scale == "0-100" else 0
     scores = [score(reply, case.scale) for reply in replies]
-    varied = len(set(expected)) > 1
-    r = pearsonr(scores, expected).statistic if varied else math.nan
-    rho = spearmanr(scores, expected).statistic if varied else math.nan
-    spread = f"{np.mean(scores):.1f},{np.std(scores):.1f}"
-    return f"{len(scores)},{r:.2f},{rho:.2f},{spread},{refused},{np.median(masses):.3f}"
+    own, other = pd.Series(scores), pd.Series(expected)
+    r, rho = (own.corr(other, method=method) for method in ("pearson", "spearman"))
+    spread = f"{own.mean():.1f},{own.std():.1f}"
+    return f"{len(own)},{r:.2f},{rho:.2f},{spread},{refused},{pd.Series(masses).median():.3f}"
 
 
 def score(reply: Mapping[str, float], scale: str) -> float:
