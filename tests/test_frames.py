@@ -4,6 +4,8 @@ What is expected is spelt out piece by piece (`chat_templates`), and a token is 
 looking at its characters one after the other.
 """
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -204,7 +206,53 @@ def test_bare_may_be_what_a_template_does_not_take(tokenizer: Any, small_grid: G
     assert bare.text.count("<|im_start|>assistant\nI am.") == 1
 
 
-def test_each_distinct_prompt_is_rendered_once(tokenizer: Any, small_grid: Grid) -> None:
+def test_each_distinct_prompt_of_a_grid_is_tokenised_once(
+    tokenizer: Any, small_grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    encode = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer),
+        "__call__",
+        lambda self, text, **how: asked.append(text) or encode(self, text, **how),
+    )
+    crowd = {f"p{k}": f"a person who is {k} years old" for k in range(50)}
+    grid = replace(small_grid, personas={"baseline": "a person", **crowd})
+    plan = plan_grid(tokenizer, grid, ["p_last", "p_last-3"])
+    assert len(plan.token_ids) == 100
+    assert len(asked) == len(set(asked)) == 50 * 2 + 50 + 2 + 1 + 2  # XY, XB, BY, BB, BARE
+
+
+PLANNING = """
+import resource, time
+import persona_nns as pn
+from persona_nns.prompts import Grid
+from persona_nns.runs import plan_run
+
+personas = {f"p{k}": f"a biologist who has studied reefs, number {k}" for k in range(5000)}
+tasks = {"baseline": "Give advice.", "haiku": "Write a haiku.", "policy": "Comment on a policy."}
+grid = Grid("crowd", {"baseline": "a thoughtful person", **personas}, tasks)
+model = pn.load_model("organism-qwen2")
+started = time.process_time()
+plan = plan_run("localized_positions", model, grid, store="none.zarr").request.plan
+print(len(plan.units), time.process_time() - started)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_a_grid_of_ten_thousand_cells_is_planned_in_ten_seconds_and_a_gigabyte(
+    tmp_path: Path,
+) -> None:
+    command = [sys.executable, "-c", PLANNING]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    n_cells, seconds, gibibytes = map(float, done.stdout.split())
+    assert n_cells == 10_000
+    assert seconds < 10
+    assert gibibytes < 1
+
+
+def test_cells_share_the_prompts_that_are_the_same(tokenizer: Any, small_grid: Grid) -> None:
     rendered = render_cells(tokenizer, small_grid.cells)
     assert len({id(prompt) for of_cell in rendered for prompt in of_cell.values()}) == 1 + 2 + 2 + 4
     for cell, of_cell in zip(small_grid.cells, rendered, strict=True):

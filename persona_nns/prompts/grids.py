@@ -26,7 +26,9 @@ from persona_nns.prompts.grid_files import BASELINE, GRID_FILES, KEY, read_grid
 
 BUNDLED_GRIDS = ("short", "long", "review")
 REVIEW_TASKS = (BASELINE, "arch", "plan", "proposal")
-_SHOWN = 50  # cells, in a message
+
+# Cells that a message has room for.
+_MOST_NAMED = 60
 
 PromptName = Literal["BB", "XB", "BY", "XY", "BARE"]
 
@@ -137,12 +139,13 @@ class Grid:
             raise UsageError("No cell was asked for; name cells such as engineer/arch, or none.")
         for label in wanted:
             if label not in by_label:
-                shown = [*by_label][:_SHOWN] + (["…"] if len(by_label) > _SHOWN else [])
+                several = ", …" if len(by_label) > _MOST_NAMED else ""
                 raise UsageError(
                     f"The grid {self.name!r} has no cell {label!r}; "
-                    f"its cells are {', '.join(shown)}."
+                    f"its cells are {', '.join([*by_label][:_MOST_NAMED])}{several}."
                 )
-        return tuple(cell for label, cell in by_label.items() if label in wanted)
+        asked = set(wanted)
+        return tuple(cell for label, cell in by_label.items() if label in asked)
 
 
 class _GridFile(BaseModel):

@@ -126,6 +126,19 @@ def render(
 
 
 @dataclass(frozen=True)
+class _Marked:
+    """What a template makes of marks in place of the texts.
+
+    Attributes:
+        text: with the generation header.
+        header: the generation header; None where the text without it is no beginning of it.
+    """
+
+    text: str
+    header: str | None
+
+
+@dataclass(frozen=True)
 class FramedTemplate:
     """A frame in the chat template of a model, where each pair of texts is rendered once.
 
@@ -142,7 +155,7 @@ class FramedTemplate:
     _known: dict[tuple[str | None, str], Prompt] = field(
         default_factory=dict[tuple[str | None, str], Prompt], repr=False
     )
-    _marked: dict[bool, str] = field(default_factory=dict[bool, str], repr=False)
+    _marked: dict[bool, _Marked] = field(default_factory=dict[bool, _Marked], repr=False)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, frame: Frame) -> "FramedTemplate":
@@ -167,9 +180,9 @@ class FramedTemplate:
     def _render(self, persona: str | None, task: str) -> Prompt:
         messages = self.messages(persona, task)
         text = apply_template(self.tokenizer, messages, header=True)
-        turn = apply_template(self.tokenizer, messages, header=False)
         contents = [message["content"] for message in messages]
-        slots = find_slots(self._mark(bare=persona is None), text, persona or "", task)
+        marked = self._mark(bare=persona is None)
+        slots = find_slots(marked.text, text, persona or "", task)
         # What a template does to the frame's own texts, it does to them between marks too.
         if slots is None or any(find_shown(content, text)[0] < 0 for content in contents):
             asked = "\n\n".join(contents)
@@ -192,14 +205,21 @@ class FramedTemplate:
                     f"The {name} {words!r} has no token of its own in the rendered prompt "
                     f"{text!r}; is this the model's own tokenizer?"
                 )
-        return Prompt(text, tuple(encoded["input_ids"]), spans, _user_last(text, turn, offsets))
+        last = None
+        if marked.header is not None:
+            turn = len(text) - len(marked.header)
+            last = sum(start < turn for start, _ in offsets) - 1
+        return Prompt(text, tuple(encoded["input_ids"]), spans, last)
 
-    def _mark(self, *, bare: bool) -> str:
-        """A prompt with marks in place of persona and task; without a persona side by side."""
+    def _mark(self, *, bare: bool) -> _Marked:
+        """The prompt with marks for persona and task; without a persona they stand together."""
         if bare not in self._marked:
             marks = (None, PERSONA_MARK + TASK_MARK) if bare else (PERSONA_MARK, TASK_MARK)
             messages = self.messages(*marks)
-            self._marked[bare] = apply_template(self.tokenizer, messages, header=True)
+            text = apply_template(self.tokenizer, messages, header=True)
+            turn = apply_template(self.tokenizer, messages, header=False)
+            header = text.removeprefix(turn) if text.startswith(turn) else None
+            self._marked[bare] = _Marked(text, header)
         return self._marked[bare]
 
 
@@ -232,9 +252,3 @@ def _first_characters(text: str, offsets: list[tuple[int, int]]) -> list[int]:
         following = end - len(stripped) if stripped else min(following, len(text))
         firsts.append(following)
     return firsts[::-1]
-
-
-def _user_last(text: str, turn: str, offsets: list[tuple[int, int]]) -> int | None:
-    if not text.startswith(turn):
-        return None
-    return sum(start < len(turn) for start, _ in offsets) - 1
