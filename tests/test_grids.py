@@ -1,11 +1,14 @@
 """Grids: the texts of the paper, a user's own file, and what a bad file is told."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from persona_nns.cli.arguments import GRIDS
 from persona_nns.errors import UsageError
-from persona_nns.prompts.grids import Grid, load_grid
+from persona_nns.prompts.grids import BUNDLED_GRIDS, Grid, load_grid
+from persona_nns.prompts.render import render_cell
 
 LONG_PERSONAS = [
     "engineer",
@@ -99,6 +102,40 @@ def test_the_review_grid_is_the_long_personas_on_the_review_tasks() -> None:
     assert len({grid.digest for grid in (load_grid("short"), long, review)}) == 3
 
 
+@pytest.mark.parametrize(
+    ("language", "said"),
+    [
+        ("de", "Als ein nachdenklicher Mensch: Schreibe ein Haiku über den Montagmorgen."),
+        ("fr", "Réponds en tant que personne réfléchie. Écris un haïku sur les lundis matin."),
+        (
+            "es",
+            "Responde como una persona reflexiva. Escribe un haiku sobre las mañanas de los lunes.",
+        ),
+        ("zh", "请以一个深思熟虑的人的身份回答：写一首关于星期一早晨的俳句。"),
+    ],
+)
+def test_the_short_grid_in_another_language(tokenizer: Any, language: str, said: str) -> None:
+    short, grid = load_grid("short"), load_grid(f"short-{language}")
+    assert grid.name == f"short-{language}"
+    assert [cell.label for cell in grid.cells] == [cell.label for cell in short.cells]
+    assert not {*grid.tasks.values()} & {*short.tasks.values()}
+    assert grid.personas["baseline"] != short.personas["baseline"]
+    assert all(4 <= len(cell.markers) <= 9 for cell in grid.cells)
+    assert grid.frame != short.frame
+    for cell in grid.cells:
+        prompts = render_cell(tokenizer, cell, ("BB", "XB", "BY", "XY", "BARE"))
+        if cell.task == "haiku":
+            assert f"user\n{said}<|im_end|>" in prompts["BY"].text
+        assert f"user\n{cell.task_text}<|im_end|>" in prompts["BARE"].text
+        persona = prompts["XY"].spans["persona"]
+        ids = prompts["XY"].ids[persona.start : persona.stop]
+        assert tokenizer.decode(list(ids)).strip() == cell.persona_text
+
+
+def test_the_help_names_every_bundled_grid() -> None:
+    assert ", ".join(BUNDLED_GRIDS) == GRIDS
+
+
 def test_every_long_persona_has_the_published_markers() -> None:
     markers = load_grid("long").markers
     assert list(markers) == LONG_PERSONAS
@@ -149,7 +186,7 @@ def test_a_grid_is_returned_as_it_is() -> None:
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(
-        UsageError, match=r"^Unknown grid 'medium'.* short, long, review, or .*toml"
+        UsageError, match=r"^Unknown grid 'medium'.* short, long, review, short-de, .*, or .*toml"
     ):
         load_grid("medium")
 

@@ -16,6 +16,11 @@ def test_markers_with_a_space_or_hyphen_are_substrings():
     ]
 
 
+def test_markers_in_scripts_without_spaces_are_substrings():
+    assert find_markers("他主张长期投资，反对剥削。", ["投资", "剥削", "股票"]) == ["投资", "剥削"]
+    assert find_markers("Möge die Macht mit dir sein, Würde!", ["würde", "mach"]) == ["würde"]
+
+
 def test_case_does_not_matter():
     assert find_markers("a spof", ["SPOF"]) == ["SPOF"]
 

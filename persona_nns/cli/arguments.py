@@ -4,7 +4,9 @@ from typing import Annotated
 
 import typer
 
-GRID_HELP = "short, long, review, or a .toml, .yaml, .csv or .jsonl file."
+#: The bundled grids in a help text, which does without importing them.
+GRIDS = "short, long, review, short-de, short-fr, short-es, short-zh"
+GRID_HELP = f"{GRIDS}, or a .toml, .yaml, .csv or .jsonl file."
 JUDGE_HELP = (
     "lexicon; classifier:lexicon (words of your own); a URL (http://…) of an endpoint; or a model "
     "that judges here: a bundled or fetched name, a folder, a .gguf file, or a hub id."

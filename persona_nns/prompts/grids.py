@@ -5,7 +5,8 @@ called ``baseline`` in each) and, optionally, ``[markers]`` (persona key = list 
 give the persona away) and ``[frame]`` (how both are put to a model, see `frames`), or comes from
 tables of texts (`prompts.grid_files`). ``short`` and ``long`` are the two grids of "As X, Do Y"
 (appendix A, markers as in its published result file); ``review`` is the long personas on the three
-review tasks, the grid of the paper's sections 6 and 7.
+review tasks, the grid of the paper's sections 6 and 7. ``short-de``, ``short-fr``, ``short-es`` and
+``short-zh`` are the short grid in other languages, each with a frame and markers of its own.
 """
 
 import hashlib
@@ -24,7 +25,8 @@ from persona_nns.prompts.files import problem_of, suffix_of
 from persona_nns.prompts.frames import ROLE, Frame, FrameTable, load_frame
 from persona_nns.prompts.grid_files import BASELINE, GRID_FILES, KEY, read_grid
 
-BUNDLED_GRIDS = ("short", "long", "review")
+LANGUAGES = ("de", "fr", "es", "zh")
+BUNDLED_GRIDS = ("short", "long", "review", *(f"short-{each}" for each in LANGUAGES))
 REVIEW_TASKS = (BASELINE, "arch", "plan", "proposal")
 
 # Cells that a message has room for.
@@ -179,9 +181,9 @@ def load_grid(
     """Load a bundled grid by its name, or a user's own from a file.
 
     Args:
-        grid: ``short``, ``long``, ``review``, or the path of a ``.toml``, ``.yaml``, ``.csv`` or
-            ``.jsonl`` file (`prompts.grid_files` says what stands in them); a ``Grid`` is returned
-            as it is.
+        grid: ``short``, ``long``, ``review``, ``short-de``, ``short-fr``, ``short-es``,
+            ``short-zh``, or the path of a ``.toml``, ``.yaml``, ``.csv`` or ``.jsonl`` file
+            (`prompts.grid_files` says what stands in them); a ``Grid`` is returned as it is.
         frame: ``role``, ``system``, ``later``, the path of a ``.toml`` file, or a `Frame`; by
             default the grid's own.
         tasks: a file with the tasks of a grid whose own file has personas alone.

@@ -11,11 +11,15 @@ from persona_nns.prompts.grids import Cell
 #: What stands in place of a count where a persona has no markers.
 NOT_COUNTED = -1
 
+# A space, a hyphen, or a letter of a script without spaces: Thai, kana, Chinese characters.
+_ANYWHERE = re.compile("[ \\-\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]")
+
 
 def find_markers(text: str, markers: Iterable[str]) -> list[str]:
     """The markers that occur in a text, case-insensitively.
 
-    A marker with a space or a hyphen is a substring test; any other stands on word boundaries.
+    A marker with a space or a hyphen is a substring test, and so is one in a script that puts
+    nothing between words (Chinese, Japanese, Thai); any other stands on word boundaries.
     """
     lowered = text.lower()
     return [marker for marker in markers if _occurs(marker.lower(), lowered)]
@@ -81,4 +85,4 @@ def _occurs(marker: str, text: str) -> bool:
 
 def _pattern(marker: str) -> str:
     escaped = re.escape(marker)
-    return escaped if " " in marker or "-" in marker else rf"\b{escaped}\b"
+    return escaped if _ANYWHERE.search(marker) else rf"\b{escaped}\b"

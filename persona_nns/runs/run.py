@@ -161,9 +161,9 @@ def run(
     Args:
         experiment: a bundled experiment's name, the path of an experiment file, or a loaded one.
         model: from `load_model`, or a name that it takes.
-        grid: ``short``, ``long``, ``review``, a file that `load_grid` takes, or a `Grid`; by
-            default the experiment's own choice, where it has one; None for an experiment whose
-            inputs are options of its own.
+        grid: ``short``, ``long``, ``review``, ``short-de`` (or ``-fr``, ``-es``, ``-zh``), a file
+            that `load_grid` takes, or a `Grid`; by default the experiment's own choice, where it
+            has one; None for an experiment whose inputs are options of its own.
         frame: how persona and task are put to the model: ``role``, ``system``, ``later``, a
             ``.toml`` file, or a `Frame`; by default the grid's own.
         layers: ``all``, layers or depths; by default the experiment's own choice.
