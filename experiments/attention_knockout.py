@@ -225,8 +225,7 @@ def knock_out(
     with model.trace(passed.inputs(), logits_to_keep=scored.shape[1]):
         passed.resume(model, lowest)
         for layer in layers[lowest:]:
-            attention = model.layers[layer].attn
-            attention.inputs = block_keys(attention.inputs, asking[layer], keys)
+            block_keys(model.layers[layer].attn, asking[layer], keys)
         predicted = log_probabilities(model.output.logits)
         moved = save(torch.stack([summed_kl(each, predicted, scored) for each in references]))
     return moved.unflatten(1, (len(conditions), -1)).transpose(0, 1)
@@ -247,7 +246,7 @@ def say_knocked_out(model: TransformersModel, clean: Clean, n_tokens: int) -> li
         with tracer.invoke(tokens.tokens):
             for _step in tracer.iter[:n_tokens]:
                 for block in model.layers:
-                    block.attn.inputs = block_keys(block.attn.inputs, asking, keys)
+                    block_keys(block.attn, asking, keys)
         with tracer.invoke():  # reached even where every text ends early
             said = save(tracer.result)
     said = read_continuation(said, tokens.width, n_tokens, end_tokens(model))

@@ -264,8 +264,7 @@ def score(
     with model.trace(window.inputs(), logits_to_keep=reference.scored.shape[1]):
         window.resume(model, min(hidden, default=0))
         for layer, columns in hidden.items():
-            attention = model.layers[layer].attn
-            attention.inputs = block_keys(attention.inputs, None, columns)
+            block_keys(model.layers[layer].attn, None, columns)
         predicted = log_probabilities(model.output.logits)
         kl = save(summed_kl(reference.clean, predicted, reference.scored))
     return kl  # noqa: RET504 - there only once the trace has run
@@ -314,7 +313,7 @@ def read_host(model: TransformersModel, window: Window, lacks: Tensor) -> Tensor
         residual = save([])
         for block in model.layers:
             residual.append(block.input)
-            block.attn.inputs = block_keys(block.attn.inputs, None, lacks)
+            block_keys(block.attn, None, lacks)
     return torch.stack(residual)
 
 

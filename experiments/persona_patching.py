@@ -49,6 +49,7 @@ from persona_nns.tracing import (
     cut_passes,
     finish_last_token,
     join_chunks,
+    look_at,
     open_pair,
     open_patches,
     patch_common,
@@ -76,12 +77,13 @@ _LABELS: dict[str, Any] = {
 _LOOKS = {
     "attention": (
         "attention to the identity",
-        "Attention of the last prompt token, summed over the identity's tokens.",
+        "Attention of the last prompt token, summed over the identity's tokens; NaN where the "
+        "model returns none and it cannot be computed from queries and keys.",
     ),
     "attention_value": (
         "value-weighted attention to the identity",
-        "Norm of what the head writes of the identity's tokens at the last prompt token: "
-        "Σ attention × value through the head's share of the output projection.",
+        "Norm of what the head writes of the identity's tokens at the last prompt token: Σ "
+        "attention × value through the head's share of the output projection; NaN as attention.",
     ),
 }
 
@@ -307,9 +309,10 @@ def _run_unpatched(model: TransformersModel, pair: Pair, *, reuse: bool) -> Unpa
     with model.trace(rows.window.inputs(cached=True)):
         for block in model.layers:
             entering.append(block.input)
-            heads.append(block.attn.o_proj.input)
+            look = look_at(block.attn, rows.last)
+            heads.append(look.mixed)
             attn.append(block.attn.o_proj.output)
-            looks.append(attention_to(block.attn.output[1], rows.last, rows.identity))
+            looks.append(attention_to(block.attn, look, rows.identity))
             mlp.append(block.mlp.output)
         model.lm_head.input = take(model.lm_head.input, rows.last)
         logits = save(model.output.logits[:, -1].gather(1, rows.letters).float())
@@ -343,7 +346,9 @@ def _patch_components(
                 block, above = model.layers[layer], model.layers[layer + 1 :]
                 site = block.mlp if component == "mlp" else block.attn.o_proj
                 site.output = torch.where(patch.where, patch.value, site.output)
-                looks = [attention_to(b.attn.output[1], patch.last, patch.identity) for b in above]
+                looks = [
+                    attention_to(b.attn, look_at(b.attn, patch.last), patch.identity) for b in above
+                ]
                 model.lm_head.input = take(model.lm_head.input, patch.last)
                 said = save(model.output.logits[:, -1].gather(1, patch.letters).float())
                 held: Any = model.output.past_key_values.layers[layer + 1 :]

@@ -365,7 +365,7 @@ def test_hidden_columns_get_no_attention(random_model: Callable[[str], Transform
     columns[0, 20:23] = columns[1, 30] = True
     with model.trace(window.inputs()):
         attention = model.layers[1].attn
-        attention.inputs = block_keys(attention.inputs, None, columns)
+        block_keys(attention, None, columns)
         hidden = save(model.layers[1].attn.output[1])
         other = save(model.layers[3].attn.output[1])
     rest = torch.nn.functional.pad(columns, (0, 4))

@@ -39,7 +39,7 @@ def runs_table(runs: Iterable[RunInfo], store: str) -> Table:
             _age(info.attrs["created"]),
         )
         created = f"{info.attrs['created'][:16].replace('T', ' ')} UTC"
-        known = (created, info.attrs["precision"], info.configuration)
+        known = (created, info.computing, info.configuration)
         made = ", ".join(part for part in known if part)
         table.add_row(Padding(Text(made, style="dim"), (0, 0, 0, 4)))
         last = info.experiment

@@ -99,9 +99,10 @@ def _load(info: RunInfo) -> TransformersModel:
     """The model of a run: its tokenizer and what determined its numbers."""
     attrs = info.attrs
     on_server = attrs["model_version"].startswith(HOSTED)
-    how: Mapping[str, Any] = (
-        {"backend": "ndif"} if on_server else {"dtype": attrs["precision"], "allow_float16": True}
-    )
+    how: Mapping[str, Any] = {"backend": "ndif"}
+    if not on_server:
+        how = {"dtype": attrs["precision"], "allow_float16": True}
+        how |= {"attention": attrs.get("attn_implementation")}
     model = load_model(attrs["model_source"], label=attrs["model"], **how)
     model.tokenizer.chat_template = attrs["template"] or None
     return model

@@ -137,6 +137,7 @@ def _run_experiment(
         str | None,
         typer.Option(help="cpu, cuda, cuda:1, mps, …; by default cuda where there is one."),
     ] = None,
+    attention: Annotated[str | None, typer.Option(help="eager or sdpa; by default eager.")] = None,
     template: Annotated[
         Annotated[str, NamesFile(("plain",))] | None,
         typer.Option(help="plain, or a Jinja file; by default the model's own."),
@@ -256,6 +257,7 @@ def _run_experiment(
             "backend": backend,
             "dtype": dtype,
             "device": device,
+            "attention": attention,
             "template": template,
             "label": label,
             "allow_float16": allow_float16,

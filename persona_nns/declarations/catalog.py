@@ -46,9 +46,9 @@ _RESERVED_VARIABLES = {
     *("precision", "seconds", "completed"),
 }
 _RESERVED_OPTIONS = {
-    *("experiment", "model", "grid", "tasks", "cells", "backend", "dtype", "device", "template"),
-    *("as_", "store", "batch_size", "allow_float16", "progress", "deadline", "verbose"),
-    *("workers", "ray_address", "trust_remote_code", "name", "threads"),
+    *("experiment", "model", "grid", "tasks", "frame", "cells", "backend", "dtype", "device"),
+    *("template", "as_", "store", "batch_size", "allow_float16", "progress", "deadline"),
+    *("verbose", "workers", "ray_address", "trust_remote_code", "name", "threads", "attention"),
 }
 
 

@@ -39,13 +39,18 @@ DTYPES = {
 
 
 def load_weights(
-    name: str | Path, precision: str, *, trust_remote_code: bool = False
+    name: str | Path,
+    precision: str,
+    *,
+    attention: str = "eager",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a model's weights in plain transformers; an adapter is merged into its model.
 
     Args:
         name: a bundled or fetched model, a local folder, a GGUF file, or a hub id.
         precision: ``float32``, ``bfloat16`` or ``float16``.
+        attention: how attention is computed, ``eager`` or ``sdpa``.
         trust_remote_code: as in `load_model`.
 
     Raises:
@@ -58,7 +63,7 @@ def load_weights(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base or source,
             dtype=DTYPES[precision],
-            attn_implementation="eager",
+            attn_implementation=attention,
             output_loading_info=True,
             use_safetensors=True,  # the other format is a pickle
             trust_remote_code=trust_remote_code,

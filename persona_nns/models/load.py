@@ -45,6 +45,7 @@ from persona_nns.models.gguf import provenance_of, warn_of_origin
 from persona_nns.models.memory import keep_freed_memory
 from persona_nns.models.servers import Server, read_backend
 from persona_nns.prompts.templates import end_of_turn
+from persona_nns.tracing.attention import MASKED
 from persona_nns.tracing.continuations import end_tokens as end_tokens
 
 #: Precision of a model on somebody's server, until its first job has told.
@@ -94,6 +95,7 @@ def load_model(
     backend: str = "local",
     dtype: str | None = None,
     device: str | None = None,
+    attention: str | None = None,
     template: str | Path | None = None,
     label: str | None = None,
     allow_float16: bool = False,
@@ -111,6 +113,8 @@ def load_model(
             the paper) and for float16 checkpoints, otherwise the checkpoint's own (bfloat16
             for the published Qwen models).
         device: a torch device; by default ``cuda`` where there is one, else ``cpu``.
+        attention: how attention is computed: ``eager``, the default, or ``sdpa``, which is faster
+            on long prompts and rounds otherwise.
         template: ``plain``, or a Jinja chat template that replaces the model's own.
         label: the ``model`` coordinate; by default the bundled name, hub id or folder name. On
             NDIF, a folder or bundled model needs one, ``org/name``: the hosted model it is.
@@ -121,18 +125,19 @@ def load_model(
         The model; no parameter takes gradients.
 
     Raises:
-        UsageError: unknown model, backend, dtype or device, or float16 without being forced.
+        UsageError: unknown model, backend, dtype, device or attention, or one that does not go
+            with the model.
         PersonaError: the model cannot be loaded, or fails a check.
     """
     where = read_backend(backend)
     if label is not None and not label.strip():
         raise UsageError("The label of the model is empty; give it a name, or none.")
     if where != "local":
-        if dtype is not None or device is not None:
-            what = "dtype" if dtype is not None else "device"
+        own = {"dtype": dtype, "device": device, "attention": attention}
+        if chosen := [name for name, value in own.items() if value is not None]:
             raise UsageError(
-                f"A server chooses precision and device itself; leave out --{what} with the "
-                f"backend {backend!r}."
+                f"A server chooses precision, device and attention itself; leave out --{chosen[0]} "
+                f"with the backend {backend!r}."
             )
         server = None if where == "simulate" else where
         return _load_weightless(
@@ -141,10 +146,13 @@ def load_model(
     source, shown = find_checkpoint(str(name))
     config = read_config(source, shown, trust_remote_code=trust_remote_code)
     precision = _choose_dtype(shown, config, dtype, allow_float16=allow_float16)
+    computed = _choose_attention(shown, config, attention)
     place = _choose_device(device)
     if place.type == "cpu":
         keep_freed_memory()
-    module: Any = load_weights(name, precision, trust_remote_code=trust_remote_code)
+    module: Any = load_weights(
+        name, precision, attention=computed, trust_remote_code=trust_remote_code
+    )
     tokenizer = load_tokenizer(name, template, trust_remote_code=trust_remote_code)
     module.eval().requires_grad_(requires_grad=False).to(place)
     _normalise_generation(module)
@@ -348,6 +356,18 @@ def version_and_precision(name: str | Path) -> tuple[str, str]:
     version = version_of(source, config)
     on_hub = not Path(source).is_dir()
     return f"{source}@{version}" if on_hub else version, _choose_dtype(shown, config, None)
+
+
+def _choose_attention(shown: str, config: PreTrainedConfig, attention: str | None) -> str:
+    if attention not in (None, *MASKED):
+        raise UsageError(f"Unknown attention {attention!r}; use {' or '.join(MASKED)}.")
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if attention == "sdpa" and capped:
+        raise UsageError(
+            f"The model {shown!r} caps its attention logits, which sdpa cannot; leave out "
+            "--attention."
+        )
+    return attention or MASKED[0]
 
 
 def _normalise_generation(module: PreTrainedModel) -> None:

@@ -56,6 +56,12 @@ class RunInfo:
         return json.dumps(shared, sort_keys=True)
 
     @property
+    def computing(self) -> str:
+        """Its precision, and how attention is computed where that is not the eager way."""
+        how = self.attrs.get("attn_implementation", "eager")
+        return " ".join([self.attrs["precision"], *([how] if how != "eager" else [])])
+
+    @property
     def configuration(self) -> str:
         """Its parameters, as short as they can be told."""
         return ", ".join(f"{k}={_brief(v)}" for k, v in self.attrs["parameters"].items())
@@ -66,7 +72,7 @@ class RunInfo:
         begun = str(self.attrs["created"])[:16].replace("T", " ")
         return (
             f"{named}{self.run} (model {self.attrs['model']}, grid {self.attrs['grid']}, "
-            f"{self.attrs['precision']}, {self.configuration}, version "
+            f"{self.computing}, {self.configuration}, version "
             f"{self.attrs['protocol_version']}, begun {begun}, "
             f"{self.n_completed}/{self.n_units} complete)"
         )

@@ -58,7 +58,7 @@ class Models:
     @staticmethod
     def key(attrs: Mapping[str, Any]) -> tuple[str, ...]:
         """What two runs of one model have in common."""
-        names = ("model_source", "model_version", "precision", "model")
+        names = ("model_source", "model_version", "precision", "attn_implementation", "model")
         return tuple(str(attrs.get(name)) for name in names)
 
     def of(self, attrs: Mapping[str, Any]) -> "TransformersModel":
@@ -84,8 +84,9 @@ class Models:
         trust: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if not version.startswith(_HOSTED.strip()):
             name = self._folder_of(version) or source
-            precision = {"dtype": attrs["precision"], "allow_float16": True}
-            return load_model(name, label=attrs["model"], **precision, **trust)
+            how = {"dtype": attrs["precision"], "allow_float16": True}
+            how |= {"attention": attrs.get("attn_implementation")}
+            return load_model(name, label=attrs["model"], **how, **trust)
         if self.backend is None:
             raise NotCheckedError(
                 f"It was made on a server, with the hosted model {source!r}, which is not loaded "

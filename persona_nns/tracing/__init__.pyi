@@ -1,3 +1,6 @@
+from .attention import Look as Look
+from .attention import attention_to as attention_to
+from .attention import look_at as look_at
 from .averages import AVERAGES as AVERAGES
 from .averages import Average as Average
 from .averages import averages as averages
@@ -49,7 +52,6 @@ from .patch_speed import finish_last_token as finish_last_token
 from .patch_speed import patch_common as patch_common
 from .patching import PATCHED_POSITIONS as PATCHED_POSITIONS
 from .patching import Unpatched as Unpatched
-from .patching import attention_to as attention_to
 from .patching import chunk_questions as chunk_questions
 from .patching import compare_answers as compare_answers
 from .patching import cut_passes as cut_passes

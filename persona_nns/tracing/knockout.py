@@ -1,8 +1,7 @@
 """Attention knockout: keep some queries of a prompt from the persona's keys.
 
-The blocked logits become the most negative number of their precision before the softmax, in
-every head, so their weights are exactly zero and the others share what they had. It needs
-attention whose mask is added to the logits (``eager``).
+The blocked logits become the most negative number of their precision, or −inf, before the softmax,
+in every head, so their weights are exactly zero and the others share what they had.
 
 Columns are those of whole left-padded rows, prompt and continuation, whatever part of them a
 pass runs. `block_keys` runs inside tracing contexts: torch only.
@@ -14,7 +13,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from persona_nns.errors import PersonaError
 from persona_nns.prompts.render import Prompt
+from persona_nns.tracing.attention import MASKED, computed_by, read_mask
 from persona_nns.tracing.window import Window
 
 Blocked = Literal["last", "task", "task+last", "later"]
@@ -28,28 +29,34 @@ _Condition = TypeVar("_Condition")
 BLOCKED: tuple[Blocked, ...] = ("last", "task", "task+last", "later")
 
 
-def block_keys(inputs: Any, queries: Tensor | None, keys: Tensor) -> Any:
-    """The inputs of an attention module with a mask that keeps queries from keys.
+def block_keys(attention: Any, queries: Tensor | None, keys: Tensor) -> None:
+    """Inside a trace: keep queries of an attention module from keys.
 
     Args:
-        inputs: the module's positional and keyword arguments, as ``attn.inputs`` gives them; not
-            changed, since one mask may serve all layers.
+        attention: the module, which has not run yet. Its mask is replaced and not changed, since
+            one mask may serve all layers.
         queries: [row, column], True where a query is blocked; columns to come may be among them.
             None blocks all.
         keys: [row, column], True where a key is blocked; those after its last column are not.
 
-    Returns:
-        What to assign to ``attn.inputs``.
+    Raises:
+        PersonaError: the model computes attention in a way that takes no such mask.
     """
-    positional, named = inputs
-    mask = named["attention_mask"]
+    positional, named = inputs = attention.inputs
+    mask = read_mask(attention, inputs)
+    if mask is None:
+        raise PersonaError(
+            f"The model computes attention by {computed_by(attention)!r}, which takes no mask of "
+            f"queries and keys; load it with {' or '.join(MASKED)}."
+        )
     n_queries, n_keys = mask.shape[-2:]
     # Columns are added to what is narrower than the mask, and cut off what is wider.
     blocked = torch.nn.functional.pad(keys, (0, n_keys - keys.shape[1]))[:, None, None]
     if queries is not None:
         blocked = blocked & queries[:, None, n_keys - n_queries : n_keys, None]
-    mask = mask.masked_fill(blocked.to(mask.device), torch.finfo(mask.dtype).min)
-    return positional, {**named, "attention_mask": mask}
+    nothing = False if mask.dtype is torch.bool else torch.finfo(mask.dtype).min
+    mask = mask.masked_fill(blocked.to(mask.device), nothing)
+    attention.inputs = positional, {**named, "attention_mask": mask}
 
 
 def persona_keys(prompts: Sequence[Prompt], padding: Tensor, width: int) -> Tensor:

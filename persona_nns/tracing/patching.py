@@ -220,19 +220,6 @@ def cut_passes(run: Unpatched, n_first: int, n_second: int) -> Iterator[tuple[Te
         yield some[:, 0], some[:, 1]
 
 
-def attention_to(probabilities: Tensor, last: Tensor, identity: Tensor) -> Tensor:
-    """Attention of the last prompt token to the columns of the identity, [row, head, column].
-
-    Args:
-        probabilities: [row, head, column of the window, column].
-        last: [row, 1], column of the window.
-        identity: [row, column of the window].
-    """
-    n_window = identity.shape[1]
-    query = last[:, :, None, None].expand(-1, probabilities.shape[1], 1, n_window)
-    return probabilities[..., -n_window:].gather(2, query)[:, :, 0] * identity[:, None]
-
-
 def written_by_heads(
     blocks: Sequence[Any], weights: Sequence[Tensor], cached: Sequence[Any]
 ) -> list[Tensor]:

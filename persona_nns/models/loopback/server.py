@@ -56,10 +56,15 @@ Respond = Callable[..., None]
 class LoadedModel:
     """The hosted model: runs one job at a time."""
 
-    def __init__(self, folder: str, repo_id: str, dtype: str) -> None:
+    def __init__(self, folder: str, repo_id: str, dtype: str, attention: str | None) -> None:
         self.repo_id = repo_id
+        self.keeps_attention = attention is not None
         self.model = TransformersModel(
-            folder, task="text-generation", dispatch=True, dtype=getattr(torch, dtype)
+            folder,
+            task="text-generation",
+            dispatch=True,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
         )
         self.model._module.requires_grad_(requires_grad=False)
         key = {"repo_id": repo_id, "revision": None, "task": "text-generation"}
@@ -69,7 +74,8 @@ class LoadedModel:
         """Execute a request; returns what it saved as NDIF sends it."""
         with _untouched(linecache.cache, SOURCES, BLOCKS):
             try:
-                self.model._remoteable_set_env(envelope.env)
+                if not self.keeps_attention:
+                    self.model._remoteable_set_env(envelope.env)
                 tracer = RequestModel.deserialize(
                     payload, self.model._remoteable_persistent_objects(), envelope.compress
                 )
@@ -282,6 +288,8 @@ def parse_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--api-key")
     parser.add_argument("--dtype", default="float32")
+    # A server may have its own, as NDIF 0.1 does; by default it takes what a request asks for.
+    parser.add_argument("--attention")
     parser.add_argument("--timeout", type=float)
     parser.add_argument("--until-stdin-closes", action="store_true")
     return parser
@@ -298,7 +306,7 @@ def serve(
     """
     for name in MISSING:
         sys.modules[name] = None  # type: ignore[assignment] # as where it is not installed
-    model = LoadedModel(options.model, options.repo_id, options.dtype)
+    model = LoadedModel(options.model, options.repo_id, options.dtype, options.attention)
     service = Service(model, api_key=options.api_key, timeout=options.timeout)
     app = Starlette(routes=service.routes())
     listener = socket.socket()

@@ -1,0 +1,182 @@
+"""What an attention module sees, and where it looks, whichever way it is computed.
+
+``eager`` is given a mask that is added to the logits, and returns its weights. ``sdpa`` is given a
+boolean mask, or none where all that came before is seen, and returns no weights: they are computed
+once more from the module's queries and keys. All of this runs inside tracing contexts, and may
+run on a server: torch only.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persona_nns.tracing.residuals import take
+
+#: The ways to compute attention whose masks can be changed.
+MASKED = ("eager", "sdpa")
+
+# What projects a residual to queries first (and, but for the first, to keys and values behind
+# them). GPT-NeoX has the three of a head side by side.
+_PROJECTIONS = ("q_proj", "qkv_proj", "c_attn", "query_key_value")
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an attention module was called, and what the last prompt tokens look for.
+
+    Attributes:
+        inputs: its positional and keyword arguments.
+        mask: as `read_mask` gives it.
+        last: [row, 1], the column of the last prompt token.
+        projected: [row, 1, feature], the token's queries before they are normalised and rotated;
+            None in a module of an unknown make.
+        mixed: [row, column, head × d_head], the output projection's input.
+    """
+
+    inputs: Any
+    mask: Tensor | None
+    last: Tensor
+    projected: Tensor | None
+    mixed: Tensor
+
+
+def read_mask(attention: Any, inputs: Any) -> Tensor | None:
+    """Inside a trace, before a module is run: its mask, [row or 1, 1, query, key].
+
+    Either additive or, True where a query sees a key, boolean; the module takes both. None where
+    the model computes attention in a way that takes no such mask.
+
+    Args:
+        attention: the module.
+        inputs: its positional and keyword arguments, as ``attention.inputs`` gives them.
+    """
+    if computed_by(attention) not in MASKED:
+        return None
+    positional, named = inputs
+    if named["attention_mask"] is not None:
+        return named["attention_mask"]
+    # sdpa leaves out the mask where it is the causal one alone: there is no padding, and no key
+    # has left a sliding window (transformers, masking_utils._ignore_causal_mask_sdpa).
+    hidden = positional[0] if positional else named["hidden_states"]
+    cache, n_queries = _cache_of(inputs), hidden.shape[1]
+    n_before = 0 if cache is None else cache.get_seq_length(attention.layer_idx)
+    seen = torch.ones(n_queries, n_before + n_queries, dtype=torch.bool, device=hidden.device)
+    return seen.tril(n_before)[None, None]
+
+
+def computed_by(attention: Any) -> str:
+    """How an attention module is computed: ``eager``, ``sdpa``, or by another kernel."""
+    return getattr(getattr(attention, "config", None), "_attn_implementation", MASKED[0])
+
+
+def look_at(attention: Any, last: Tensor) -> Look:
+    """Inside a trace, before a module is run: what `attention_to` is computed from.
+
+    Args:
+        attention: the module, in a pass that is given a cache.
+        last: [row, 1], the column of the last prompt token.
+    """
+    inputs, names = attention.inputs, [each for each in _PROJECTIONS if hasattr(attention, each)]
+    mask = read_mask(attention, inputs)
+    projected = take(getattr(attention, names[0]).output, last) if names else None
+    return Look(inputs, mask, last, projected, attention.o_proj.input)
+
+
+def attention_to(attention: Any, look: Look, identity: Tensor) -> Tensor:
+    """Inside a trace: attention of the last prompt token to the identity, [row, head, column].
+
+    NaN where the module returns no weights and they cannot be computed from its queries and keys.
+
+    Args:
+        attention: the module, which has run.
+        look: at it.
+        identity: [row, column of the window].
+    """
+    weights, n_window = attention.output[1], identity.shape[1]
+    weights = compute_weights(attention, look) if weights is None else _of_last(weights, look)
+    if weights is None:
+        shape = len(identity), attention.config.num_attention_heads, n_window
+        return look.mixed.new_full(shape, torch.nan)
+    return weights[..., -n_window:] * identity[:, None]
+
+
+def compute_weights(attention: Any, look: Look) -> Tensor | None:
+    """Inside a trace: attention weights of the last prompt token, [row, head, key].
+
+    softmax(scaling × query · key) over the keys that the mask leaves, as ``eager`` computes it.
+    Weights are right if they mix the values into what the module has put into its output
+    projection: a row of others is NaN.
+
+    Args:
+        attention: the module, which has run.
+        look: at it.
+
+    Returns:
+        The weights; None of a module of an unknown make.
+    """
+    cache = _cache_of(look.inputs)
+    if cache is None or look.mask is None or look.projected is None:
+        return None
+    held = cache.layers[attention.layer_idx]
+    n_heads = look.mixed.shape[-1] // held.values.shape[-1]
+    keys, values = (
+        each.repeat_interleave(n_heads // each.shape[1], dim=1) for each in (held.keys, held.values)
+    )
+    query = _query(attention, look, look.projected, n_heads)
+    if query.shape[1:] != (n_heads, keys.shape[-1]):
+        return None
+    scores = (query[:, :, None] * keys).sum(-1).float()
+    scores = scores * getattr(attention, "scaling", keys.shape[-1] ** -0.5)
+    cap = getattr(attention, "attn_logit_softcapping", None)
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    mask = _of_last(look.mask.expand(len(scores), -1, -1, -1), look)
+    if mask.dtype is torch.bool:
+        mask = torch.where(mask, 0.0, -torch.inf)
+    weights = (scores + mask).softmax(-1)
+    right = _mixes_to(take(look.mixed, look.last)[:, 0], weights, values)
+    return torch.where(right[:, None, None], weights, torch.nan).to(values.dtype)
+
+
+def _mixes_to(mixed: Tensor, weights: Tensor, values: Tensor) -> Tensor:
+    """Whether values are mixed to what a module put into its output projection, [row]."""
+    ours = (weights[..., None] * values.float()).sum(2).flatten(1)
+    tolerance = max(1e-4, 4 * torch.finfo(values.dtype).eps)
+    return (ours - mixed.float()).abs().amax(-1) <= tolerance * mixed.float().abs().amax(-1)
+
+
+def _query(attention: Any, look: Look, projected: Tensor, n_heads: int) -> Tensor:
+    """The queries that meet the keys, [row, head, d_head]."""
+    width = look.mixed.shape[-1]
+    if hasattr(attention, "query_key_value"):
+        query = projected.reshape(len(projected), n_heads, -1)[..., : width // n_heads]
+    else:
+        query = projected[:, 0, :width]
+        if hasattr(attention, "q_norm"):
+            # OLMo2 normalises all heads as one.
+            whole = attention.q_norm.weight.shape[0] == width
+            query = attention.q_norm(query if whole else query.unflatten(-1, (n_heads, -1)))
+        query = query.reshape(len(query), n_heads, -1)
+    rotation = look.inputs[1].get("position_embeddings")
+    if rotation is None:
+        return query
+    cos, sin = (take(each.expand(len(query), -1, -1), look.last) for each in rotation)
+    turned, rest = query.tensor_split([cos.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned, rest], dim=-1)
+
+
+def _of_last(queries: Tensor, look: Look) -> Tensor:
+    """Of [row, head, query, key], what belongs to the last prompt token: [row, head, key]."""
+    index = look.last[:, :, None, None].expand(-1, queries.shape[1], 1, queries.shape[3])
+    return queries.gather(2, index)[:, :, 0]
+
+
+def _cache_of(inputs: Any) -> Any:
+    """The cache among the arguments of an attention module, whatever it is called."""
+    positional, named = inputs
+    arguments = (*positional, *named.values())
+    return next((each for each in arguments if hasattr(each, "get_seq_length")), None)
