@@ -113,8 +113,8 @@ def load_model(
             the paper) and for float16 checkpoints, otherwise the checkpoint's own (bfloat16
             for the published Qwen models).
         device: a torch device; by default ``cuda`` where there is one, else ``cpu``.
-        attention: how attention is computed: ``eager``, the default, or ``sdpa``, which is faster
-            on long prompts and rounds otherwise.
+        attention: how attention is computed: ``eager``, the default, or ``sdpa``, which gives the
+            same numbers within rounding.
         template: ``plain``, or a Jinja chat template that replaces the model's own.
         label: the ``model`` coordinate; by default the bundled name, hub id or folder name. On
             NDIF, a folder or bundled model needs one, ``org/name``: the hosted model it is.
