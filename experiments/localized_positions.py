@@ -16,11 +16,19 @@ from itertools import product
 
 import torch
 import xarray as xr
+from matplotlib.figure import Figure
 from nnsight import TransformersModel, save
 from torch import Tensor
 
 from persona_nns.declarations import Count, Variable, generated_index, scored_tokens
-from persona_nns.figures import cells_heatmap, compare_by_layer, lines_by_layer
+from persona_nns.figures import (
+    cells_heatmap,
+    compare_by_layer,
+    few_positions,
+    lines_by_layer,
+    position_map,
+    said_of_positions,
+)
 from persona_nns.prompts import ROLE_PROMPTS, Cell, Prompt, render_cell, tokens_from_first_site
 from persona_nns.tracing import (
     CleanRun,
@@ -123,37 +131,50 @@ _CAUSAL = f"Causal KL: of the next tokens, with {_ADDED[:-1]} in place of h_XY."
 
 
 def _noted(results: xr.Dataset, *notes: str) -> str:
-    """Notes of a figure, with what `beyond_embedding` leaves out."""
+    """Notes of a figure, with what `_drawn` leaves out."""
     whole = beyond_embedding(results).sizes["layer"] == results.sizes["layer"]
     out = "" if whole else "Layer 0 is left out: there all four prompts have the same token."
-    return " ".join(note for note in (out, *notes) if note)
+    return " ".join(note for note in (out, said_of_positions(results), *notes) if note)
 
 
-figures = {
-    "kl_by_layer": lambda ds: lines_by_layer(
-        beyond_embedding(ds), ["kl"], log=True, reference=0.1, note=_noted(ds, _CAUSAL, _DELTAS)
-    ),
-    "cosines_by_layer": lambda ds: lines_by_layer(
-        beyond_embedding(ds),
-        ["cos_additive", "cos_persona_task", "interaction_ratio"],
-        note=_noted(ds, _DELTAS),
-    ),
-    "norm": lambda ds: compare_by_layer(
-        beyond_embedding(ds),
+def _drawn(results: xr.Dataset) -> xr.Dataset:
+    """What a figure with a line or a panel for each position shows."""
+    return few_positions(beyond_embedding(results))
+
+
+def _norm_figure(results: xr.Dataset) -> Figure:
+    """Distances and KL before and after the next norm, at p_last if it was measured."""
+    positions = results.position.values.tolist()
+    position = "p_last" if "p_last" in positions else positions[0]
+    there = results.sel(position=[position])
+    which = "Next norm: the input norm of the block that reads h."
+    return compare_by_layer(
+        beyond_embedding(there),
         {
             "relative distance": ["gap_ratio", "gap_ratio_post_norm"],
             "KL (nat)": ["kl", "kl_rms_matched", "kl_rms_only"],
         },
-        position=ds.position.values.tolist()[0],
+        position=position,
         log=["KL (nat)"],
-        note=_noted(ds, _CAUSAL, _DELTAS, "Next norm: the input norm of the block that reads h."),
+        note=_noted(there, _CAUSAL, _DELTAS, which),
+    )
+
+
+figures = {
+    "kl_by_layer": lambda ds: lines_by_layer(
+        _drawn(ds), ["kl"], log=True, reference=0.1, note=_noted(ds, _CAUSAL, _DELTAS)
     ),
+    "cosines_by_layer": lambda ds: lines_by_layer(
+        _drawn(ds),
+        ["cos_additive", "cos_persona_task", "interaction_ratio"],
+        note=_noted(ds, _DELTAS),
+    ),
+    "norm": _norm_figure,
     "kl_by_persona": lambda ds: cells_heatmap(
-        beyond_embedding(ds), "kl", "persona", note=_noted(ds, _CAUSAL)
+        _drawn(ds), "kl", "persona", note=_noted(ds, _CAUSAL)
     ),
-    "kl_by_task": lambda ds: cells_heatmap(
-        beyond_embedding(ds), "kl", "task", note=_noted(ds, _CAUSAL)
-    ),
+    "kl_by_task": lambda ds: cells_heatmap(_drawn(ds), "kl", "task", note=_noted(ds, _CAUSAL)),
+    "kl_map": lambda ds: position_map(beyond_embedding(ds), "kl", note=_CAUSAL),
 }
 
 

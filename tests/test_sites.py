@@ -92,6 +92,43 @@ def test_positions_keep_their_order() -> None:
 
 
 @pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("p_last-2:p_last", ["p_last-2", "p_last-1", "p_last"]),
+        ("g1:g3", ["g1", "g2", "g3"]),
+        ("p_last-1:g2", ["p_last-1", "p_last", "g1", "g2"]),
+        ("p_last:p_last", ["p_last"]),
+        (
+            " g2 : g3 , p_user_last,p_last-4:p_last-3",
+            ["g2", "g3", "p_user_last", "p_last-4", "p_last-3"],
+        ),
+        (["p_last", "g9:g11"], ["p_last", "g9", "g10", "g11"]),
+    ],
+)
+def test_a_range_is_the_positions_in_it(spec: str | list[str], names: list[str]) -> None:
+    assert parse_positions(spec) == names
+    assert parse_positions(names) == names
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("p_last:p_last-2", "The range 'p_last:p_last-2' runs backwards; put the earlier"),
+        ("g3:g1", "runs backwards"),
+        ("p_last-2:p_user_last", "has p_user_last at an end, which is elsewhere in each template"),
+        ("p_last-2:", "Unknown position ''; use"),
+        ("p_last-2:3", "Unknown position '3'; use"),
+        ("g1:g2:g3", "Unknown position 'g2:g3'; use"),
+        ("g2,g1:g3", "The position 'g2' is given twice"),
+    ],
+)
+def test_a_wrong_range_is_one_sentence(spec: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence) as caught:
+        parse_positions(spec)
+    assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(
     "name",
     ["", "last", "g0", "g", "g01", "g-1", "p_last-0", "p_last-", "p_last+1", "P_LAST", "g1 g2"],
 )

@@ -14,6 +14,9 @@ JUDGE_HELP = (
 TASKS_HELP = (
     "File with the tasks of a grid whose file has personas alone (also .txt, a task a line)."
 )
+#: What `--positions` takes.
+POSITIONS = "p_last, p_last-1, p_user_last, g1, g2, …; ranges as p_last-12:p_last or g1:g3."
+
 Store = Annotated[str, typer.Argument(help="Path or URL of a Zarr store.")]
 Name = Annotated[str, typer.Argument(help="Name of an experiment.")]
 GridChoice = Annotated[str | None, typer.Option("--grid", help="Only results on this grid.")]

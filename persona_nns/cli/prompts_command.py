@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from persona_nns.cli import terminal
-from persona_nns.cli.arguments import GRID_HELP, TASKS_HELP
+from persona_nns.cli.arguments import GRID_HELP, POSITIONS, TASKS_HELP
 from persona_nns.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ def prompts(
     cells: Annotated[
         str | None, typer.Option(help="Only these, as engineer/arch,…; by default the whole grid.")
     ] = None,
-    positions: Annotated[
-        str, typer.Option(help="p_last, p_last-1, p_user_last, g1, g2, …")
-    ] = "p_user_last,p_last",
+    positions: Annotated[str, typer.Option(help=POSITIONS)] = "p_user_last,p_last",
     template: Annotated[
         str | None, typer.Option(help="plain, or a Jinja file; by default the model's own.")
     ] = None,

@@ -16,7 +16,7 @@ import typer
 from rich.markup import escape
 
 from persona_nns.cli import terminal
-from persona_nns.cli.arguments import GRID_HELP, TASKS_HELP
+from persona_nns.cli.arguments import GRID_HELP, POSITIONS, TASKS_HELP
 from persona_nns.declarations.options import NamesFile, absolute
 from persona_nns.errors import UsageError
 from persona_nns.organism.bundled import ORGANISMS
@@ -116,9 +116,7 @@ def _run_experiment(
         str | None, typer.Option(help="all, layers (6,10,14), or depths (0.25,0.5).")
     ] = None,
     layer_sets: Annotated[str | None, typer.Option(help="Sets of layers, as 14;10,12,14.")] = None,
-    positions: Annotated[
-        str | None, typer.Option(help="p_last, p_last-1, p_user_last, g1, g2, …")
-    ] = None,
+    positions: Annotated[str | None, typer.Option(help=POSITIONS)] = None,
     cells: Annotated[
         str | None, typer.Option(help="Only these, as engineer/arch,…; by default all of the grid.")
     ] = None,

@@ -87,23 +87,59 @@ def _layer(text: str, n_layers: int) -> int:
 
 
 def parse_positions(spec: str | Sequence[str]) -> list[str]:
-    """The position names that a request holds, in its order.
+    """The position names that a request holds, in its order; ranges as the names in them.
+
+    Args:
+        spec: names such as ``p_last,g1``, and ranges such as ``p_last-12:p_last`` or ``g1:g3``,
+            in which both ends are.
 
     Raises:
-        UsageError: an unknown name, or one given twice.
+        UsageError: an unknown name, a range from a later position to an earlier one, or a
+            position given twice.
     """
-    names = [name.strip() for name in (spec.split(",") if isinstance(spec, str) else spec)]
-    if not names:
+    asked = [name.strip() for name in (spec.split(",") if isinstance(spec, str) else spec)]
+    if not asked:
         raise UsageError("No position was asked for; use names such as p_last,g1.")
+    names = [name for part in asked for name in _positions_of(part)]
+    known: set[str] = set()
     for name in names:
+        if name in known:
+            raise UsageError(f"The position {name!r} is given twice; name each one once.")
+        known.add(name)
+    return names
+
+
+def _positions_of(part: str) -> list[str]:
+    """The positions of a name, or of a range."""
+    ends = [end.strip() for end in part.split(":", 1)]
+    for name in ends:
         if not _POSITION.fullmatch(name):
             raise UsageError(
                 f"Unknown position {name!r}; use p_last, p_user_last, p_last-1, p_last-2, … "
-                "or g1, g2, … (generated tokens)."
+                "or g1, g2, … (generated tokens), or a range such as p_last-12:p_last."
             )
-        if names.count(name) > 1:
-            raise UsageError(f"The position {name!r} is given twice; name each one once.")
-    return names
+    if len(ends) == 1:
+        return ends
+    if "p_user_last" in ends:
+        raise UsageError(
+            f"The range {part!r} has p_user_last at an end, which is elsewhere in each template; "
+            "use p_last-1, p_last-2, … or name it alone."
+        )
+    first, last = map(_from_last, ends)
+    if first > last:
+        raise UsageError(f"The range {part!r} runs backwards; put the earlier position first.")
+    return [_named(place) for place in range(first, last + 1)]
+
+
+def _from_last(position: str) -> int:
+    """How many tokens a position is after p_last."""
+    match = match_position(position)
+    return int(match["generated"] or 0) - int(match["back"] or 0)
+
+
+def _named(place: int) -> str:
+    """The position so many tokens after p_last."""
+    return f"g{place}" if place > 0 else f"p_last{place}" if place else "p_last"
 
 
 def generated_index(position: str) -> int:

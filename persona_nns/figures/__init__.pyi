@@ -20,6 +20,9 @@ from .patching import attention_before_and_after as attention_before_and_after
 from .patching import head_ranking as head_ranking
 from .patching import recovery_by_head as recovery_by_head
 from .patching import recovery_by_pair as recovery_by_pair
+from .positions import few_positions as few_positions
+from .positions import position_map as position_map
+from .positions import said_of_positions as said_of_positions
 from .tables import measured as measured
 from .tables import number as number
 from .tables import result_table as result_table

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from persona_nns.figures.style import (
     DOTTED,
     axis_label,
+    colour_range,
     draw_medians,
     frame_of,
     grid_title,
@@ -138,7 +139,7 @@ def cells_heatmap(results: xr.Dataset, name: str, by: str, *, note: str = "") ->
     every = dict.fromkeys(results[by].values.tolist())
     order = [label for label in every if bool(there.sel({by: label}))]
     positions, models = of_each.position.values.tolist(), of_each.model.values.tolist()
-    norms = {position: _colours(of_each.sel(position=position)) for position in positions}
+    norms = {position: colour_range(of_each.sel(position=position)) for position in positions}
     size = (1.6 + 3.1 * len(positions), 1.8 + (0.9 + 0.28 * len(order)) * len(models))
     with panels(size, models, positions, look="white", sharey=True) as drawn:
         for model, position, axis in drawn:
@@ -163,15 +164,6 @@ def cells_heatmap(results: xr.Dataset, name: str, by: str, *, note: str = "") ->
         out = left_out(results, [name])
         drawn.title(grid_title(results), what, unmeasured, out, note)
     return drawn.figure
-
-
-def _colours(values: xr.DataArray) -> tuple[float, float]:
-    """The ends of a logarithmic scale of the numbers there are, but for the lowest twentieth."""
-    positive = values.values[values.values > 0]
-    if not positive.size:
-        return 1e-3, 1e-2
-    high = float(positive.max())
-    return min(float(np.quantile(positive, 0.05)), high / 10), high
 
 
 def _draw_lines(axis: Axes, values: xr.DataArray, hue: str) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 import xarray as xr
@@ -264,6 +265,15 @@ def heat(axis: Axes, values: pd.DataFrame, **look: Any) -> None:
     step = -(-values.shape[1] // _MOST_TICKS)
     sns.heatmap(values, ax=axis, cbar=False, **{"xticklabels": step, **look})
     axis.tick_params(axis="both", rotation=0)
+
+
+def colour_range(values: xr.DataArray) -> tuple[float, float]:
+    """The ends of a logarithmic scale of the numbers there are, but for the lowest twentieth."""
+    positive = values.values[values.values > 0]
+    if not positive.size:
+        return 1e-3, 1e-2
+    high = float(positive.max())
+    return min(float(np.quantile(positive, 0.05)), high / 10), high
 
 
 def medians(values: xr.DataArray, over: str | Sequence[str]) -> xr.DataArray:

@@ -168,7 +168,8 @@ def run(
             ``.toml`` file, or a `Frame`; by default the grid's own.
         layers: ``all``, layers or depths; by default the experiment's own choice.
         layer_sets: sets of layers such as ``"14;10,12,14"``; by default the experiment's own.
-        positions: position names; by default the experiment's own choice.
+        positions: position names, or ranges of them (``"p_last-12:p_last,g1:g3"``); by default the
+            experiment's own choice.
         cells: labels such as ``engineer/arch``; by default the whole grid.
         store: path or URL of the Zarr store.
         batch_size: cells (or other units) measured at a time; by default as many as memory
