@@ -19,7 +19,7 @@ from persona_nns.errors import PersonaError, UsageError
 from persona_nns.prompts.frames import BUNDLED_FRAMES, ROLE, Frame, Message, load_frame
 from persona_nns.prompts.grids import Grid, load_grid
 from persona_nns.prompts.positions import position_index
-from persona_nns.prompts.render import Prompt, render, render_cell, render_cells
+from persona_nns.prompts.render import Prompt, render, render_cell, render_cells, with_prompts
 from persona_nns.runs import verify_store
 from persona_nns.runs.grid_plan import plan_grid
 from persona_nns.runs.run import plan_run
@@ -204,6 +204,34 @@ def test_bare_may_be_what_a_template_does_not_take(tokenizer: Any, small_grid: G
     chatml = with_public_template(tokenizer, PUBLIC["smollm2"])
     bare = render_cell(chatml, grid.cells[0], ("BARE",))["BARE"]
     assert bare.text.count("<|im_start|>assistant\nI am.") == 1
+
+
+def test_what_needs_bare_says_so_and_writes_nothing(
+    tokenizer: Any, small_grid: Grid, random_folder: Any, tmp_path: Path
+) -> None:
+    agreed = Frame(
+        (
+            Message("user", "You are {persona}."),
+            Message("assistant", "I am."),
+            Message("user", "{task}"),
+        ),
+        "agreed",
+    )
+    model = pn.load_model(random_folder("gemma2"))
+    model.tokenizer = with_public_template(tokenizer, replace(PUBLIC["gemma-2"], special=()))
+    model.tokenizer.chat_template = model.tokenizer.chat_template.replace("{{ bos_token }}", "")
+    grid = replace(small_grid, markers=dict.fromkeys(small_grid.personas, ("the",)))
+    chosen: dict[str, Any] = {"frame": agreed, "store": tmp_path / "s.zarr", "progress": False}
+    with pytest.raises(UsageError, match=r"fails on messages of assistant, user"):
+        pn.run("behavioral_markers", model, grid, n_tokens=2, **chosen)
+    assert not (tmp_path / "s.zarr").exists()
+    ds = pn.run("localized_positions", model, grid, cells="yoda/haiku", n_eval=2, **chosen)
+    assert ds.attrs["grid"] == "small.agreed"
+    (cell,) = grid.put_in(agreed).select_cells("yoda/haiku")
+    travelling = with_prompts(model.tokenizer, cell)
+    assert render_cell(model.tokenizer, travelling) == render_cell(model.tokenizer, cell)
+    with pytest.raises(PersonaError, match="does not take the prompt BARE of 'yoda/haiku'"):
+        render_cell(model.tokenizer, travelling, ("BARE",))
 
 
 def test_each_distinct_prompt_of_a_grid_is_tokenised_once(

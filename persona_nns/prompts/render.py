@@ -82,7 +82,8 @@ def render_cells(
         PersonaError: a cell that brings its prompts lacks one of them (BARE: see `prompt_names`).
     """
     names = tuple(names)
-    frames = {cell.frame: FramedTemplate.of(tokenizer, cell.frame) for cell in cells}
+    asked = {cell.frame for cell in cells if not isinstance(cell, RenderedCell)}
+    frames = {frame: FramedTemplate.of(tokenizer, frame) for frame in asked}
     rendered: list[dict[PromptName, Prompt]] = []
     for cell in cells:
         if not isinstance(cell, RenderedCell):
