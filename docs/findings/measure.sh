@@ -14,6 +14,11 @@ run localized_positions $real --grid long --layers 4,8,12,16,21,26 --positions p
 run localized_positions $toys --grid short --layers all --positions p_user_last,p_last,g1,g2
 run localized_positions $toys --grid long --layers all --positions p_last,g1,g2
 
+# And with the persona in a system prompt, behind another exchange, or in another language?
+for asked in "short --frame system" "short --frame later" short-fr short-de short-es short-zh; do
+    run localized_positions $real --grid $asked
+done
+
 # Does the sum, or the residual itself, replace the persona's text? The paper's sets of layers, at
 # the nearest depths.
 run behavioral_markers $real

@@ -19,6 +19,7 @@ from persona_nns.figures.intervals import share_interval
 from persona_nns.published.compare import summarise
 from persona_nns.published.store import published_store
 
+LANGUAGES = ("fr", "de", "es", "zh")
 REAL = "smollm2-135m-instruct"
 MODELS = (REAL, "organism-qwen2", "organism-gemma2")
 ANSWERS = Path(__file__).parent / "answers" / "evaluation" / "cheerful.jsonl"
@@ -56,6 +57,21 @@ def additivity(store: str) -> Iterator[Row]:
                             ("KL, size put wrong", "kl_rms_only"),
                         )
                     },
+                }
+
+
+def frames(store: str) -> Iterator[Row]:
+    """The additive sum where persona and task are put to the model in other ways."""
+    grids = ("short", "short.system", "short.later", *(f"short-{each}" for each in LANGUAGES))
+    for grid in grids:
+        for results in open_each(store, "localized_positions", grid, (REAL,)):
+            for depth in DEPTHS:
+                at = results.sel(layer=round(depth * int(results.n_layers.item())))
+                yield {
+                    "grid and frame": grid,
+                    "layer": int(at.layer),
+                    **{f"KL {p}": quartiles(at.kl.sel(position=p)) for p in ("p_last", "g1", "g2")},
+                    "cosine": quartiles(at.cos_additive.sel(position="p_last")),
                 }
 
 
@@ -349,6 +365,7 @@ def rate(found: xr.DataArray) -> str:
 
 TABLES = (
     additivity,
+    frames,
     paper_tables_1_and_2,
     paper_table_3,
     paper_table_4,
