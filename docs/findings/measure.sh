@@ -38,9 +38,9 @@ run attention_knockout $real --bands "$bands"
 run attention_knockout $toys
 
 # Do persona words change what it gets right?
-run persona_accuracy $real --questions mmlu-dev --identities docs/findings/identities.txt
-run persona_patching $real --questions mmlu-dev --solved-by-baseline --n-questions 40 \
-    --identities docs/findings/identities.txt --no-heads --layers 0,3,6,9,12,15,18,21,24,27
+run persona_accuracy $real --questions mmlu-dev --n-questions 140 --identities docs/findings/identities.txt
+run persona_patching $real --questions mmlu-dev --solved-by-baseline --n-questions 20 \
+    --identities docs/findings/identities.txt --no-heads --layers 0,6,12,18,24,29
 
 # A trait as a direction, without a judge: the model's own answers under two kinds of instruction.
 for split in extraction evaluation; do

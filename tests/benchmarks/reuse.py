@@ -56,7 +56,7 @@ def real() -> None:
     for grid in ("short", "long"):
         cells = list(load_grid(grid).cells)
         layers = parse_layers(DEPTHS, len(model.layers))
-        compare(model, cells, layers, sample=2, turns=5, batched=False)
+        compare(model, cells, layers, sample=2, turns=3, batched=False)
 
 
 def large() -> None:
