@@ -38,7 +38,7 @@ run attention_knockout $real --bands "$bands"
 run attention_knockout $toys
 
 # Do persona words change what it gets right?
-run persona_accuracy $real --questions mmlu-dev --n-questions 140 --identities docs/findings/identities.txt
+run persona_accuracy $real --questions mmlu-dev --identities docs/findings/identities.txt
 run persona_patching $real --questions mmlu-dev --solved-by-baseline --n-questions 20 \
     --identities docs/findings/identities.txt --no-heads --layers 0,6,12,18,24,29
 
