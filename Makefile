@@ -13,7 +13,7 @@ demo: $(VENV)/ready
 
 # The store is kept as an archive: what it holds is not measured again.
 findings: $(VENV)/ready
-	test -d stores/findings.zarr || $(PYTHON) -m zipfile -e stores/findings.zip stores/findings.zarr
+	test -d stores/findings.zarr || $(PYTHON) -m tarfile -e stores/findings.tar.xz stores/findings.zarr
 	docs/findings/measure.sh stores/findings.zarr
 	$(BIN)/python docs/findings/tables.py stores/findings.zarr docs/findings
 

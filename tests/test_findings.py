@@ -1,7 +1,7 @@
 """The findings: tables are what the kept store holds, and numbers of the page are in a table."""
 
 import re
-import zipfile
+import tarfile
 from pathlib import Path
 
 import pandas as pd
@@ -17,8 +17,8 @@ TABLES = sorted(FOLDER.glob("*.csv"))
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tables, written anew."""
     folder = tmp_path_factory.mktemp("findings")
-    with zipfile.ZipFile(ROOT / "stores" / "findings.zip") as archive:
-        archive.extractall(folder / "findings.zarr")
+    with tarfile.open(ROOT / "stores" / "findings.tar.xz") as archive:
+        archive.extractall(folder / "findings.zarr", filter="data")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
         from tables import write_tables  # type: ignore[import-not-found]

@@ -249,13 +249,16 @@ def patching(store: str) -> Iterator[Row]:
     for results in smollm2(store, "persona_patching"):
         recovery = results.recovery.isel(model=0).sel(position_set="all")
         pairs = recovery.stack(pair=("clean_persona", "corrupt_persona", "question"))
+        known = pairs.isel(component=0, layer=0).notnull().sum()
         for layer in results.layer.values:
-            row: Row = {"layer": int(layer)}
-            for component in results.component.values:
-                found = pairs.sel(component=component, layer=layer)
-                row[str(component)] = quartiles(found)
-                row["questions and directions"] = int(found.notnull().sum())
-            yield row
+            yield {
+                "layer": int(layer),
+                "questions and directions": int(known),
+                **{
+                    str(component): quartiles(pairs.sel(component=component, layer=layer))
+                    for component in results.component.values
+                },
+            }
 
 
 def steering(store: str) -> Iterator[Row]:
