@@ -35,7 +35,12 @@ def kl_by_band(results: xr.Dataset) -> Figure:
     said = {"kl": "KL(clean ‖ host)", "kl_host": "KL(host ‖ clean)"}
     looks = {"kl": DOTTED, "kl_host": {**DOTTED, "linestyle": "-."}}
     rows = [(model, name) for model in results.model.values.tolist() for name in gaps]
-    with panels((12.4, 1.5 + 2.5 * len(rows)), rows, FAMILIES, sharey="row") as drawn:
+    asked = {
+        each for model, name in rows for each in by_band(results[name].sel(model=model)).layers
+    }
+    families = [family for family in FAMILIES if family in asked]
+    size = (2.8 + 3.2 * len(families), 1.5 + 2.5 * len(rows))
+    with panels(size, rows, families, sharey="row") as drawn:
         for (model, name), family, axis in drawn:
             of_model = results.sel(model=model)
             frame = by_band(of_model[name])
