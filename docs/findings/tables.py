@@ -14,6 +14,7 @@ import pandas as pd
 import xarray as xr
 
 import persona_nns as pn
+from persona_nns.declarations import choose_bands
 from persona_nns.figures.estimates import closures_of_medians, estimate_table
 from persona_nns.figures.intervals import share_interval
 from persona_nns.published.compare import summarise
@@ -184,14 +185,13 @@ def bands(store: str) -> Iterator[Row]:
     for results in open_each(store, "kv_graft"):
         n_layers = int(results.n_layers.item())
         closure = results.closure.isel(model=0).sel(graft="persona").median("cell")
-        for layer in sorted({round(share * n_layers) for share in np.linspace(0.1, 0.9, 9)}):
-            first, last = f"0:{layer}", f"{layer}:{n_layers}"
+        for layer in tenths(n_layers):
             yield {
                 **head(results, layer=layer, depth=f"{layer / n_layers:.2f}"),
-                "this layer alone": number(float(closure.sel(layer_band=str(layer)))),
-                "layers below it": number(float(closure.sel(layer_band=label(first, n_layers)))),
-                "it and those above": number(float(closure.sel(layer_band=label(last, n_layers)))),
-                "all layers": number(float(closure.sel(layer_band="all"))),
+                "this layer alone": in_band(closure, layer, layer + 1),
+                "layers below it": in_band(closure, 0, layer),
+                "it and those above": in_band(closure, layer, n_layers),
+                "all layers": in_band(closure, 0, n_layers),
             }
 
 
@@ -216,13 +216,12 @@ def knockout_by_layer(store: str) -> Iterator[Row]:
     for results in open_each(store, "attention_knockout"):
         n_layers = int(results.n_layers.item())
         kl = results.kl.isel(model=0).sel(blocked="later").median("cell")
-        for layer in sorted({round(share * n_layers) for share in np.linspace(0.1, 0.9, 9)}):
-            first, last = f"0:{layer}", f"{layer}:{n_layers}"
+        for layer in tenths(n_layers):
             yield {
                 **head(results, layer=layer, depth=f"{layer / n_layers:.2f}"),
-                "cut in layers below it": number(float(kl.sel(layer_band=label(first, n_layers)))),
-                "cut in it and above": number(float(kl.sel(layer_band=label(last, n_layers)))),
-                "cut in all": number(float(kl.sel(layer_band="all"))),
+                "cut in layers below it": in_band(kl, 0, layer),
+                "cut in it and above": in_band(kl, layer, n_layers),
+                "cut in all": in_band(kl, 0, n_layers),
             }
 
 
@@ -322,9 +321,15 @@ def model_of(results: xr.Dataset) -> str:
     return str(results.model.item())
 
 
-def label(band: str, n_layers: int) -> str:
-    """A band's own label: a single layer at either end is called by its number."""
-    return {"0:1": "0", f"{n_layers - 1}:{n_layers}": str(n_layers - 1)}.get(band, band)
+def tenths(n_layers: int) -> list[int]:
+    """The layers at a tenth, two tenths, … of the depth."""
+    return sorted({round(share * n_layers) for share in np.linspace(0.1, 0.9, 9)})
+
+
+def in_band(values: xr.DataArray, start: int, stop: int) -> str:
+    """The number at a band of layers, whose end is not in it."""
+    (label,) = choose_bands(f"{start}:{stop}", int(values.n_layers))[-1:]
+    return number(float(values.sel(layer_band=label)))
 
 
 def number(value: float, decimals: int = 3) -> str:

@@ -34,10 +34,9 @@ def kl_by_band(results: xr.Dataset) -> Figure:
     gaps = {"kl": "kl_clean_host", "kl_host": "kl_host_clean"}
     said = {"kl": "KL(clean ‖ host)", "kl_host": "KL(host ‖ clean)"}
     looks = {"kl": DOTTED, "kl_host": {**DOTTED, "linestyle": "-."}}
-    rows = [(model, name) for model in results.model.values.tolist() for name in gaps]
-    asked = {
-        each for model, name in rows for each in by_band(results[name].sel(model=model)).layers
-    }
+    models = results.model.values.tolist()
+    rows = [(model, name) for model in models for name in gaps]
+    asked = {each for model in models for each in by_band(results.kl.sel(model=model)).layers}
     families = [family for family in FAMILIES if family in asked]
     size = (2.8 + 3.2 * len(families), 1.5 + 2.5 * len(rows))
     with panels(size, rows, families, sharey="row") as drawn:

@@ -6,7 +6,6 @@ names; others are the table ``[frame]`` of a TOML file, a grid's or one of its o
 """
 
 import re
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
 from persona_nns.errors import UsageError
-from persona_nns.prompts.files import lines_of, problem_of, read_text
+from persona_nns.prompts.files import problem_of, read_toml
 
 PERSONA_SLOT, TASK_SLOT = "{persona}", "{task}"
 
@@ -184,11 +183,9 @@ def load_frame(frame: str | Path | Frame) -> Frame:
         raise UsageError(
             f"Unknown frame {str(frame)!r}; use {', '.join(BUNDLED_FRAMES)}, or a .toml file."
         )
-    text = "\n".join(lines_of(read_text(path, "The frame file")))
+    tables = read_toml(path, "The frame file")
     try:
-        return _FrameFile.model_validate(tomllib.loads(text)).frame.frame(path.stem)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"The frame file {str(path)!r} is not valid TOML: {error}.") from error
+        return _FrameFile.model_validate(tables).frame.frame(path.stem)
     except ValidationError as error:
         raise UsageError(
             f"The frame file {str(path)!r} holds no frame: {problem_of(error)}."

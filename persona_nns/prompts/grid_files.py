@@ -96,11 +96,11 @@ def read_grid(file: str | Path, tasks: str | Path | None = None) -> GridTables:
         tables = {**tables, "tasks": _read_tasks(tasks)}
     if suffix_of(file) in TABLES:
         _check_columns(tables, str(file))
-    short, defaults = _baselines_of_short(), list[str]()
+    short, defaults = bundled_tables("short"), list[str]()
     for table, source in (("personas", file), ("tasks", tasks or file)):
         if suffix_of(source) not in _KEYED and BASELINE not in tables[table]:
             defaults.append(table)
-            tables = {**tables, table: {BASELINE: short[table], **tables[table]}}
+            tables = {**tables, table: {BASELINE: short[table][BASELINE], **tables[table]}}
     return GridTables(name, tables, tuple(defaults))
 
 
@@ -222,8 +222,7 @@ def _free(key: str, taken: set[str], counts: dict[str, int]) -> str:
     return free
 
 
-def _baselines_of_short() -> dict[str, str]:
-    """The baseline persona and task of the grid ``short``."""
-    file = resources.files("persona_nns.prompts") / "texts" / "short.toml"
-    tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    return {table: tables[table][BASELINE] for table in ("personas", "tasks")}
+def bundled_tables(name: str) -> dict[str, Any]:
+    """The tables of a grid that comes with the package."""
+    file = resources.files("persona_nns.prompts") / "texts" / f"{name}.toml"
+    return tomllib.loads(file.read_text(encoding="utf-8"))

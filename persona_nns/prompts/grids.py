@@ -11,10 +11,8 @@ review tasks, the grid of the paper's sections 6 and 7. ``short-de``, ``short-fr
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, 
 from persona_nns.errors import UsageError
 from persona_nns.prompts.files import problem_of, suffix_of
 from persona_nns.prompts.frames import ROLE, Frame, FrameTable, load_frame
-from persona_nns.prompts.grid_files import BASELINE, GRID_FILES, KEY, read_grid
+from persona_nns.prompts.grid_files import BASELINE, GRID_FILES, KEY, bundled_tables, read_grid
 
 LANGUAGES = ("de", "fr", "es", "zh")
 BUNDLED_GRIDS = ("short", "long", "review", *(f"short-{each}" for each in LANGUAGES))
@@ -219,8 +217,7 @@ def _load(grid: "str | Path | Grid", tasks: str | Path | None) -> Grid:
 
 
 def _bundled(name: str) -> Grid:
-    file = resources.files("persona_nns.prompts") / "texts" / f"{name}.toml"
-    return _check(name, tomllib.loads(file.read_text(encoding="utf-8")), f"{name}.toml")
+    return _check(name, bundled_tables(name), f"{name}.toml")
 
 
 def _check(name: str, tables: Mapping[str, Any], source: str) -> Grid:
