@@ -54,7 +54,7 @@ def test_a_reader_sees_a_job_whole_or_not_at_all(
 
 def test_a_job_whose_note_was_cut_off_is_noted_again(book: JobBook, tmp_path: Path) -> None:
     book.note(JOB)
-    note = tmp_path / "s.zarr/e/m.g.1/jobs" / book.key(JOB.units) / "zarr.json"
+    note = tmp_path / "s.zarr/e/m.g.1/jobs" / book.name(JOB) / "zarr.json"
     note.write_bytes(note.read_bytes()[:40])
     assert known(tmp_path / "s.zarr") == []
     assert book.waiting() == []

@@ -64,7 +64,8 @@ def rescore(store: str, name: str, judging: JudgeOptions, run: str | None = None
             "or the experiment are not what they were."
         )
     planned = plan_run(experiment, model, store=store, **{**asked, **vars(judging)})
-    request = planned.request.as_hosted(info.attrs["precision"])
+    attention = info.attrs.get("attn_implementation")
+    request = planned.request.as_hosted(info.attrs["precision"], attention)
     if request.block.run == info.run:
         raise UsageError(f"The answers of {info.run!r} are scored by this judge already.")
     attrs = {**request.block.attrs, "answers_of": info.run}

@@ -5,8 +5,10 @@ Nothing here knows about models.
 
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,12 @@ from persona_nns.declarations.plans import Unit
 from persona_nns.errors import PersonaError
 from persona_nns.results.allocation import attach
 from persona_nns.results.block import Block
-from persona_nns.results.store import RunGroup, find_group
+from persona_nns.results.store import RunGroup, begin_group, begun_group, find_group
+
+_SIGN_EVERY = 15.0  # seconds between two signs of life of a process that gives them
+#: A process that gives signs of life is gone where it was not seen to give one for so many seconds.
+SILENCE = 120.0
+_LONG_AGO = timedelta(minutes=15)  # a sign as old as this is no sign, whosever clock is right
 
 
 class Claims:
@@ -25,7 +32,8 @@ class Claims:
 
     The note says who computes (host, process, versions), which units (say, cells) it is at now,
     and in the end how many it wrote. A claim is no lock: nobody has to wait for it, and the
-    claims of a process that has died mean nothing.
+    claims of a process that has died mean nothing. Of a process on another machine nobody knows
+    that; one that waits for long gives signs of life (`join`, `stay`), whose absence tells.
     """
 
     def __init__(
@@ -42,7 +50,7 @@ class Claims:
         """
         self._store = store
         self._blocks = blocks
-        self._name = name
+        self.name = name
         self._note = {
             **attrs,
             "host": socket.gethostname(),
@@ -52,7 +60,10 @@ class Claims:
             "n_repeated": 0,
         }
         self._groups: list[RunGroup] = []
+        self._joined: RunGroup | None = None
         self._over: set[str] = set()
+        self._signs: dict[str, tuple[str, float]] = {}  # of others: the last one, and when it came
+        self._signed = 0.0
 
     def begin(self) -> None:
         """Allocate the run before anything is measured, so that the first claims are seen too.
@@ -62,6 +73,38 @@ class Claims:
         """
         if not self._groups:
             self._groups = [attach(self._store, block) for block in self._blocks]
+
+    @property
+    def has_joined(self) -> bool:
+        """Whether others can see what this process claims, and that it lives."""
+        return self._joined is not None
+
+    def is_begun(self) -> bool:
+        """Whether somebody is, or was, at work on the run."""
+        return begun_group(self._store, self._last.experiment, self._last.run) is not None
+
+    def join(self) -> None:
+        """Note this process before the run is allocated, and give signs of life from now on.
+
+        For a run of which not all is known yet that its group says.
+        """
+        self._joined = begin_group(self._store, self._last.experiment, self._last.run)
+        self._write_note()
+
+    def stay(self) -> None:
+        """Give a sign of life if the last one was a while ago."""
+        if self.has_joined and time.monotonic() - self._signed > _SIGN_EVERY:
+            self._write_note()
+
+    def know(self, blocks: Sequence[Block], facts: Mapping[str, Any]) -> None:
+        """Learn what was not known at the beginning.
+
+        Args:
+            blocks: the groups that a unit is written to.
+            facts: of the process.
+        """
+        self._blocks = blocks
+        self._note |= facts
 
     def completed(self, units: Sequence[Unit]) -> set[str]:
         """Labels of those of these units that are complete now."""
@@ -73,21 +116,40 @@ class Claims:
     def claim(self, units: Sequence[Unit]) -> None:
         """Say which units this process is at."""
         self._note["claims"] = [unit.label for unit in units]
-        if self._groups:
+        if self._groups or self.has_joined:
             self._write_note()
 
     def claimed_by_others(self) -> Counter[str]:
         """Labels of the units that other processes are at, and how many of them are."""
-        claims: Counter[str] = Counter()
-        group = self._groups[-1] if self._groups else self._found(self._blocks[-1])
+        return Counter(label for note in self.others().values() for label in note.get("claims", ()))
+
+    def others(self) -> dict[str, Mapping[str, Any]]:
+        """What the other processes that are at work on the run say of themselves, by session."""
+        group = self._groups[-1] if self._groups else self._joined
         if group is None:
-            return claims
-        for name, note in group.sessions(but=self._over | {self._name}).items():
+            group = begun_group(self._store, self._last.experiment, self._last.run)
+        if group is None:
+            return {}
+        living: dict[str, Mapping[str, Any]] = {}
+        for name, note in group.sessions(but=self._over | {self.name}).items():
             if note.get("ended") or _has_died(note):
                 self._over.add(name)
-            else:
-                claims.update(note.get("claims", ()))
-        return claims
+            elif not self._is_silent(name, note.get("seen")):
+                living[name] = note
+        return living
+
+    def _is_silent(self, name: str, seen: str | None) -> bool:
+        """Whether a process that gives signs of life has given none for long.
+
+        How long is told by the clock here, from when a sign was first seen: clocks differ.
+        """
+        if seen is None:
+            return False
+        moment = time.monotonic()
+        if self._signs.get(name, ("", 0.0))[0] != seen:
+            self._signs[name] = (seen, moment)
+        is_old = datetime.now(UTC) - datetime.fromisoformat(seen) > _LONG_AGO
+        return is_old or moment - self._signs[name][1] > SILENCE
 
     def write(
         self, units: Sequence[Unit], arrays: Mapping[str, NDArray[Any]], seconds: float
@@ -125,7 +187,7 @@ class Claims:
     def end(self, when: str) -> None:
         """Give up what is claimed, and note the end; a store that is gone stays as it is."""
         self._note |= {"claims": [], "ended": when}
-        if self._groups:
+        if self._groups or self.has_joined:
             try:
                 self._write_note()
             except OSError:
@@ -134,8 +196,17 @@ class Claims:
     def _found(self, block: Block) -> RunGroup | None:
         return find_group(self._store, block.experiment, block.run)
 
+    @property
+    def _last(self) -> Block:
+        return self._blocks[-1]
+
     def _write_note(self) -> None:
-        self._groups[-1].note_session(self._name, self._note)
+        if self._joined is not None:
+            self._signed = time.monotonic()
+            self._note["seen"] = datetime.now(UTC).isoformat(timespec="milliseconds")
+        group = self._groups[-1] if self._groups else self._joined
+        assert group is not None
+        group.note_session(self.name, self._note)
 
 
 def _has_died(note: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ Nothing here knows about models.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -206,9 +206,8 @@ class RunGroup:
         Args:
             but: names of sessions to leave out.
         """
-        known = set(but)
-        groups = subgroups(self._group, "sessions")
-        return {name: dict(group.attrs) for name, group in groups if name not in known}
+        groups = subgroups(self._group, "sessions", but=frozenset(but))
+        return {name: dict(group.attrs) for name, group in groups}
 
     def note_session(self, name: str, attrs: Mapping[str, Any]) -> None:
         """Say who computes units of this run, in a sub-group of its own: writers never meet."""
@@ -256,6 +255,22 @@ def find_group(store: str | Path, experiment: str, run: str) -> RunGroup | None:
     return RunGroup(group, location_of(store))
 
 
+def begun_group(store: str | Path, experiment: str, run: str) -> RunGroup | None:
+    """The group of a run where notes of sessions may be all there is; None where it is not there.
+
+    Only its sessions can be read and written before it is allocated.
+    """
+    group = open_group(store, f"{experiment}/{run}", "r")
+    return None if group is None else RunGroup(group, location_of(store))
+
+
+def begin_group(store: str | Path, experiment: str, run: str) -> RunGroup:
+    """The group of a run, for notes of sessions before it is allocated; created if need be."""
+    group = open_group(store, f"{experiment}/{run}", "a")
+    assert group is not None
+    return RunGroup(group, location_of(store))
+
+
 def completed_units(store: str | Path, block: Block) -> set[str]:
     """Labels of the units that are complete; none where the group is not there yet."""
     group = find_group(store, block.experiment, block.run)
@@ -283,20 +298,29 @@ def _subgroup(group: zarr.Group, name: str) -> zarr.Group | None:
     return found if isinstance(found, zarr.Group) else None
 
 
-def subgroups(group: zarr.Group, *path: str) -> Iterator[tuple[str, zarr.Group]]:
-    """The groups in a group, or in one below it, by name; without any whose metadata are gone."""
+def subgroups(
+    group: zarr.Group, *path: str, but: Collection[str] = ()
+) -> Iterator[tuple[str, zarr.Group]]:
+    """The groups in a group, or in one below it, by name; without any whose metadata are gone.
+
+    Args:
+        group: a group.
+        *path: names of groups from there.
+        but: names to leave out, unread on a disk.
+    """
     parent: zarr.Group | None = group
     for name in path:
         parent = _subgroup(parent, name) if parent is not None else None
     if parent is None:
         return
     if not isinstance(parent.store, LocalStore):
-        yield from sorted(parent.groups())
+        yield from sorted(found for found in parent.groups() if found[0] not in but)
         return
     # On a disk there may be metadata that were cut off, and unfinished files.
     for metadata in sorted((parent.store.root / parent.path).glob("*/zarr.json")):
-        if (found := _subgroup(parent, metadata.parent.name)) is not None:
-            yield metadata.parent.name, found
+        name = metadata.parent.name
+        if name not in but and (found := _subgroup(parent, name)) is not None:
+            yield name, found
 
 
 def is_allocated(group: zarr.Group) -> bool:

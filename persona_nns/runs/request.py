@@ -84,12 +84,16 @@ class Request:
         """Where a unit is written: residuals first, so that a completed unit has them."""
         return [block for block in (self.residuals, self.block) if block is not None]
 
-    def as_hosted(self, precision: str) -> "Request":
-        """The same request with the precision that a server has told of."""
+    def as_hosted(self, precision: str, attention: str | None) -> "Request":
+        """The same request with the precision and the attention that a server has told of.
+
+        Neither is in the identity of a hosted run: the server decides, and is asked when the run
+        has one.
+        """
         return replace(
             self,
-            block=_in_precision(self.block, precision),
-            residuals=self.residuals and _in_precision(self.residuals, precision),
+            block=_computed(self.block, precision, attention),
+            residuals=self.residuals and _computed(self.residuals, precision, attention),
         )
 
     def measuring(self, execution: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,8 +257,11 @@ def make_plan(
     return plan
 
 
-def _in_precision(block: Block, precision: str) -> Block:
-    return replace(block, precision=precision, attrs={**block.attrs, "precision": precision})
+def _computed(block: Block, precision: str, attention: str | None) -> Block:
+    told = {"attn_implementation": attention} if attention else {}
+    return replace(
+        block, precision=precision, attrs={**block.attrs, "precision": precision, **told}
+    )
 
 
 def _residuals(variables: Mapping[str, Variable], block: Block) -> Block:

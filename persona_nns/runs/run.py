@@ -99,8 +99,9 @@ class PlannedRun:
         for layers, units in missing_layers(known, self.request, pending).items():
             self._at(layers, units).carry_out(progress=progress, shared=shared)
             known = known_of(self.store, self.request)
-        precision = known[0].info.attrs["precision"]
-        take_over(self.store, self.request.as_hosted(precision), known, session_attributes())
+        attrs = known[0].info.attrs
+        request = self.request.as_hosted(attrs["precision"], attrs.get("attn_implementation"))
+        take_over(self.store, request, known, session_attributes())
 
     def _known(self, pending: Sequence[Unit]) -> list[Known]:
         """The runs that hold some of what is asked for, as far as that can be told."""

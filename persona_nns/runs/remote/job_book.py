@@ -1,16 +1,16 @@
 """Jobs on a server, noted in the store before they are waited for.
 
-Each job has a sub-group ``<experiment>/<run>/jobs/<key>``: enough to ask for its result from
+Each job has a sub-group ``<experiment>/<run>/jobs/<key>.<job>``: enough to ask for its result from
 another process, on another day, and, once its units are written, what it took. The key is a hash
-of what was asked, so that a job is found again by whoever would ask the same.
+of what was asked, so that a job is found again by whoever would ask the same; the rest tells jobs
+for the same units apart. A job that the server refused for its size stays noted: the next ones of
+the run are smaller.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
-
-import zarr
 
 from persona_nns.declarations.plans import content_digest
 from persona_nns.results.block import Block
@@ -31,7 +31,9 @@ class Job:
         submitted: when, in UTC.
         submissions: how many times it was sent.
         checks_names: it checks the model's names first.
-        state: ``waiting``, or ``written`` once its units are in the store.
+        session: the session that looks after it.
+        state: ``waiting``; ``written`` once its units are in the store; or ``refused``: it was too
+            large.
         result_bytes: fetched for it.
         seconds: it ran on the server.
     """
@@ -44,7 +46,8 @@ class Job:
     submitted: str
     submissions: int = 1
     checks_names: bool = False
-    state: Literal["waiting", "written"] = "waiting"
+    session: str = ""
+    state: Literal["waiting", "written", "refused"] = "waiting"
     result_bytes: int = 0
     seconds: float = 0.0
 
@@ -65,68 +68,96 @@ class JobBook:
         self._block = block
         self._host = host
         self._settings = settings
+        self._names: dict[str, str] = {}  # of notes, by job; former ones are named otherwise
+        self._settled: dict[str, Job] = {}
+        self._foreign: set[str] = set()
 
     def key(self, units: Sequence[str]) -> str:
         """Hash of what is asked for these units."""
         asked = [self._block.attrs["identity"], self._block.run, self._host, self._settings, units]
         return content_digest(asked)[:16]
 
+    def notes(self) -> list[Job]:
+        """Jobs that were submitted with the same settings, whatever became of them."""
+        known = self._foreign | self._settled.keys()
+        waiting: list[Job] = []
+        found = read_jobs(self._store, self._block.experiment, self._block.run, but=known)
+        for name, job in found.items():
+            if name.partition(".")[0] != self.key(job.units):
+                self._foreign.add(name)
+                continue
+            self._names[job.id] = name
+            if job.state == "waiting":
+                waiting.append(job)
+            else:
+                self._settled[name] = job
+        return [*self._settled.values(), *waiting]
+
     def waiting(self) -> list[Job]:
-        """Jobs that were submitted with the same settings and whose results nobody has taken."""
-        noted = read_jobs(self._store, self._block.experiment, self._block.run)
-        return [
-            job
-            for key, job in noted.items()
-            if job.state == "waiting" and key == self.key(job.units)
-        ]
+        """Those whose results nobody has taken."""
+        return [job for job in self.notes() if job.state == "waiting"]
 
     def note(self, job: Job) -> None:
-        """Write a job down, in place of an earlier one for the same units."""
+        """Write a job down, in place of an earlier note of the same job."""
         jobs = open_group(self._store, f"{self._path}/jobs", "a")
         assert jobs is not None
-        put_group(jobs, self.key(job.units), {**asdict(job), "units": list(job.units)})
+        put_group(jobs, self.name(job), {**asdict(job), "units": list(job.units)})
 
     def written(self, job: Job, result_bytes: int, seconds: float) -> None:
         """Note that a job's units are in the store, and what it took."""
         self.note(replace(job, state="written", result_bytes=result_bytes, seconds=seconds))
 
+    def refused(self, job: Job) -> None:
+        """Note that a job was too large for the server."""
+        self.note(replace(job, state="refused"))
+
     def forget(self, job: Job) -> None:
-        """Drop a job that will not give a result, and a run's group that holds nothing else."""
-        run = open_group(self._store, self._path, "a")
-        if run is None:
+        """Drop a job that will not give a result."""
+        forget_job(self._store, self._block.experiment, self._block.run, self.name(job))
+
+    def tidy(self) -> None:
+        """Drop a run's group that holds no job and no number: nothing came of it."""
+        run = open_group(self._store, self._path, "r")
+        if run is None or list(run.array_keys()) or any(subgroups(run, "jobs")):
             return
-        path = f"jobs/{self.key(job.units)}"
-        if path in run:
-            del run[path]
-        jobs = run.get("jobs")
-        if (
-            isinstance(jobs, zarr.Group)
-            and not list(jobs.group_keys())
-            and not list(run.array_keys())
-        ):
-            root = open_group(self._store, "", "a")
-            assert root is not None
-            del root[self._path]
+        root = open_group(self._store, "", "a")
+        assert root is not None
+        del root[self._path]
+
+    def name(self, job: Job) -> str:
+        """The name of a job's note."""
+        own = f"{self.key(job.units)}.{content_digest([job.id])[:8]}"
+        return self._names.get(job.id, own)
 
     @property
     def _path(self) -> str:
         return f"{self._block.experiment}/{self._block.run}"
 
 
-def read_jobs(store: str | Path, experiment: str, run: str) -> dict[str, Job]:
+def read_jobs(
+    store: str | Path, experiment: str, run: str, but: Collection[str] = ()
+) -> dict[str, Job]:
     """What is noted of a run's jobs, by key: which they were, and the bytes and seconds they took.
 
     Args:
         store: path or URL of the store.
         experiment: name of the experiment.
         run: name of the run's group.
+        but: keys to leave out.
     """
-    jobs = open_group(store, f"{experiment}/{run}/jobs", "r")
+    group = open_group(store, f"{experiment}/{run}", "r")
     noted: dict[str, Job] = {}
-    for key, group in subgroups(jobs) if jobs is not None else ():
-        attrs = cast("dict[str, Any]", dict(group.attrs))
+    for key, note in subgroups(group, "jobs", but=but) if group is not None else ():
+        attrs = cast("dict[str, Any]", dict(note.attrs))
         noted[key] = Job(**{**attrs, "units": tuple(attrs["units"])})
     return noted
+
+
+def forget_job(store: str | Path, experiment: str, run: str, key: str) -> None:
+    """Drop what is noted of a job, if anything is."""
+    jobs = open_group(store, f"{experiment}/{run}/jobs", "a")
+    if jobs is not None and key in jobs:
+        del jobs[key]
 
 
 def accepted(job: str, host: str, units: Sequence[str], size: int, **more: Any) -> Job:

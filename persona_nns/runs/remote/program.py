@@ -4,6 +4,8 @@ Everything here is shipped with the request and runs where our package is not in
 nnsight and Python's own library only.
 """
 
+import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,8 +51,8 @@ def carry_out(
     """Measure a batch of units on the server.
 
     Returns:
-        ``measured`` (what `measure` returned, on the CPU), ``warnings``, ``seconds``, and
-        ``precision`` and ``device`` of the model.
+        ``measured`` (what `measure` returned, on the CPU), ``warnings``, ``seconds``,
+        ``precision`` and ``device`` of the model, and ``server`` (`facts_of`).
     """
     started = time.perf_counter()
     tokenizer = copy(model.tokenizer)
@@ -72,7 +74,30 @@ def carry_out(
         "seconds": time.perf_counter() - started,
         "precision": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
+        "server": facts_of(model),
     }
+
+
+def facts_of(model: TransformersModel) -> dict[str, Any]:
+    """What a server computes with, as far as a job can see it.
+
+    Returns:
+        ``attention`` (the implementation), ``precision``, ``device``, ``versions`` of Python and
+        of the packages that matter; of a GPU its ``gpu`` (name) and ``gpu_bytes`` (memory).
+    """
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "nnsight"):
+        versions[name] = str(getattr(sys.modules.get(name), "__version__", ""))
+    facts: dict[str, Any] = {
+        "attention": getattr(model._module.config, "_attn_implementation", None),
+        "precision": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "versions": versions,
+    }
+    if model.device.type == "cuda" and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(model.device)
+        facts |= {"gpu": gpu.name, "gpu_bytes": gpu.total_memory}
+    return facts
 
 
 def check_tokens(tokenizer: Any, terms: Terms) -> None:
