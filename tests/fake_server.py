@@ -45,7 +45,9 @@ class FakeServer:
 
     def measured(self) -> Counter[str]:
         """How often each unit was measured."""
-        return Counter(label for labels in self.sent if len(labels) <= self.most for label in labels)
+        return Counter(
+            label for labels in self.sent if len(labels) <= self.most for label in labels
+        )
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Be what clients are connected to."""

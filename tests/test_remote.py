@@ -428,13 +428,28 @@ def test_a_wrong_request_for_a_server(
 def test_another_nnsight_is_refused_and_other_versions_are_told() -> None:
     other = Environment("3.12", {"nnsight": nnsight.__version__, "torch": "2.0.0"})
     (warning,) = other.check("http://host")
-    assert "torch 2.0.0 (here 2.13.0)" in warning
-    assert "Python 3.12 (here 3." in warning
+    assert "torch 2.0.0 (here 2.13.0: numbers may differ within rounding)" in warning
+    assert "Python 3.12 (here 3.11: what can be sent as source" in warning
+    assert "nnsight" not in warning
     assert Environment("", {}).check("http://host") == [
         "The server http://host does not say which versions it runs."
     ]
     with pytest.raises(pn.PersonaError, match=r"runs nnsight 0\.7\.1, and here is"):
         Environment("3.11", {"nnsight": "0.7.1"}).check("http://host")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "sentence"),
+    [
+        ("0.8.0", "requests mean the same; it computes attention its own way, within rounding"),
+        ("0.8.0rc1", "requests mean the same; it computes attention its own way, within rounding"),
+        ("0.8.3", "requests mean the same"),
+    ],
+)
+def test_the_warning_about_nnsight_says_whether_it_matters(theirs: str, sentence: str) -> None:
+    (warning,) = Environment("", {"nnsight": theirs}).check("http://host")
+    ours = version("nnsight")
+    assert warning.endswith(f"other versions: nnsight {theirs} (here {ours}: {sentence}).")
 
 
 def test_the_key_of_a_server_is_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:

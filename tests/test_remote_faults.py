@@ -30,9 +30,7 @@ from persona_nns.runs.remote.job_book import Job, read_jobs
 
 FAULTY = Path(__file__).with_name("faulty_server.py")
 KEY = "sekret-of-the-tests"
-HASTE = Patience(
-    unreachable=20, news=60, unknown=1, first=0.05, longest=0.2, read=10, others=2
-)
+HASTE = Patience(unreachable=20, news=60, unknown=1, first=0.05, longest=0.2, read=10, others=2)
 CELLS = "chef/haiku,yoda/policy"
 
 pytestmark = pytest.mark.filterwarnings("ignore:The server .* runs other versions")

@@ -103,7 +103,10 @@ class Dispatcher:
                 self.claims.stay()
                 self.progress.look(len(self.request.units) - self.share.n_left)
                 self.progress.states([flight.state for flight in self.flights])
+            self.share.look()
             self._leave_what_is_done()
+            for job in self.share.needless():
+                self.book.forget(job)
         except BaseException as error:
             self._say_what_stays(error)
             raise

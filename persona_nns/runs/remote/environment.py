@@ -8,8 +8,11 @@ from typing import Any
 from persona_nns.errors import RemoteError
 from persona_nns.runs.remote.connection import Connection, client_python
 
-#: Packages whose version decides what a request means and computes.
+#: Packages whose version decides what a request means and computes. NDIF's server takes any
+#: nnsight 0.8 (its metadata say so), and nnsight itself compares these three and demands nothing.
 CRITICAL = ("nnsight", "torch", "transformers")
+_ROUNDING = "numbers may differ within rounding"
+_ATTENTION_FOLLOWS = (0, 8, 1)  # from this nnsight on a server computes attention as it is asked
 _STATES = ("RUNNING", "DEPLOYING", "NOT_STARTED", "UNHEALTHY")
 
 
@@ -27,15 +30,16 @@ class Environment:
 
     @property
     def differences(self) -> list[str]:
-        """What differs, as ``torch 2.9.0 (here 2.13.0)``."""
+        """What differs and what follows, as ``torch 2.9.0 (here 2.13.0: …)``."""
         ours = {name: _own(name) for name in CRITICAL}
         found = [
-            f"{name} {_release(theirs)} (here {_release(ours[name])})"
+            f"{name} {_release(theirs)} (here {_release(ours[name])}: {_follows(name, theirs)})"
             for name, theirs in self.packages.items()
             if _release(theirs) != _release(ours[name])
         ]
         if self.python and self.python != client_python():
-            found.append(f"Python {self.python} (here {client_python()})")
+            follows = "what can be sent as source alone runs there, the rest is refused"
+            found.append(f"Python {self.python} (here {client_python()}: {follows})")
         return found
 
     def check(self, url: str) -> list[str]:
@@ -53,7 +57,7 @@ class Environment:
         if not self.packages:
             return [f"The server {url} does not say which versions it runs."]
         if self.differences:
-            return [f"The server {url} runs other versions: {', '.join(self.differences)}."]
+            return [f"The server {url} runs other versions: {'; '.join(self.differences)}."]
         return []
 
     def attributes(self) -> dict[str, Any]:
@@ -110,6 +114,18 @@ def read_deployments(connection: Connection) -> list[Deployment]:
 def _rank(deployment: Deployment) -> tuple[int, str]:
     known = deployment.state in _STATES
     return (_STATES.index(deployment.state) if known else len(_STATES), deployment.level)
+
+
+def _follows(package: str, theirs: str) -> str:
+    """What follows from another version of a package on a server, of nnsight the same minor one."""
+    if package == "torch":
+        return _ROUNDING
+    if package == "transformers":
+        return f"{_ROUNDING}, and a model whose modules are others there is refused"
+    parts = [int(part) for part in _release(theirs).split(".") if part.isdigit()]
+    if tuple(parts) < _ATTENTION_FOLLOWS:
+        return "requests mean the same; it computes attention its own way, within rounding"
+    return "requests mean the same"
 
 
 def _own(package: str) -> str:

@@ -94,6 +94,13 @@ class Share:
                 return job, [self._every[label] for label in job.units]
         return None
 
+    def needless(self) -> list[Job]:
+        """Jobs of clients that are gone, all of whose units have been completed otherwise."""
+        gone = [job for job in self._waiting() if job.session not in self._living]
+        units = {label: self._every[label] for job in gone for label in job.units}
+        done = self._claims.completed([*units.values()])
+        return [job for job in gone if done >= set(job.units)]
+
     def next_units(self, size: int, *, claimed: bool = False) -> list[Unit]:
         """Units for another job: such as no job is about, and nobody is at.
 

@@ -40,7 +40,7 @@ def units_per_job(noted: Sequence[Job], batch_size: int | None) -> int:
     ]
     if not written:
         first = batch_size or FIRST_UNITS
-        return first if failed is None or first < failed else max(1, min(FIRST_UNITS, failed // 4))
+        return first if failed is None or first < failed else max(1, min(FIRST_UNITS, failed // 2))
     worked = max(len(job.units) for job in written)
     wanted = batch_size or min(_fitting(max(written, key=_when)), GROWTH * worked)
     if failed is not None and wanted >= failed:
