@@ -26,7 +26,7 @@ from persona_nns.models.load import hosted, record_of
 from persona_nns.prompts.grids import Grid, load_grid
 from persona_nns.results.store import open_group
 from persona_nns.runs.remote import dispatch
-from persona_nns.runs.remote.connection import Patience
+from persona_nns.runs.remote.connection import Patience, client_python
 from persona_nns.runs.remote.environment import CRITICAL, Environment
 from persona_nns.runs.remote.job_book import read_jobs
 from persona_nns.runs.verify import verify_store
@@ -429,7 +429,7 @@ def test_another_nnsight_is_refused_and_other_versions_are_told() -> None:
     other = Environment("3.12", {"nnsight": nnsight.__version__, "torch": "2.0.0"})
     (warning,) = other.check("http://host")
     assert "torch 2.0.0 (here 2.13.0: numbers may differ within rounding)" in warning
-    assert "Python 3.12 (here 3.11: what can be sent as source" in warning
+    assert f"Python 3.12 (here {client_python()}: what can be sent as source" in warning
     assert "nnsight" not in warning
     assert Environment("", {}).check("http://host") == [
         "The server http://host does not say which versions it runs."

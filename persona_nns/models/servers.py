@@ -28,8 +28,12 @@ class Server:
     @property
     def is_private(self) -> bool:
         """Whether nobody on the way reads what is sent: over https, or to this machine."""
-        parts = urlsplit(self.url)
-        return parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1")
+        return urlsplit(self.url).scheme == "https" or self.is_here
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is on this machine."""
+        return urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
 
     def headers(self) -> dict[str, str]:
         """What identifies the user, where it can be sent; read anew each time, kept nowhere."""

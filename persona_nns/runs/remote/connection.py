@@ -81,7 +81,9 @@ class Connection:
         self.patience = patience
         self._tell = tell
         timeout = httpx.Timeout(min(10.0, patience.read), read=patience.read)
-        self._http = httpx.Client(timeout=timeout)  # a redirect would carry the key elsewhere
+        # A redirect would carry the key elsewhere, and so would a proxy that the environment
+        # names: over https it sees nothing, but what is for this machine would pass it in plain.
+        self._http = httpx.Client(timeout=timeout, trust_env=not server.is_here)
 
     def close(self) -> None:
         """Close what is open."""
