@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 from persona_nns.cli import terminal
 from persona_nns.cli.arguments import JUDGE_HELP, GridChoice, Name, RunChoice, Store
 from persona_nns.cli.experiment_commands import ExperimentCommands
+from persona_nns.cli.jobs_command import jobs
 from persona_nns.cli.models_command import models
 from persona_nns.cli.prompts_command import prompts
 from persona_nns.cli.verify_command import verify
@@ -108,6 +109,7 @@ def list_store(store: Store) -> None:
 
 
 app.command()(verify)
+app.command()(jobs)
 
 
 @app.command()

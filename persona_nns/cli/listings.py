@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from persona_nns.models.fetched import FetchedModel
     from persona_nns.runs.remote.environment import Deployment
+    from persona_nns.runs.remote.job_book import NotedJob
 
 
 def runs_table(runs: Iterable[RunInfo], store: str) -> Table:
@@ -43,6 +44,40 @@ def runs_table(runs: Iterable[RunInfo], store: str) -> Table:
         made = ", ".join(part for part in known if part)
         table.add_row(Padding(Text(made, style="dim"), (0, 0, 0, 4)))
         last = info.experiment
+    return table
+
+
+def jobs_table(noted: Iterable["NotedJob"], said: Mapping[str, str], store: str) -> Table:
+    """A store's jobs by run and server: a row a job, and below it how it stands.
+
+    Args:
+        noted: the jobs, by run.
+        said: what servers say of those that wait, by id.
+        store: path or URL of the store.
+    """
+    table = new_table(Text(store))
+    table.add_column("job", overflow="fold")
+    for heading in ("units", "age", "sent", "received", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    last = None
+    for one in noted:
+        job = one.job
+        if (one.experiment, one.run, job.host) != last:
+            table.add_row(Text(f"{one.experiment}/{one.run}", style="bold"))
+            table.add_row(Text(f"on {job.host}"))
+        is_over = job.state == "written"
+        table.add_row(
+            Text(job.id),
+            str(len(job.units)),
+            _age(job.submitted),
+            _bytes(job.request_bytes),
+            _bytes(job.result_bytes) if is_over else "",
+            f"{job.seconds:.1f}" if is_over else "",
+        )
+        standing = {"refused": "it was too large for the server"}.get(job.state, said.get(job.id))
+        state = f"{job.state}: {standing}" if standing else job.state
+        table.add_row(Padding(Text(state, style="dim"), (0, 0, 0, 2)))
+        last = one.experiment, one.run, job.host
     return table
 
 

@@ -52,9 +52,7 @@ class Flight:
         is_new = news != self._seen
         if is_new:
             self._seen, self._heard, self._wait = news, moment, self.patience.first
-            place = response.description.rpartition("position ")[2].rstrip(".")
-            where = f" (position {place})" if place.isdigit() else ""
-            self.state = response.status.value.lower() + where
+            self.state = state_of(response)
         self._denials = 0
         if moment - self._heard > self.patience.news:
             raise RemoteError(
@@ -82,3 +80,10 @@ class Flight:
         if gone or (silent and self._denials >= MOST_DENIALS):
             raise JobLostError(f"The server does not know the job {self.job.id} any more.")
         self.wait_longer()
+
+
+def state_of(response: ResponseModel) -> str:
+    """A status in words, as ``queued (position 3)``."""
+    place = response.description.rpartition("position ")[2].rstrip(".")
+    where = f" (position {place})" if place.isdigit() else ""
+    return response.status.value.lower() + where

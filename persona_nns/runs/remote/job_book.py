@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from persona_nns.declarations.plans import content_digest
+from persona_nns.errors import UsageError
 from persona_nns.results.block import Block
-from persona_nns.results.store import open_group, put_group, subgroups
+from persona_nns.results.store import open_group, open_root, put_group, subgroups
 from persona_nns.runs.identity import now
 
 
@@ -117,12 +118,7 @@ class JobBook:
 
     def tidy(self) -> None:
         """Drop a run's group that holds no job and no number: nothing came of it."""
-        run = open_group(self._store, self._path, "r")
-        if run is None or list(run.array_keys()) or any(subgroups(run, "jobs")):
-            return
-        root = open_group(self._store, "", "a")
-        assert root is not None
-        del root[self._path]
+        drop_if_empty(self._store, self._block.experiment, self._block.run)
 
     def name(self, job: Job) -> str:
         """The name of a job's note."""
@@ -158,6 +154,44 @@ def forget_job(store: str | Path, experiment: str, run: str, key: str) -> None:
     jobs = open_group(store, f"{experiment}/{run}/jobs", "a")
     if jobs is not None and key in jobs:
         del jobs[key]
+
+
+def drop_if_empty(store: str | Path, experiment: str, run: str) -> None:
+    """Drop a run's group that holds no job and no number."""
+    group = open_group(store, f"{experiment}/{run}", "r")
+    if group is None or list(group.array_keys()) or any(subgroups(group, "jobs")):
+        return
+    parent = open_group(store, experiment, "a")
+    assert parent is not None
+    del parent[run]
+
+
+@dataclass(frozen=True)
+class NotedJob:
+    """A job, and where a store notes it: experiment, run, and key."""
+
+    job: Job
+    experiment: str
+    run: str
+    key: str
+
+
+def list_jobs(store: str | Path) -> list[NotedJob]:
+    """The jobs of a store, by experiment, run, server and age; of runs without a number too.
+
+    Raises:
+        UsageError: there is no store there.
+    """
+    root = open_root(store)
+    if root is None:
+        raise UsageError(f"There is no Zarr store at {str(store)!r}.")
+    found = [
+        NotedJob(job, experiment, run, key)
+        for experiment, _ in subgroups(root)
+        for run, _ in subgroups(root, experiment)
+        for key, job in read_jobs(store, experiment, run).items()
+    ]
+    return sorted(found, key=lambda one: (one.experiment, one.run, one.job.host, one.job.submitted))
 
 
 def accepted(job: str, host: str, units: Sequence[str], size: int, **more: Any) -> Job:
