@@ -9,6 +9,7 @@ running it again; clients that ask the same at one time share the units (`sharin
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,8 +114,9 @@ class Dispatcher:
         finally:
             self.connection.close()
             self.claims.end(now())
-            if not self.claims.others():
-                self.book.tidy()
+            with suppress(OSError, PersonaError):  # a store that is gone stays as it is
+                if not self.claims.others():
+                    self.book.tidy()
 
     def _fill(self) -> None:
         """Take up jobs of clients that are gone, and send as many as may wait at a time."""
@@ -154,6 +156,7 @@ class Dispatcher:
             job, units = found
             if self.share.take(units):
                 self._wait_for(job, units)
+            self.share.look()
         size = units_per_job(self.share.notes, self.batch_size)
         units = self.share.next_units(size, claimed=True)
         if units and not self.flights and self.share.take(units):

@@ -64,11 +64,12 @@ class Share:
         """See what is complete, what others are at, and which jobs there are."""
         if not self._claims.has_joined and self._claims.is_begun():
             self._claims.join()
-        self.settle(self._claims.completed([*self._left.values(), *self._mine.values()]))
         others = self._claims.others()
         self._living = {*others, self._claims.name}
         self._taken = {label for note in others.values() for label in note.get("claims", ())}
         self.notes = self._book.notes()
+        # Last: what is given up between two looks has been completed before.
+        self.settle(self._claims.completed([*self._left.values(), *self._mine.values()]))
 
     def settle(self, done: Iterable[str]) -> None:
         """These units are complete."""
