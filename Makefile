@@ -6,7 +6,7 @@ PYTHON ?= python3
 # file share is made once.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder --durations 30 --durations-min 3
 
-.PHONY: demo test test-quick test-slow check findings clean
+.PHONY: demo test test-quick test-slow test-ndif check findings clean
 
 demo: $(VENV)/ready
 	$(BIN)/persona-nns demo
@@ -27,6 +27,19 @@ test-quick: $(VENV)/ready
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest $(TWO) -m slow
 
+# Against the real NDIF server, in an environment of its own (about 1.5 GB). Where its packages
+# cannot be had, the tests that need it are skipped, and say so.
+test-ndif: $(VENV)/ready
+	-$(MAKE) .ndif/ready
+	$(BIN)/python -m pytest tests/ndif -rs --durations 10
+
+.ndif/ready: tests/ndif/requirements.txt
+	$(PYTHON) -m venv .ndif/venv
+	.ndif/venv/bin/python -m pip install --quiet torch==2.13.0
+	.ndif/venv/bin/python -m pip install --quiet --requirement tests/ndif/requirements.txt
+	.ndif/venv/bin/python -m pip install --quiet --no-deps --ignore-requires-python ndif==0.1.2
+	touch $@
+
 check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +54,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist build
+	rm -rf $(VENV) .ndif dist build

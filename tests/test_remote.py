@@ -392,7 +392,7 @@ def test_models_lists_what_a_server_hosts(url: str, capsys: Any) -> None:
     _call(["models", "--backend", url])
     printed = capsys.readouterr().out
     assert "simulated/gemma2" in printed
-    assert "RUNNING" in printed
+    assert "running" in printed
     assert "Its versions are those here." in printed
 
 

@@ -116,9 +116,12 @@ def with_values(results: "xr.Dataset") -> list[str]:
 
 def hosted_table(deployments: Iterable["Deployment"], url: str) -> Table:
     """The models that a server hosts, a row each."""
-    table = new_table(Text(f"Models on {url}"), texts=["name", "revision", "level", "state"])
+    headings = ["name", "revision", "state", "level"]
+    table = new_table(Text(f"Models on {url}"), texts=headings)
     for one in deployments:
-        table.add_row(*map(Text, (one.repo_id, one.revision, one.level, one.state)))
+        several = f" × {one.replicas}" if one.replicas > 1 else ""
+        state = one.state.lower() + several if one.state else "not running"
+        table.add_row(*map(Text, (one.repo_id, one.revision, state, one.level.lower() or "–")))
     return table
 
 

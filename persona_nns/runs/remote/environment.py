@@ -1,5 +1,6 @@
 """What a server runs on, and what it hosts."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -84,36 +85,64 @@ class Deployment:
 
     Attributes:
         repo_id: its name.
-        revision: of the repository.
-        level: ``HOT`` (loaded), ``WARM`` (in memory) or ``COLD``.
-        state: ``RUNNING``, ``DEPLOYING``, …
+        revision: of the repository that it is asked for by; ``main`` where none is named.
+        level: ``HOT`` (loaded), ``WARM`` (in memory), ``COLD`` (on disk); empty where the server
+            does not say.
+        state: of its replicas, ``RUNNING``, ``DEPLOYING``, …; empty where it has none.
+        replicas: how many of them are in this state.
     """
 
     repo_id: str
     revision: str
     level: str
     state: str
+    replicas: int
+
+    @property
+    def answers(self) -> bool:
+        """Whether a job for it would run now."""
+        return self.state == "RUNNING"
 
 
 def read_deployments(connection: Connection) -> list[Deployment]:
-    """The models that a server hosts, those that run first."""
-    best: dict[tuple[str, str], Deployment] = {}
-    for entry in connection.ask("/status").get("deployments", {}).values():
-        found = Deployment(
-            repo_id=str(entry.get("repo_id", "?")),
-            revision=str(entry.get("revision") or "main"),
-            level=str(entry.get("deployment_level", "?")),
-            state=str(entry.get("application_state", "?")),
-        )
-        key = (found.repo_id, found.revision)  # a model may have several replicas
-        if key not in best or _rank(found) < _rank(best[key]):
-            best[key] = found
-    return sorted(best.values(), key=lambda one: (*_rank(one), one.repo_id))
+    """The models that a server hosts, those that run first.
+
+    Names and states are those of NDIF 0.1. A replica stands under a key that ends in what it is
+    asked for by, in JSON; the server adds its name, revision and level where it knows them. What
+    lies on disk stands under its name alone, also while it runs.
+    """
+    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for key, entry in connection.ask("/status").get("deployments", {}).items():
+        asked = _asked_of(key)
+        name = str(asked.get("repo_id") or entry.get("repo_id") or key)
+        revision = str(asked.get("revision") or entry.get("revision") or "main")
+        level, state = entry.get("deployment_level") or "", entry.get("application_state") or ""
+        found.setdefault((name, revision), []).append((str(level).upper(), str(state).upper()))
+    running = {name for (name, _), replicas in found.items() if any(state for _, state in replicas)}
+    deployments: list[Deployment] = []
+    for (name, revision), replicas in found.items():
+        level, state = min(replicas, key=lambda one: _rank(one[1], one[0]))
+        if not state and name in running:
+            continue  # at another revision: its files on disk are no model beside it
+        n_alike = sum(one[1] == state for one in replicas) if state else 0
+        deployments.append(Deployment(name, revision, level, state, n_alike))
+    return sorted(deployments, key=lambda one: (_rank(one.state, one.level), one.repo_id))
 
 
-def _rank(deployment: Deployment) -> tuple[int, str]:
-    known = deployment.state in _STATES
-    return (_STATES.index(deployment.state) if known else len(_STATES), deployment.level)
+def _asked_of(key: str) -> Mapping[str, Any]:
+    """What a replica's key says of its model; nothing where it is a name."""
+    start = key.find("{")
+    if start < 0:
+        return {}
+    try:
+        asked = json.loads(key[start:])
+    except ValueError:
+        return {}
+    return asked if isinstance(asked, dict) else {}
+
+
+def _rank(state: str, level: str) -> tuple[int, str]:
+    return (_STATES.index(state) if state in _STATES else len(_STATES), level)
 
 
 def _follows(package: str, theirs: str) -> str:
