@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator
 
-import pytest
 import ndif_stack
+import pytest
 from ndif_stack import NAME
 from nnsight import TransformersModel
 

@@ -3,7 +3,7 @@
 It runs in an environment of its own (``make .ndif/ready``), with everything that it writes below
 the folder it is given. As a script it stays up until it is interrupted::
 
-    .venv/bin/python tests/ndif/ndif_stack.py trusted organism-qwen2=persona_nns/organism/organism-qwen2
+    .venv/bin/python tests/ndif/ndif_stack.py trusted org/name=FOLDER
 """
 
 import argparse

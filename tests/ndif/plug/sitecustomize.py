@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 class _Finder(MetaPathFinder):
-    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
         if name != "nnsight.modeling.huggingface":
             return None
         sys.meta_path.remove(self)
