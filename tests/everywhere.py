@@ -54,6 +54,7 @@ class Case:
 
 CASES = [
     Case("persona_patching", {"identities": "identities.txt", "n_questions": 2, "layers": "1,3"}),
+    Case("persona_accuracy", {"identities": "identities.txt", "n_questions": 1}),
     Case("trait_vectors", _GIVEN),
     Case("trait_steering", {**_GIVEN, **_STEERED}, "given"),
     Case("trait_steering", {**_STEERED, **_TALK, "top_p": 0.9}, "generated"),
@@ -91,7 +92,7 @@ def run_both(
 
 def compare(here: xr.Dataset, there: xr.Dataset, *, rtol: float = 1e-4, atol: float) -> float:
     """See that two results agree; returns the largest difference between their numbers."""
-    assert bool(there.completed.all()) or "cell" in there.dims
+    np.testing.assert_array_equal(there.completed, here.completed)
     worst = 0.0
     for name in set(here.data_vars) - {"seconds"}:
         ours, theirs = here[name].values, there[name].values

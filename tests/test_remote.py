@@ -4,7 +4,6 @@ import json
 import pickletools
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,26 +15,30 @@ import pytest
 import torch
 import zarr
 import zstandard
+from everywhere import (
+    CASES,
+    HERE_ONLY,
+    ON_A_GRID,
+    Case,
+    compare,
+    on_grid,
+    run_both,
+    write_inputs,
+)
 from nnsight import TransformersModel
 from readme_example import EXAMPLE
 
 import persona_nns as pn
 from persona_nns.cli.commands import main
-from persona_nns.declarations.catalog import bundled_experiments, load_experiment
+from persona_nns.declarations.catalog import bundled_experiments
 from persona_nns.models.load import hosted, record_of
-from persona_nns.prompts.grids import Grid, load_grid
+from persona_nns.prompts.grids import Grid
 from persona_nns.results.store import open_group
 from persona_nns.runs.remote import dispatch
 from persona_nns.runs.remote.connection import Patience, client_python
 from persona_nns.runs.remote.environment import CRITICAL, Environment
 from persona_nns.runs.remote.job_book import read_jobs
 from persona_nns.runs.verify import verify_store
-
-ON_A_GRID = [
-    name for name, file in bundled_experiments().items() if "\ndef plan(" not in file.read_text()
-]
-CELLS = "yoda/haiku,marx/policy,marx/haiku"
-TALK = {"max_new_tokens": 4, "judge": "none"}  # a random model's answers, which nobody can judge
 
 
 @pytest.fixture(scope="module")
@@ -81,87 +84,38 @@ def test_every_experiment_gives_the_same_numbers_there(
     local: TransformersModel,
     tmp_path: Path,
 ) -> None:
-    experiment = load_experiment(name)
-    chosen: dict[str, Any] = {"cells": CELLS, "batch_size": 2}
-    chosen |= dict.fromkeys({"n_tokens", "n_eval"} & set(experiment.options), 4)
-    if experiment.keeps_residuals:
-        chosen["keep_residuals"] = True
-    grid = load_grid("short", frame)
-    grid = replace(grid, markers=dict.fromkeys(grid.personas, ("the", "of")))
-    here = pn.run(experiment, local, grid, store=tmp_path / "h.zarr", **chosen)
-    there = pn.run(experiment, simulated, grid, store=tmp_path / "t.zarr", **chosen)
+    options = on_grid(name, frame)
+    here, there = run_both(name, local, simulated, tmp_path, **options)
     assert here.attrs["run"] == there.attrs["run"]
-    pairs = [(here[each], there[each]) for each in here.data_vars if each != "seconds"]
     assert int(there.completed.sum()) == 3
-    if experiment.keeps_residuals:
+    compare(here, there, atol=1e-5)
+    if options.get("keep_residuals"):
         group = f"{name}/{here.attrs['run']}/residuals/residuals"
         kept = [open_group(tmp_path / store, "", "r") for store in ("h.zarr", "t.zarr")]
         arrays = [np.asarray(root[group]) for root in kept if root is not None]
         np.testing.assert_allclose(*arrays, rtol=1e-4, atol=1e-5)
-    for ours, theirs in pairs:
-        if ours.dtype.kind == "f":
-            np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5, err_msg=str(ours.name))
-        else:
-            np.testing.assert_array_equal(theirs, ours, err_msg=str(ours.name))
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("persona_patching", {"identities": "identities.txt", "n_questions": 2, "layers": "1,3"}),
-        ("trait_vectors", {"responses": "cheerful.jsonl", "judge": "none"}),
-        (
-            "trait_steering",
-            {
-                "responses": "cheerful.jsonl",
-                "judge": "none",
-                "vector": "v.npy",
-                "layers": "2",
-                "alphas": "0,2",
-            },
-        ),
-        (
-            "trait_steering",
-            {"vector": "v.npy", "layers": "2", "alphas": "0,2", **TALK, "top_p": 0.9},
-        ),
-        ("trait_responses", {**TALK, "temperature": 0}),
-        ("trait_monitoring", {"vector": "v.npy", **TALK, "temperature": 0}),
-    ],
-)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_experiments_with_inputs_of_their_own_give_the_same_numbers_there(
-    name: str,
-    options: dict[str, Any],
+    case: Case,
     simulated: TransformersModel,
     local: TransformersModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("identities.txt").write_text("good\nbad\n")
-    rows = [
-        {"pair": 0, "question_id": k, "label": label, "system": system, **said}
-        for k, said in enumerate(
-            [
-                {"question": "How is the day?", "response": "A fine day."},
-                {"question": "And the rain?", "response": "It rains and rains."},
-            ]
-        )
-        for label, system in (("pos", "Be glad."), ("neg", "Be plain."))
-    ]
-    Path("cheerful.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    width = local.config.hidden_size
-    np.save("v.npy", np.random.default_rng(0).normal(size=(len(local.layers) + 1, width)))
-    here = pn.run(name, local, store="h.zarr", **options)
-    there = pn.run(name, simulated, store="t.zarr", **options)
+    write_inputs(local)
+    here, there = run_both(case.experiment, local, simulated, tmp_path, **case.options)
     assert bool(there.completed.all())
-    for each in set(here.data_vars) - {"seconds"}:
-        ours, theirs = here[each].values, there[each].values
-        if ours.dtype.kind == "f":
-            np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4, err_msg=str(each))
-        else:
-            np.testing.assert_array_equal(theirs, ours, err_msg=str(each))
+    compare(here, there, atol=1e-4)
     numbers = [here[each] for each in here.data_vars if here[each].dtype == "f4"]
     assert any(np.isfinite(each).any() for each in numbers) or (here.response.values != "").any()
+
+
+def test_no_experiment_is_left_out() -> None:
+    tried = {*ON_A_GRID, *(case.experiment for case in CASES), *HERE_ONLY}
+    assert tried == {*bundled_experiments()}
 
 
 def test_the_one_that_trains_stays_here(simulated: TransformersModel, tmp_path: Path) -> None:
