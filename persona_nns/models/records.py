@@ -1,0 +1,56 @@
+"""What is written down about a model when it is loaded."""
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from nnsight import TransformersModel
+
+from persona_nns.declarations.record import ModelRecord
+from persona_nns.errors import UsageError
+from persona_nns.models.adapters import base_of
+from persona_nns.models.gguf import provenance_of, warn_of_origin
+
+_RECORDS: WeakKeyDictionary[TransformersModel, ModelRecord] = WeakKeyDictionary()
+
+
+def write_record(
+    model: TransformersModel,
+    label: str,
+    source: str,
+    version: str,
+    precision: str,
+    origin: Mapping[str, Any],
+) -> None:
+    """Write down what determines the numbers of a model, for `record_of`."""
+    text_config = model.config.get_text_config()
+    _RECORDS[model] = ModelRecord(
+        label=label,
+        source=source,
+        version=version,
+        architecture=type(model._module).__name__,
+        precision=precision,
+        attn_implementation=model.config._attn_implementation,
+        n_layers=len(model.layers),
+        d_model=text_config.hidden_size,
+        n_heads=text_config.num_attention_heads,
+        provenance=origin,
+    )
+
+
+def record_of(model: TransformersModel) -> ModelRecord:
+    """What `load_model` wrote down about a model.
+
+    Raises:
+        UsageError: the model was not loaded by `load_model`.
+    """
+    if model not in _RECORDS:
+        raise UsageError("This model was not loaded by persona_nns; load it with pn.load_model.")
+    return _RECORDS[model]
+
+
+def origin_of(model: TransformersModel, source: str, shown: str) -> Mapping[str, Any]:
+    """Where the weights of a model (of an adapter, its base model's) come from; warns of it."""
+    origin = provenance_of(base_of(source) or source)
+    warn_of_origin(origin, model.tokenizer, shown)
+    return origin
