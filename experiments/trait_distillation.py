@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from persona_nns.declarations import Count, FileName, OutputFolder, Plan, Variable, content_digest
 from persona_nns.errors import UsageError
 from persona_nns.figures import distillation_curves, token_kl_figure
-from persona_nns.models import hosted, record_of, require_peft
+from persona_nns.models import record_of, require_peft
 from persona_nns.prompts import render_chat
 from persona_nns.tracing import (
     Average,
@@ -45,6 +45,7 @@ from persona_nns.traits import (
     Trajectory,
     as_trajectories,
     check_held_out,
+    check_trainable,
     check_unseen,
     distil,
     judge_answers,
@@ -160,8 +161,7 @@ def prepare(
     model: TransformersModel, _store: str | Path, options: dict[str, Any], **_progress: bool
 ) -> dict[str, Any]:
     """See that the model is here: students are copies of its weights."""
-    if hosted(model) is not None:
-        raise UsageError("Students are trained on this machine; use the backend 'local'.")
+    check_trainable(model)
     return options
 
 

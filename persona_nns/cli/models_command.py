@@ -36,6 +36,7 @@ def models(
     terminal.out.print(fetched_table(fetched_models()))
     terminal.say("A model is fetched when it is first used, or by persona-nns models --get NAME.")
     terminal.say("A local folder, a .gguf file or a hub id (org/name) is loaded in the same way.")
+    terminal.say("--adapter FOLDER|org/name of `run` puts a LoRA adapter on any of them.")
 
 
 def _list_hosted(server: "Server") -> None:
@@ -54,5 +55,7 @@ def _list_hosted(server: "Server") -> None:
         terminal.say(warning)
     if environment.packages and not environment.differences:
         terminal.say("Its versions are those here.")
+    if not environment.attaches:
+        terminal.say("It has no peft: no adapter can be attached there (--adapter).")
     key = "set" if server.headers() else "not set (NDIF_API_KEY, or `nnsight login`)"
     terminal.say(f"API key: {key}.")

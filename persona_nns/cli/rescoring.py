@@ -1,6 +1,6 @@
 """Have stored answers judged: a run beside the one that they were made in, with their scores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,10 +100,12 @@ def _load(info: RunInfo) -> TransformersModel:
     """The model of a run: its tokenizer and what determined its numbers."""
     attrs = info.attrs
     on_server = attrs["model_version"].startswith(HOSTED)
-    how: Mapping[str, Any] = {"backend": "ndif"}
+    how: dict[str, Any] = {"backend": "ndif"}
     if not on_server:
         how = {"dtype": attrs["precision"], "allow_float16": True}
         how |= {"attention": attrs.get("attn_implementation")}
+    if "adapter" in attrs:
+        how |= {"adapter": attrs["adapter"]["source"]}
     model = load_model(attrs["model_source"], label=attrs["model"], **how)
     model.tokenizer.chat_template = attrs["template"] or None
     return model

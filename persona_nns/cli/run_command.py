@@ -7,6 +7,7 @@ what its docstrings say of them. Heavy imports wait until a command needs them.
 import inspect
 import re
 import shlex
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from types import UnionType
@@ -24,6 +25,7 @@ from persona_nns.organism.bundled import ORGANISMS
 if TYPE_CHECKING:
     from persona_nns.declarations.catalog import Experiment
     from persona_nns.declarations.plans import Plan
+    from persona_nns.models.adapters import Adapter
 
 DEFAULT_STORE = "stores/results.zarr"
 
@@ -103,6 +105,13 @@ def _run_experiment(
         list[Annotated[str, NamesFile(ORGANISMS)]],
         typer.Option(help="Bundled name, folder, or hub id; repeatable."),
     ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder or hub id of a LoRA adapter (peft's) that is put on the model, one for "
+            "each --model. A server fetches it itself."
+        ),
+    ] = None,
     grid: Annotated[str | None, typer.Option(help=GRID_HELP)] = None,
     tasks: Annotated[str | None, typer.Option(help=TASKS_HELP)] = None,
     frame: Annotated[
@@ -234,7 +243,8 @@ def _run_experiment(
         )
     if workers is None and backend == "local":
         set_threads(threads)
-    labels = _labels(model, as_ or [])
+    adapters = _adapters(model, adapter or [])
+    labels = _labels(model, adapters, as_ or [])
     check_hosting(model, as_, backend)
     check_writable(store)
     loaded_grid = None if grid is None else load_grid(grid, frame, tasks)
@@ -242,16 +252,17 @@ def _run_experiment(
     own = check_options(experiment, options)
     plans: list[Plan] = []
     # What is wrong with the last model is said before the first one is run.
-    for name, label in zip(model, labels, strict=True):
+    for name, beside, label in zip(model, adapters, labels, strict=True):
         trust = {"trust_remote_code": trust_remote_code}
         sites = check_sites(experiment, count_layers(name, **trust), layers, layer_sets, positions)
-        tokenizer = load_tokenizer(name, template, **trust)
+        tokenizer = load_tokenizer(name, template, adapter=beside, **trust)
         places = sites.get("positions", [])
         plans.append(make_plan(experiment, tokenizer, loaded_grid, places, own, label))
     names: list[str] = []
-    for name, label, plan in zip(model, labels, plans, strict=True):
+    for name, beside, label, plan in zip(model, adapters, labels, plans, strict=True):
         loading: dict[str, Any] = {
             "name": name,
+            "adapter": beside and beside.asked,
             "backend": backend,
             "dtype": dtype,
             "device": device,
@@ -304,7 +315,19 @@ def _run_experiment(
     terminal.say(f"All of it: persona-nns show {shlex.quote(store)} {experiment.name}")
 
 
-def _labels(models: list[str], given: list[str]) -> list[str]:
+def _adapters(models: list[str], given: list[str]) -> "list[Adapter | None]":
+    """What is put on each model; None where nothing is."""
+    from persona_nns.models.adapters import find_adapter
+
+    if given and len(given) != len(models):
+        raise UsageError(
+            f"{len(models)} models and {len(given)} adapters were given; use --adapter once a "
+            "model, and name a model again for each adapter on it."
+        )
+    return [find_adapter(name) for name in given] or [None] * len(models)
+
+
+def _labels(models: list[str], adapters: "Sequence[Adapter | None]", given: list[str]) -> list[str]:
     """The label of each model; all have to be different."""
     from persona_nns.models.checkpoints import model_label
 
@@ -312,7 +335,7 @@ def _labels(models: list[str], given: list[str]) -> list[str]:
         raise UsageError(
             f"{len(models)} models and {len(given)} labels were given; use --as once a model."
         )
-    own = [model_label(name) for name in models]
+    own = [model_label(*each) for each in zip(models, adapters, strict=True)]
     labels = given or own
     for label in labels:
         if labels.count(label) > 1:

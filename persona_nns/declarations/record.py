@@ -13,7 +13,7 @@ class ModelRecord:
         label: the ``model`` coordinate.
         source: bundled name, folder or hub id it was loaded from.
         version: commit of the hub repository, or digest of the folder's weights and configs, or of
-            the GGUF file.
+            the GGUF file; with an adapter, digest of that and of the adapter's files.
         architecture: its model class.
         precision: ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: how attention is computed.
@@ -21,6 +21,8 @@ class ModelRecord:
         d_model: width of the residual stream.
         n_heads: number of attention heads of a block.
         provenance: where the weights come from, where that is a package or a GGUF file.
+        adapter: where there is one beside the model, its ``source``, its files' ``digest``, and
+            ``base_version``, the model's version without it.
     """
 
     label: str
@@ -33,3 +35,4 @@ class ModelRecord:
     d_model: int
     n_heads: int
     provenance: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
+    adapter: Mapping[str, str] = field(default_factory=dict[str, str], compare=False)

@@ -11,7 +11,6 @@ from .fetched import FetchedModel as FetchedModel
 from .fetched import fetch_model as fetch_model
 from .fetched import fetched_models as fetched_models
 from .fetched import is_available as is_available
-from .hosting import HOSTED as HOSTED
 from .hosting import HostedModel as HostedModel
 from .hosting import check_hosting as check_hosting
 from .hosting import hosted as hosted
@@ -23,6 +22,7 @@ from .load import load_model as load_model
 from .memory import fitting_batch_size as fitting_batch_size
 from .memory import is_out_of_memory as is_out_of_memory
 from .names import STANDARD_NAMES as STANDARD_NAMES
+from .records import HOSTED as HOSTED
 from .records import record_of as record_of
 from .servers import Server as Server
 from .servers import read_backend as read_backend

@@ -23,14 +23,21 @@ from transformers import (
 )
 
 from persona_nns.errors import PersonaError, UsageError, one_line
-from persona_nns.models.adapters import CONFIG, base_of, embedded_tokens, merge_adapter
+from persona_nns.models.adapters import (
+    CONFIG,
+    TOKENIZER_FILES,
+    Adapter,
+    base_of,
+    embedded_tokens,
+    label_with,
+    merge_adapter,
+)
 from persona_nns.models.fetched import FETCHED, fetch_model
 from persona_nns.models.gguf import is_gguf, kept_file, provenance_of
 from persona_nns.organism.bundled import ORGANISMS, organism_folder
 from persona_nns.prompts.templates import check_template, read_template
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -43,6 +50,7 @@ def load_weights(
     precision: str,
     *,
     attention: str = "eager",
+    adapter: Adapter | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a model's weights in plain transformers; an adapter is merged into its model.
@@ -51,6 +59,7 @@ def load_weights(
         name: a bundled or fetched model, a local folder, a GGUF file, or a hub id.
         precision: ``float32``, ``bfloat16`` or ``float16``.
         attention: how attention is computed, ``eager`` or ``sdpa``.
+        adapter: is put on it.
         trust_remote_code: as in `load_model`.
 
     Raises:
@@ -59,6 +68,7 @@ def load_weights(
     """
     source, shown = find_checkpoint(str(name))
     base = base_of(source)
+    check_no_adapter(shown, base, adapter)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base or source,
@@ -72,13 +82,33 @@ def load_weights(
     except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
         raise PersonaError(f"The model {shown!r} could not be loaded: {one_line(error)}") from error
     _check_complete(shown, loading)
-    return module if base is None else merge_adapter(module, source)
+    merged = source if base is not None else adapter and adapter.folder
+    return merge_adapter(module, merged) if merged else module
+
+
+def check_no_adapter(shown: str, base: str | None, adapter: Adapter | None) -> None:
+    """See that no adapter is put on an adapter.
+
+    Raises:
+        UsageError: one is.
+    """
+    if adapter is not None and base is not None:
+        raise UsageError(
+            f"The model {shown!r} is itself an adapter, of {base!r}; name that model, and one "
+            "adapter beside it."
+        )
 
 
 def load_tokenizer(
-    name: str | Path, template: str | Path | None = None, *, trust_remote_code: bool = False
+    name: str | Path,
+    template: str | Path | None = None,
+    *,
+    adapter: Adapter | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, with another chat template if one is given.
+
+    An adapter's own is used where it has one, beside its model or in its own folder.
 
     Raises:
         UsageError: unknown model, or a template that cannot be read.
@@ -86,18 +116,18 @@ def load_tokenizer(
     """
     chat_template = read_template(template) if template is not None else None
     source, shown = find_checkpoint(str(name))
-    base = base_of(source)
+    base, folder = (source, adapter.folder) if adapter is not None else (base_of(source), source)
     # What saves an adapter need not save a tokenizer: then it is its model's.
-    own = base is None or any((Path(source) / file).exists() for file in _TOKENIZER_FILES)
+    own = base is None or any((Path(folder) / file).exists() for file in TOKENIZER_FILES)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source if own else base, trust_remote_code=trust_remote_code
+            folder if own else base, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise PersonaError(
             f"The tokenizer of {shown!r} could not be loaded: {one_line(error)}"
         ) from error
-    trained = None if base is None else embedded_tokens(source)
+    trained = None if base is None else embedded_tokens(folder)
     config = read_config(source, shown, trust_remote_code=trust_remote_code)
     _check_vocabulary(tokenizer, trained or config.get_text_config().vocab_size, shown)
     if chat_template is not None:
@@ -154,7 +184,7 @@ def count_layers(name: str | Path, *, trust_remote_code: bool = False) -> int:
     return config.get_text_config().num_hidden_layers
 
 
-def model_label(name: str) -> str:
+def model_label(name: str, adapter: Adapter | None = None) -> str:
     """The ``model`` coordinate that a model gets where no other label is given.
 
     Nothing is fetched for it, and no file is read.
@@ -163,8 +193,8 @@ def model_label(name: str) -> str:
         UsageError: no such model.
     """
     if name in FETCHED:
-        return name
-    return Path(name).stem if is_gguf(name) else find_checkpoint(name)[1]
+        return label_with(name, adapter)
+    return label_with(Path(name).stem if is_gguf(name) else find_checkpoint(name)[1], adapter)
 
 
 def bundled_models() -> dict[str, Path]:
@@ -258,13 +288,22 @@ def version_of(source: str, config: PreTrainedConfig) -> str:
         return str(commit)
     base = base_of(source)
     if base is not None:
-        own = digest_of([*sorted(folder.glob("adapter_model.*")), folder / CONFIG])
-        return hashlib.sha256(f"{version_of(base, config)}\n{own}".encode()).hexdigest()
+        return version_with(version_of(base, config), source)
     if origin := provenance_of(source):
         return str(origin["sha256"])
     weights = (path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
     configs = (folder / name for name in ("config.json", "generation_config.json"))
     return digest_of([*sorted(weights), *(path for path in configs if path.exists())])
+
+
+def adapter_digest(folder: str) -> str:
+    """Digest of an adapter's weights and configuration."""
+    return digest_of([*sorted(Path(folder).glob("adapter_model.*")), Path(folder) / CONFIG])
+
+
+def version_with(base: str, folder: str) -> str:
+    """The version of a model with the adapter in a folder: the same for its own folder."""
+    return hashlib.sha256(f"{base}\n{adapter_digest(folder)}".encode()).hexdigest()
 
 
 def digest_of(files: Iterable[Path]) -> str:

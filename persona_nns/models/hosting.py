@@ -11,8 +11,11 @@ from nnsight.modeling.huggingface import _ID_CACHE
 from transformers import PreTrainedConfig
 
 from persona_nns.errors import PersonaError, UsageError, one_line
+from persona_nns.models.adapters import Adapter, base_of, label_with, warn_of_other_base
+from persona_nns.models.attached import Fingerprint, attach, check_attachable
 from persona_nns.models.checkpoints import (
     HUB_ID,
+    check_no_adapter,
     digest_of,
     find_checkpoint,
     load_tokenizer,
@@ -22,11 +25,8 @@ from persona_nns.models.checkpoints import (
 from persona_nns.models.checks import check_names
 from persona_nns.models.choices import choose_dtype
 from persona_nns.models.names import STANDARD_NAMES
-from persona_nns.models.records import origin_of, write_record
+from persona_nns.models.records import HOSTED, origin_of, write_record
 from persona_nns.models.servers import Server, read_backend
-
-#: Precision of a model on somebody's server, until its first job has told.
-HOSTED = "hosted"
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,13 @@ class HostedModel:
         server: where it runs.
         repo_id: the name it is hosted under.
         key: what nnsight asks the server for.
+        adapter: what tells that the adapter asked for is attached there; None where none is.
     """
 
     server: Server
     repo_id: str
     key: str
+    adapter: Fingerprint | None = None
 
 
 _HOSTED: WeakKeyDictionary[TransformersModel, HostedModel] = WeakKeyDictionary()
@@ -52,22 +54,31 @@ def load_weightless(
     server: Server | None,
     template: str | Path | None,
     label: str | None,
+    adapter: Adapter | None,
     *,
     trust_remote_code: bool,
 ) -> TransformersModel:
     """Build the client of a hosted model: names and tokenizer, no weights.
+
+    An adapter's modules are attached to it, as they are on the server, without their weights:
+    what travels with each request is the adapter's name.
 
     Args:
         name: a bundled model, a local folder, or a hub id.
         server: the server; None starts one.
         template: as in `load_model`.
         label: as in `load_model`.
+        adapter: that is put on it.
         trust_remote_code: as in `load_model`.
     """
     source, shown = find_checkpoint(name)
     repo_id = hosted_name(name, label) if server is not None else f"simulated/{Path(shown).name}"
+    if adapter is not None:
+        check_no_adapter(shown, base_of(source), adapter)
+        check_attachable(adapter)
+        warn_of_other_base(adapter, [shown, source, repo_id])
     config = read_config(source, shown, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(name, template, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, template, adapter=adapter, trust_remote_code=trust_remote_code)
     trusted = {"trust_remote_code": True} if trust_remote_code else {}
     try:
         model = TransformersModel(
@@ -80,6 +91,7 @@ def load_weightless(
         )
     except ValueError as error:
         raise PersonaError(f"The model {shown!r} is not supported: {one_line(error)}") from error
+    attached = None if adapter is None else attach(model, adapter)
     check_names(model, shown)
     _ID_CACHE[source] = repo_id
     origin: Mapping[str, Any] = {}  # nothing is known here of a hosted model's weights
@@ -90,8 +102,10 @@ def load_weightless(
     else:
         precision, name = HOSTED, repo_id
         version = f"{HOSTED} {_hosted_version(source, config)}"
-    _HOSTED[model] = HostedModel(server, repo_id, model.to_model_key())
-    write_record(model, label or shown, name, version, precision, origin)
+    _HOSTED[model] = HostedModel(server, repo_id, model.to_model_key(), attached)
+    if label is None or label == repo_id:  # the name it is hosted under is not the adapter's
+        label = label_with(label or shown, adapter)
+    write_record(model, label, name, version, precision, origin, adapter)
     return model
 
 
@@ -108,9 +122,14 @@ def hosted_name(name: str, label: str | None) -> str:
     """The ``org/name`` under which a server is asked for a model.
 
     Raises:
-        UsageError: a folder or bundled model without the name of a hosted one.
+        UsageError: a folder or bundled model without the name of a hosted one, or an adapter.
     """
     source, shown = find_checkpoint(name)
+    if (base := base_of(source)) is not None:
+        raise UsageError(
+            f"The folder {shown!r} is an adapter, which a server does not host; name its model "
+            f"({base}), and the folder with --adapter."
+        )
     if source == name and not Path(name).expanduser().is_dir():
         return name
     if label is None or not HUB_ID.fullmatch(label):

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from persona_nns.declarations.record import ModelRecord as ModelRecord
 from persona_nns.errors import PersonaError, UsageError, one_line
+from persona_nns.models.adapters import find_adapter, label_with, warn_of_other_base
 from persona_nns.models.checkpoints import (
     find_checkpoint,
     load_tokenizer,
@@ -24,7 +25,6 @@ from persona_nns.models.checkpoints import (
 from persona_nns.models.checks import check_model
 from persona_nns.models.choices import choose_attention, choose_device, choose_dtype
 from persona_nns.models.choices import version_and_precision as version_and_precision
-from persona_nns.models.hosting import HOSTED as HOSTED
 from persona_nns.models.hosting import HostedModel as HostedModel
 from persona_nns.models.hosting import check_hosting as check_hosting
 from persona_nns.models.hosting import hosted as hosted
@@ -33,6 +33,7 @@ from persona_nns.models.hosting import load_weightless
 from persona_nns.models.hosting import simulate as simulate
 from persona_nns.models.memory import keep_freed_memory
 from persona_nns.models.names import STANDARD_NAMES as STANDARD_NAMES
+from persona_nns.models.records import HOSTED as HOSTED
 from persona_nns.models.records import origin_of, write_record
 from persona_nns.models.records import record_of as record_of
 from persona_nns.models.servers import read_backend
@@ -43,6 +44,7 @@ from persona_nns.tracing.continuations import end_tokens as end_tokens
 def load_model(
     name: str | Path,
     *,
+    adapter: str | Path | None = None,
     backend: str = "local",
     dtype: str | None = None,
     device: str | None = None,
@@ -57,6 +59,8 @@ def load_model(
     Args:
         name: a bundled model, one that is fetched, a local folder, a GGUF file, or a hub id
             (``org/name``).
+        adapter: folder or hub id of a low-rank adapter (peft's) that is put on it. Here it is
+            added into the weights; a server fetches it itself, and attaches it for each request.
         backend: where traces run: ``local``; ``simulate`` (a server process on this machine, as
             NDIF's); ``ndif``, or the URL of such a server. On a server the model's weights are
             never loaded here: its configuration and tokenizer are.
@@ -67,8 +71,9 @@ def load_model(
         attention: how attention is computed: ``eager``, the default, or ``sdpa``, which gives the
             same numbers within rounding.
         template: ``plain``, or a Jinja chat template that replaces the model's own.
-        label: the ``model`` coordinate; by default the bundled name, hub id or folder name. On
-            NDIF, a folder or bundled model needs one, ``org/name``: the hosted model it is.
+        label: the ``model`` coordinate; by default the bundled name, hub id or folder name, with
+            ``+`` and the adapter's. On NDIF, a folder or bundled model needs one, ``org/name``:
+            the hosted model it is.
         allow_float16: load in float16 although its range is too small for residual streams.
         trust_remote_code: run code that comes with the model; it can do whatever you can.
 
@@ -76,13 +81,14 @@ def load_model(
         The model; no parameter takes gradients.
 
     Raises:
-        UsageError: unknown model, backend, dtype, device or attention, or one that does not go
-            with the model.
+        UsageError: unknown model, adapter, backend, dtype, device or attention, or one that does
+            not go with the model.
         PersonaError: the model cannot be loaded, or fails a check.
     """
     where = read_backend(backend)
     if label is not None and not label.strip():
         raise UsageError("The label of the model is empty; give it a name, or none.")
+    beside = None if adapter is None else find_adapter(adapter)
     if where != "local":
         own = {"dtype": dtype, "device": device, "attention": attention}
         if chosen := [name for name, value in own.items() if value is not None]:
@@ -92,9 +98,11 @@ def load_model(
             )
         server = None if where == "simulate" else where
         return load_weightless(
-            str(name), server, template, label, trust_remote_code=trust_remote_code
+            str(name), server, template, label, beside, trust_remote_code=trust_remote_code
         )
     source, shown = find_checkpoint(str(name))
+    if beside is not None:
+        warn_of_other_base(beside, [shown, source])
     config = read_config(source, shown, trust_remote_code=trust_remote_code)
     precision = choose_dtype(shown, config, dtype, allow_float16=allow_float16)
     computed = choose_attention(shown, config, attention)
@@ -102,9 +110,9 @@ def load_model(
     if place.type == "cpu":
         keep_freed_memory()
     module: Any = load_weights(
-        name, precision, attention=computed, trust_remote_code=trust_remote_code
+        name, precision, attention=computed, adapter=beside, trust_remote_code=trust_remote_code
     )
-    tokenizer = load_tokenizer(name, template, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, template, adapter=beside, trust_remote_code=trust_remote_code)
     module.eval().requires_grad_(requires_grad=False).to(place)
     _normalise_generation(module)
     try:
@@ -119,7 +127,8 @@ def load_model(
     _warn_of_other_ends(model, shown)
     origin = origin_of(model, source, shown)
     version = version_of(source, config)
-    write_record(model, label or shown, str(name), version, precision, origin)
+    label = label or label_with(shown, beside)
+    write_record(model, label, str(name), version, precision, origin, beside)
     return model
 
 

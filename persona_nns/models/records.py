@@ -8,8 +8,12 @@ from nnsight import TransformersModel
 
 from persona_nns.declarations.record import ModelRecord
 from persona_nns.errors import UsageError
-from persona_nns.models.adapters import base_of
+from persona_nns.models.adapters import Adapter, base_of
+from persona_nns.models.checkpoints import adapter_digest, version_with
 from persona_nns.models.gguf import provenance_of, warn_of_origin
+
+#: Precision of a model on somebody's server, until its first job has told; its version begins so.
+HOSTED = "hosted"
 
 _RECORDS: WeakKeyDictionary[TransformersModel, ModelRecord] = WeakKeyDictionary()
 
@@ -21,8 +25,25 @@ def write_record(
     version: str,
     precision: str,
     origin: Mapping[str, Any],
+    adapter: Adapter | None = None,
 ) -> None:
-    """Write down what determines the numbers of a model, for `record_of`."""
+    """Write down what determines the numbers of a model, for `record_of`.
+
+    Args:
+        model: the model, or the client of a hosted one.
+        label: its ``model`` coordinate.
+        source: what it was loaded from.
+        version: without the adapter.
+        precision: that it is loaded in.
+        origin: as `origin_of` gives it.
+        adapter: that is put on it.
+    """
+    beside: Mapping[str, str] = {}
+    if adapter is not None:
+        digest = adapter_digest(adapter.folder)
+        beside = {"source": adapter.asked, "digest": digest, "base_version": version}
+        known = version.removeprefix(f"{HOSTED} ")
+        version = version.removesuffix(known) + version_with(known, adapter.folder)
     text_config = model.config.get_text_config()
     _RECORDS[model] = ModelRecord(
         label=label,
@@ -35,6 +56,7 @@ def write_record(
         d_model=text_config.hidden_size,
         n_heads=text_config.num_attention_heads,
         provenance=origin,
+        adapter=beside,
     )
 
 

@@ -59,7 +59,7 @@ class Models:
     def key(attrs: Mapping[str, Any]) -> tuple[str, ...]:
         """What two runs of one model have in common."""
         names = ("model_source", "model_version", "precision", "attn_implementation", "model")
-        return tuple(str(attrs.get(name)) for name in names)
+        return tuple(str(attrs.get(name)) for name in (*names, "adapter"))
 
     def of(self, attrs: Mapping[str, Any]) -> "TransformersModel":
         """The model of a run, from its attributes.
@@ -82,6 +82,9 @@ class Models:
 
         source, version = str(attrs["model_source"]), str(attrs["model_version"])
         trust: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if adapter := attrs.get("adapter"):
+            version = adapter["base_version"]
+            trust["adapter"] = self._adapter_of(adapter["digest"]) or adapter["source"]
         if not version.startswith(_HOSTED.strip()):
             name = self._folder_of(version) or source
             how = {"dtype": attrs["precision"], "allow_float16": True}
@@ -92,7 +95,7 @@ class Models:
                 f"It was made on a server, with the hosted model {source!r}, which is not loaded "
                 "here; --backend ndif (or the server's URL) computes its sample there."
             )
-        name = source
+        name, label = source, attrs["model"]
         if len(digest := version.removeprefix(_HOSTED)) == 64:  # of a folder's config.json
             name = self._folder_of(digest)
             if name is None:
@@ -100,7 +103,16 @@ class Models:
                     f"A folder stood for the hosted model {source!r} when it was made; name it "
                     "with --model FOLDER."
                 )
-        return load_model(name, label=attrs["model"], backend=self.backend, **trust)
+            label = source  # under which it is hosted
+        return load_model(name, label=label, backend=self.backend, **trust)
+
+    def _adapter_of(self, digest: str) -> str | None:
+        """The folder that holds the adapter of this digest."""
+        from persona_nns.models.adapters import CONFIG
+        from persona_nns.models.checkpoints import adapter_digest
+
+        held = (name for name in self.folders if (Path(name).expanduser() / CONFIG).is_file())
+        return next((name for name in held if adapter_digest(name) == digest), None)
 
     def _folder_of(self, version: str) -> str | None:
         """The folder whose weights, or whose config.json, have this digest."""

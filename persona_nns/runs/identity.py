@@ -127,6 +127,7 @@ def run_attributes(
     marked = {name for name, each in experiment.options.items() if not changes_numbers(each)}
     execution = {name: parameters[name] for name in parameters if name in marked}
     origin = {"model_provenance": dict(record.provenance)} if record.provenance else {}
+    adapter = {"adapter": dict(record.adapter)} if record.adapter else {}
     unverifiable = {"unverifiable": plan.unverifiable} if plan.unverifiable else {}
     return {
         "experiment": experiment.name,
@@ -141,6 +142,7 @@ def run_attributes(
         "model_source": record.source,
         "model_version": record.version,
         **origin,
+        **adapter,
         "architecture": record.architecture,
         "precision": record.precision,
         "attn_implementation": record.attn_implementation,

@@ -1,6 +1,7 @@
 from .distillation import TrainingOptions as TrainingOptions
 from .distillation import Trajectory as Trajectory
 from .distillation import as_trajectories as as_trajectories
+from .distillation import check_trainable as check_trainable
 from .distillation import distil as distil
 from .distillation import parse_counts as parse_counts
 from .distillation import parse_students as parse_students

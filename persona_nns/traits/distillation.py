@@ -23,7 +23,7 @@ from persona_nns.declarations.plans import content_digest
 from persona_nns.errors import UsageError
 from persona_nns.models.adapters import base_of, require_peft
 from persona_nns.models.checkpoints import load_weights
-from persona_nns.models.load import record_of
+from persona_nns.models.load import hosted, record_of
 from persona_nns.tracing.batches import left_pad, similar_rows
 from persona_nns.tracing.sampling import Sampling, SeededPrompt, prompt_batches, read_replies
 from persona_nns.traits.one_device import OneDeviceArguments
@@ -298,6 +298,21 @@ def _printer() -> Any:
     return PrinterCallback
 
 
+def check_trainable(model: TransformersModel) -> None:
+    """See that students can be copies of a model: of the weights that it was loaded from, here.
+
+    Raises:
+        UsageError: it runs on a server, or an adapter is put on it.
+    """
+    if hosted(model) is not None:
+        raise UsageError("Students are trained on this machine; use the backend 'local'.")
+    if record_of(model).adapter:
+        raise UsageError(
+            f"An adapter is put on the model {record_of(model).label!r}; students of it need a "
+            "merged checkpoint."
+        )
+
+
 def distil(
     model: TransformersModel,
     student: str,
@@ -312,6 +327,7 @@ def distil(
         The student, and the loss of each step, in nats.
     """
     folder = home / f"{student}-{len(trajectories)}-{training.digest}"
+    check_trainable(model)
     record = record_of(model)
     # Code that came with the model runs already, so it was trusted.
     trusted = {"trust_remote_code": type(model._module).__module__.startswith(_REMOTE_CODE)}

@@ -74,8 +74,10 @@ class LoadedModel:
         """Execute a request; returns what it saved as NDIF sends it."""
         with _untouched(linecache.cache, SOURCES, BLOCKS):
             try:
-                if not self.keeps_attention:
-                    self.model._remoteable_set_env(envelope.env)
+                env = dict(envelope.env)
+                if self.keeps_attention:
+                    env.pop("attn_implementation", None)
+                self.model._remoteable_set_env(env)  # an adapter, too
                 tracer = RequestModel.deserialize(
                     payload, self.model._remoteable_persistent_objects(), envelope.compress
                 )

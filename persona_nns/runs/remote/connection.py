@@ -37,6 +37,8 @@ from persona_nns.models.servers import Server
 
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _MISSING = re.compile(r"ModuleNotFoundError: (?:No module named '|import of )(?P<name>[\w.]+).*")
+# What nnsight and peft name where an adapter cannot be attached, or a server has left it out.
+_ADAPTER = re.compile(r"adapter_config\.json|peft|PEFT|lora_[AB]\b|\.base_layer\b|Target modules")
 _TRACEBACK = "Traceback (most recent call last)"
 # What the server says of a job that failed through no fault of its own.
 _NO_FAULT = (
@@ -246,11 +248,19 @@ def job_error(description: str) -> RemoteError:
             "by name at the top of the file.",
             text,
         )
-    if _TRACEBACK not in text:
-        return RemoteError(f"The server ended a job: {last}")
     ours, _, sentence = last.partition(": ")
-    if ours.rpartition(".")[2] in ("PersonaError", "UsageError") and sentence:
+    raised = _TRACEBACK in text
+    if raised and ours.rpartition(".")[2] in ("PersonaError", "UsageError") and sentence:
         return JobFailedError(sentence, text)
+    if _ADAPTER.search(reason := last if raised else text.partition("\n")[0]):
+        return JobFailedError(
+            f"The server did not attach the adapter ({reason.strip().rstrip('.')}); it needs peft, "
+            "and fetches an adapter itself: by its hub id, or from a folder that it sees under the "
+            "same path.",
+            text,
+        )
+    if not raised:
+        return RemoteError(f"The server ended a job: {last}")
     return JobFailedError(f"The experiment failed on the server: {last}", text)
 
 

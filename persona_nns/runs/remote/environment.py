@@ -24,10 +24,12 @@ class Environment:
     Attributes:
         python: the server's, as ``3.11``; empty where it does not say.
         packages: the server's versions of `CRITICAL`.
+        attaches: it has what adapters need (or does not say what it has).
     """
 
     python: str
     packages: Mapping[str, str]
+    attaches: bool = True
 
     @property
     def differences(self) -> list[str]:
@@ -61,6 +63,18 @@ class Environment:
             return [f"The server {url} runs other versions: {'; '.join(self.differences)}."]
         return []
 
+    def check_adapter(self, url: str) -> None:
+        """See that adapters can be attached there.
+
+        Raises:
+            RemoteError: they cannot.
+        """
+        if not self.attaches:
+            raise RemoteError(
+                f"The server {url} has no peft, so that it cannot attach an adapter; ask whoever "
+                "runs it, or leave out --adapter."
+            )
+
     def attributes(self) -> dict[str, Any]:
         """For the store."""
         return {"server_python": self.python, "server_versions": dict(self.packages)}
@@ -76,7 +90,8 @@ def read_environment(connection: Connection) -> Environment:
         return Environment("", {})
     packages = answer.get("packages", {})
     python = ".".join(str(answer.get("python_version", "")).split(".")[:2])
-    return Environment(python, {name: packages[name] for name in CRITICAL if name in packages})
+    critical = {name: packages[name] for name in CRITICAL if name in packages}
+    return Environment(python, critical, attaches=not packages or "peft" in packages)
 
 
 @dataclass(frozen=True)

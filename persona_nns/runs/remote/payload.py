@@ -39,6 +39,7 @@ from nnsight.tracing.util import SerializedFrame
 
 from persona_nns.declarations.plans import Unit
 from persona_nns.errors import UsageError
+from persona_nns.models.hosting import hosted
 from persona_nns.prompts.grids import Cell
 from persona_nns.prompts.render import with_prompts
 from persona_nns.runs.remote.program import Terms, carry_out
@@ -113,6 +114,7 @@ def payload_of(
         sample=SAMPLE,
         sample_ids=tuple(tokenizer(SAMPLE)["input_ids"]),
         check=check,
+        adapter=place.adapter if (place := hosted(model)) is not None else None,
     )
     capture = Capture()
     with model.session(backend=capture):

@@ -19,6 +19,7 @@ from nnsight import TransformersModel
 
 from persona_nns.declarations.plans import Unit
 from persona_nns.errors import PersonaError
+from persona_nns.models.attached import Fingerprint, check_attached
 from persona_nns.models.checks import check_model
 
 
@@ -32,6 +33,7 @@ class Terms:
         sample: a text.
         sample_ids: its token ids on the client.
         check: check the model's names and sites at every layer first.
+        adapter: what tells that the adapter asked for is attached; None where none is.
     """
 
     shown: str
@@ -39,6 +41,7 @@ class Terms:
     sample: str
     sample_ids: tuple[int, ...]
     check: bool
+    adapter: Fingerprint | None = None
 
 
 def carry_out(
@@ -65,6 +68,9 @@ def carry_out(
         warnings.catch_warnings(record=True) as said,
     ):
         warnings.simplefilter("always", UserWarning)
+        if terms.adapter is not None:
+            exact = model.dtype is torch.float32
+            check_attached(model, terms.adapter, 1e-3 if exact else 5e-2)
         if terms.check:
             check_model(model, terms.shown)
         measured = measure(model, list(units), **arguments)

@@ -10,7 +10,7 @@ from nnsight.schema.request import RequestModel
 
 from persona_nns.declarations.plans import Unit
 from persona_nns.errors import RemoteError
-from persona_nns.models.load import HostedModel
+from persona_nns.models.hosting import HostedModel
 from persona_nns.runs.remote.connection import Connection, client_python
 from persona_nns.runs.remote.environment import Environment, read_environment
 from persona_nns.runs.remote.job_book import Job, accepted
@@ -70,6 +70,8 @@ class Submitter:
             self.environment = read_environment(self.connection)
             for warning in self.environment.check(self.hosted.server.url):
                 warnings.warn(warning, stacklevel=2)
+            if self.hosted.adapter is not None:
+                self.environment.check_adapter(self.hosted.server.url)
 
     def _check_python(self, payload: Payload) -> None:
         theirs = self.environment.python if self.environment else ""
