@@ -32,11 +32,13 @@ class FakeServer:
         most: units that fit into a job's memory.
         seconds: that a unit takes.
         silent: jobs are accepted, and never run.
+        facts: what it says of itself, beside `FACTS`.
     """
 
     most: int = 1000
     seconds: float = 0.0
     silent: bool = False
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
     sent: list[list[str]] = field(default_factory=list[list[str]])
     refused: list[int] = field(default_factory=list[int])
     results: dict[str, tuple[float, list[str]]] = field(default_factory=dict)
@@ -107,7 +109,7 @@ class FakeServer:
             "seconds": self.seconds * len(labels),
             "precision": "float32",
             "device": "cuda:0",
-            "server": FACTS,
+            "server": FACTS | self.facts,
         }
 
 

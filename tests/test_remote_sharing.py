@@ -140,7 +140,9 @@ def test_clients_that_begin_together_measure_every_cell_once(
     assert values_are_right(results)
     notes = run.sessions()
     assert len(notes) == n_clients
-    assert sum(note["n_written"] for note in notes) == N_CELLS
+    # Two that measured one batch may come to write it at the same moment too.
+    repeated = sum(note["n_written"] for note in notes) - N_CELLS
+    assert 0 <= repeated <= sum(measured.values()) - N_CELLS
     assert sum(note["n_written"] > 0 for note in notes) > 1
     assert all(note["ended"] and note["claims"] == [] for note in notes)
     assert {job.state for job in run.jobs()} == {"written"}

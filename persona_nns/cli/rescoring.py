@@ -15,7 +15,7 @@ from persona_nns.declarations.plans import Unit
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.models.load import HOSTED, load_model
 from persona_nns.results.reading import RunInfo, list_runs, open_results
-from persona_nns.runs.request import Request
+from persona_nns.runs.request import Request, told_of
 from persona_nns.runs.run import plan_run
 from persona_nns.traits.judge_options import JudgeOptions
 from persona_nns.traits.judging import judge_texts
@@ -64,8 +64,7 @@ def rescore(store: str, name: str, judging: JudgeOptions, run: str | None = None
             "or the experiment are not what they were."
         )
     planned = plan_run(experiment, model, store=store, **{**asked, **vars(judging)})
-    attention = info.attrs.get("attn_implementation")
-    request = planned.request.as_hosted(info.attrs["precision"], attention)
+    request = planned.request.as_hosted(*told_of(info.attrs))
     if request.block.run == info.run:
         raise UsageError(f"The answers of {info.run!r} are scored by this judge already.")
     attrs = {**request.block.attrs, "answers_of": info.run}

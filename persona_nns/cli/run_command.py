@@ -112,6 +112,10 @@ def _run_experiment(
             "each --model. A server fetches it itself."
         ),
     ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of the model on a server; by default its own."),
+    ] = None,
     grid: Annotated[str | None, typer.Option(help=GRID_HELP)] = None,
     tasks: Annotated[str | None, typer.Option(help=TASKS_HELP)] = None,
     frame: Annotated[
@@ -263,6 +267,7 @@ def _run_experiment(
         loading: dict[str, Any] = {
             "name": name,
             "adapter": beside and beside.asked,
+            "revision": revision,
             "backend": backend,
             "dtype": dtype,
             "device": device,

@@ -46,6 +46,8 @@ class HostedModel:
     adapter: Fingerprint | None = None
 
 
+#: Before the revision that a server is asked for, in what is known of a model's version.
+AT = " at "
 _HOSTED: WeakKeyDictionary[TransformersModel, HostedModel] = WeakKeyDictionary()
 
 
@@ -56,6 +58,7 @@ def load_weightless(
     label: str | None,
     adapter: Adapter | None,
     *,
+    revision: str | None,
     trust_remote_code: bool,
 ) -> TransformersModel:
     """Build the client of a hosted model: names and tokenizer, no weights.
@@ -69,6 +72,7 @@ def load_weightless(
         template: as in `load_model`.
         label: as in `load_model`.
         adapter: that is put on it.
+        revision: as in `load_model`.
         trust_remote_code: as in `load_model`.
     """
     source, shown = find_checkpoint(name)
@@ -79,7 +83,9 @@ def load_weightless(
         warn_of_other_base(adapter, [shown, source, repo_id])
     config = read_config(source, shown, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(name, template, adapter=adapter, trust_remote_code=trust_remote_code)
-    trusted = {"trust_remote_code": True} if trust_remote_code else {}
+    # Both are in the key that the server is asked with.
+    asked: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    asked |= {"revision": revision} if revision else {}
     try:
         model = TransformersModel(
             source,
@@ -87,7 +93,7 @@ def load_weightless(
             tokenizer=tokenizer,
             rename=STANDARD_NAMES,
             attn_implementation="eager",
-            **trusted,
+            **asked,
         )
     except ValueError as error:
         raise PersonaError(f"The model {shown!r} is not supported: {one_line(error)}") from error
@@ -102,6 +108,7 @@ def load_weightless(
     else:
         precision, name = HOSTED, repo_id
         version = f"{HOSTED} {_hosted_version(source, config)}"
+        version += f"{AT}{revision}" if revision else ""
     _HOSTED[model] = HostedModel(server, repo_id, model.to_model_key(), attached)
     if label is None or label == repo_id:  # the name it is hosted under is not the adapter's
         label = label_with(label or shown, adapter)

@@ -36,7 +36,7 @@ from persona_nns.models.names import STANDARD_NAMES as STANDARD_NAMES
 from persona_nns.models.records import HOSTED as HOSTED
 from persona_nns.models.records import origin_of, write_record
 from persona_nns.models.records import record_of as record_of
-from persona_nns.models.servers import read_backend
+from persona_nns.models.servers import Server, read_backend
 from persona_nns.prompts.templates import end_of_turn
 from persona_nns.tracing.continuations import end_tokens as end_tokens
 
@@ -45,6 +45,7 @@ def load_model(
     name: str | Path,
     *,
     adapter: str | Path | None = None,
+    revision: str | None = None,
     backend: str = "local",
     dtype: str | None = None,
     device: str | None = None,
@@ -61,6 +62,8 @@ def load_model(
             (``org/name``).
         adapter: folder or hub id of a low-rank adapter (peft's) that is put on it. Here it is
             added into the weights; a server fetches it itself, and attaches it for each request.
+        revision: branch, tag or commit of the hosted model; by default the one that the server
+            loads for its name alone.
         backend: where traces run: ``local``; ``simulate`` (a server process on this machine, as
             NDIF's); ``ndif``, or the URL of such a server. On a server the model's weights are
             never loaded here: its configuration and tokenizer are.
@@ -88,6 +91,11 @@ def load_model(
     where = read_backend(backend)
     if label is not None and not label.strip():
         raise UsageError("The label of the model is empty; give it a name, or none.")
+    if revision is not None and not isinstance(where, Server):
+        raise UsageError(
+            f"A revision ({revision!r}) is chosen of a model on a server; here, download it into a "
+            "folder and name that."
+        )
     beside = None if adapter is None else find_adapter(adapter)
     if where != "local":
         own = {"dtype": dtype, "device": device, "attention": attention}
@@ -98,7 +106,13 @@ def load_model(
             )
         server = None if where == "simulate" else where
         return load_weightless(
-            str(name), server, template, label, beside, trust_remote_code=trust_remote_code
+            str(name),
+            server,
+            template,
+            label,
+            beside,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
         )
     source, shown = find_checkpoint(str(name))
     if beside is not None:

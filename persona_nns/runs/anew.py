@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from persona_nns.runs.run import PlannedRun
 
+_AT = " at "  # before the revision that a server was asked for, at the end of it
 _HOSTED = "hosted "  # begins the version of a model that was never loaded where the run was asked
 _DETERMINING = (
     *("protocol_version", "model_version", "precision", "architecture", "attn_implementation"),
@@ -96,8 +97,10 @@ class Models:
                 "here; --backend ndif (or the server's URL) computes its sample there."
             )
         name, label = source, attrs["model"]
-        if len(digest := version.removeprefix(_HOSTED)) == 64:  # of a folder's config.json
-            name = self._folder_of(digest)
+        version, _, revision = version.removeprefix(_HOSTED).partition(_AT)
+        trust |= {"revision": revision or None}
+        if len(version) == 64:  # of a folder's config.json
+            name = self._folder_of(version)
             if name is None:
                 raise NotCheckedError(
                     f"A folder stood for the hosted model {source!r} when it was made; name it "

@@ -62,7 +62,13 @@ def known_of(store: str | Path, request: Request) -> list[Known]:
         units = frozenset(info.group.completed(same))
         if units and (layers & asked or not asked):
             found.append(Known(info, layers, units))
-    return sorted(found, key=lambda known: -len(known.layers & asked) * len(known.units))
+    found.sort(key=lambda known: -len(known.layers & asked) * len(known.units))
+    # Of a hosted model the identity does not say on which weights, and in which precision.
+    return [each for each in found if _computed(each) == _computed(found[0])]
+
+
+def _computed(known: Known) -> tuple[Any, Any]:
+    return known.info.attrs["precision"], known.info.attrs.get("server_revision")
 
 
 def _layers(request: Request) -> Sequence[int]:

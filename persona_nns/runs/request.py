@@ -84,16 +84,16 @@ class Request:
         """Where a unit is written: residuals first, so that a completed unit has them."""
         return [block for block in (self.residuals, self.block) if block is not None]
 
-    def as_hosted(self, precision: str, attention: str | None) -> "Request":
-        """The same request with the precision and the attention that a server has told of.
+    def as_hosted(self, precision: str, attention: str | None, revision: str | None) -> "Request":
+        """The same request with what a server has told of the model.
 
-        Neither is in the identity of a hosted run: the server decides, and is asked when the run
-        has one.
+        None of it is in the identity of a hosted run: the server decides, and is asked when the
+        run has one. A run keeps to its precision and revision.
         """
         return replace(
             self,
-            block=_computed(self.block, precision, attention),
-            residuals=self.residuals and _computed(self.residuals, precision, attention),
+            block=_computed(self.block, precision, attention, revision),
+            residuals=self.residuals and _computed(self.residuals, precision, attention, revision),
         )
 
     def measuring(self, execution: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,8 +257,14 @@ def make_plan(
     return plan
 
 
-def _computed(block: Block, precision: str, attention: str | None) -> Block:
+def told_of(attrs: Mapping[str, Any]) -> tuple[str, str | None, str | None]:
+    """Precision, attention and revision of a hosted model, from the attributes of a run."""
+    return str(attrs["precision"]), attrs.get("attn_implementation"), attrs.get("server_revision")
+
+
+def _computed(block: Block, precision: str, attention: str | None, revision: str | None) -> Block:
     told = {"attn_implementation": attention} if attention else {}
+    told |= {"server_revision": revision} if revision else {}
     return replace(
         block, precision=precision, attrs={**block.attrs, "precision": precision, **told}
     )

@@ -28,7 +28,7 @@ from persona_nns.runs.known import Known, agrees, known_of, missing_layers, take
 from persona_nns.runs.progress import UnitProgress, count
 from persona_nns.runs.queue import Queue
 from persona_nns.runs.remote.dispatch import carry_out_remotely
-from persona_nns.runs.request import Asked, Request, check_inputs, check_request
+from persona_nns.runs.request import Asked, Request, check_inputs, check_request, told_of
 from persona_nns.runs.returned import check_named, declared_arrays, unmistakable
 
 
@@ -100,7 +100,7 @@ class PlannedRun:
             self._at(layers, units).carry_out(progress=progress, shared=shared)
             known = known_of(self.store, self.request)
         attrs = known[0].info.attrs
-        request = self.request.as_hosted(attrs["precision"], attrs.get("attn_implementation"))
+        request = self.request.as_hosted(*told_of(attrs))
         take_over(self.store, request, known, session_attributes())
 
     def _known(self, pending: Sequence[Unit]) -> list[Known]:

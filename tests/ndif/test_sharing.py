@@ -49,7 +49,8 @@ def test_clients_share_the_cells(n_clients: int, url: str, tmp_path: Path) -> No
     notes = list(info.group.sessions().values())
     jobs = jobs_of(store)
     print(f"{n_clients} clients: jobs of {[len(job.units) for job in jobs]} cells")
-    assert sum(note["n_written"] for note in notes) == info.n_units == 12
+    assert info.n_completed == info.n_units == 12
+    assert sum(note["n_written"] > 0 for note in notes) > 1
     # Those that begin at the same moment may have their first batch twice, no more.
     assert sum(len(job.units) for job in jobs) - 12 <= BATCH * n_clients
     assert {job.state for job in jobs} == {"written"}

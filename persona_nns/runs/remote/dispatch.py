@@ -25,7 +25,8 @@ from persona_nns.errors import (
     PersonaError,
     RemoteError,
 )
-from persona_nns.models.load import HOSTED, HostedModel
+from persona_nns.models.hosting import HostedModel
+from persona_nns.models.records import HOSTED
 from persona_nns.results.claims import Claims
 from persona_nns.results.store import find_group
 from persona_nns.runs.identity import now, session_attributes, session_name
@@ -37,7 +38,7 @@ from persona_nns.runs.remote.job_book import Job, JobBook
 from persona_nns.runs.remote.sharing import Share
 from persona_nns.runs.remote.sizing import units_per_job
 from persona_nns.runs.remote.submission import Submitter
-from persona_nns.runs.request import Request
+from persona_nns.runs.request import Request, told_of
 from persona_nns.runs.returned import declared_arrays
 
 if TYPE_CHECKING:
@@ -249,21 +250,29 @@ class Dispatcher:
     def _learn(self, outcome: Mapping[str, Any]) -> None:
         """Take what a job tells of the server, and see that it is what it was.
 
-        The precision of a run never changes. Its attention may: all implementations give the same
-        numbers within rounding, so the run has the first one, and each session its own.
+        Precision and revision of a run never change. Its attention may: all implementations give
+        the same numbers within rounding, so the run has the first one, and each session its own.
 
         Raises:
-            RemoteError: the server computes in another precision than for units that are there.
+            RemoteError: the server computes in another precision, or on other weights, than for
+                units that are there.
         """
         facts = outcome.get("server", {})
         self.request = _known(self.request, self.store)
         known, told = self.request.block.precision, outcome["precision"]
         if known == HOSTED:
-            self.request = self.request.as_hosted(told, facts.get("attention"))
+            of_model = told, facts.get("attention"), facts.get("revision")
+            self.request = self.request.as_hosted(*of_model)
         elif known != told:
             raise RemoteError(
                 f"The server runs {self.hosted.repo_id!r} in {told} now, and this run was "
                 f"measured in {known}; use another --store."
+            )
+        before, now_there = self.request.block.attrs.get("server_revision"), facts.get("revision")
+        if before and now_there and before != now_there:
+            raise RemoteError(
+                f"The server has revision {now_there} of {self.hosted.repo_id!r} now, and this run "
+                f"was measured on {before}; ask for that (--revision), or use another --store."
             )
         environment = self.submitter.environment
         says = environment.attributes() if environment else {}
@@ -306,7 +315,7 @@ class Dispatcher:
     def _what_is_hosted(self, flight: Flight, error: NotHostedError) -> NotHostedError:
         self.book.forget(flight.job)
         try:
-            names = ", ".join(one.repo_id for one in read_deployments(self.connection)[:8])
+            names = ", ".join(map(str, read_deployments(self.connection)[:8]))
         except RemoteError:
             names = "it does not say what it hosts"
         url = self.hosted.server.url
@@ -374,5 +383,4 @@ def _known(request: Request, store: str | Path) -> Request:
     group = find_group(store, request.block.experiment, request.block.run)
     if request.block.precision != HOSTED or group is None:
         return request
-    attrs = group.attrs
-    return request.as_hosted(str(attrs["precision"]), attrs.get("attn_implementation"))
+    return request.as_hosted(*told_of(group.attrs))

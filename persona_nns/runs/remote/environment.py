@@ -113,6 +113,10 @@ class Deployment:
     state: str
     replicas: int
 
+    def __str__(self) -> str:
+        """Its name, and the revision that it has to be asked for by, if any."""
+        return self.repo_id + (f" (--revision {self.revision})" if self.revision != "main" else "")
+
     @property
     def answers(self) -> bool:
         """Whether a job for it would run now."""

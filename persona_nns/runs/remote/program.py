@@ -88,8 +88,9 @@ def facts_of(model: TransformersModel) -> dict[str, Any]:
     """What a server computes with, as far as a job can see it.
 
     Returns:
-        ``attention`` (the implementation), ``precision``, ``device``, ``versions`` of Python and
-        of the packages that matter; of a GPU its ``gpu`` (name) and ``gpu_bytes`` (memory).
+        ``attention`` (the implementation), ``precision``, ``device``, ``revision`` (the commit
+        that the weights are of; None where it is not known), ``versions`` of Python and of the
+        packages that matter; of a GPU its ``gpu`` (name) and ``gpu_bytes`` (memory).
     """
     versions = {"python": platform.python_version()}
     for name in ("torch", "transformers", "nnsight"):
@@ -98,6 +99,7 @@ def facts_of(model: TransformersModel) -> dict[str, Any]:
         "attention": getattr(model._module.config, "_attn_implementation", None),
         "precision": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
+        "revision": getattr(model._module.config, "_commit_hash", None),
         "versions": versions,
     }
     if model.device.type == "cuda" and torch.cuda.is_available():
