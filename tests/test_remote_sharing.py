@@ -163,7 +163,7 @@ def test_a_client_that_comes_later_repeats_nothing(server: FakeServer, run: Run)
 def waiting_job(run: Run, server: FakeServer, n_units: int = 4, **note: Any) -> Job:
     """A job of another client, noted as that would, and what is noted of the client."""
     other = run.dispatcher()
-    units = other.pending[:n_units]
+    units = other.request.plan.units[:n_units]
     other.claims._note |= note
     other.claims.join()
     other.claims.claim(units)
