@@ -323,6 +323,23 @@ def test_a_size_that_failed_is_remembered(
     assert max(len(labels) for labels in server.sent if len(labels) <= 6) >= min(batch_size or 4, 4)
 
 
+def test_sizes_grow_to_what_fits_one_larger_job_at_a_time(server: FakeServer, run: Run) -> None:
+    run()
+    assert [len(labels) for labels in server.sent] == [4, 16, 28]
+
+
+def test_clients_learn_from_each_other_what_is_refused(server: FakeServer, run: Run) -> None:
+    server.most, server.seconds = 6, 0.01
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(f"3 clients: {[len(labels) for labels in server.sent]}, refused {server.refused}")
+    assert len(server.measured()) == N_CELLS
+    assert len(server.refused) <= MOST_REFUSED + 2  # a race is lost by each of the others at most
+
+
 def test_the_next_command_knows_what_was_refused(server: FakeServer, run: Run) -> None:
     server.most = 6
     half = [cell.label for cell in pn.load_grid("long").cells[:30]]

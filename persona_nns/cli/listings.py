@@ -57,7 +57,7 @@ def jobs_table(noted: Iterable["NotedJob"], said: Mapping[str, str], store: str)
     """
     table = new_table(Text(store))
     table.add_column("job", overflow="fold")
-    for heading in ("units", "age", "sent", "received", "seconds"):
+    for heading in ("units", "age", "sent", "back", "took"):
         table.add_column(heading, justify="right", no_wrap=True)
     last = None
     for one in noted:
@@ -72,7 +72,7 @@ def jobs_table(noted: Iterable["NotedJob"], said: Mapping[str, str], store: str)
             _age(job.submitted),
             _bytes(job.request_bytes),
             _bytes(job.result_bytes) if is_over else "",
-            f"{job.seconds:.1f}" if is_over else "",
+            f"{job.seconds:.1f} s" if is_over else "",
         )
         standing = {"refused": "it was too large for the server"}.get(job.state, said.get(job.id))
         state = f"{job.state}: {standing}" if standing else job.state

@@ -128,7 +128,7 @@ class Dispatcher:
         while found := self.share.next_job(self._in_flight(), living=False):
             self._take_up(*found)
         while len(self.flights) < self._room() and self.share.n_left:
-            units = self.share.next_units(units_per_job(self.share.notes, self.batch_size))
+            units = self.share.next_units(self._size())
             if not units:
                 break
             if self.share.take(units):
@@ -142,6 +142,9 @@ class Dispatcher:
     def _room(self) -> int:
         self.proven = self.proven or any(job.state == "written" for job in self.share.notes)
         return IN_FLIGHT if self.proven else 1
+
+    def _size(self) -> int:
+        return units_per_job(self.share.notes, self.batch_size, self.claims.name)
 
     def _in_flight(self) -> set[str]:
         return {flight.job.id for flight in self.flights}
@@ -158,8 +161,7 @@ class Dispatcher:
             if self.share.take(units):
                 self._wait_for(job, units)
             self.share.look()
-        size = units_per_job(self.share.notes, self.batch_size)
-        units = self.share.next_units(size, claimed=True)
+        units = self.share.next_units(self._size(), claimed=True)
         if units and not self.flights and self.share.take(units):
             self._send(units)
 
@@ -298,8 +300,8 @@ class Dispatcher:
             ) from error
         self.book.refused(flight.job)
         self.share.put_back(flight.units)
-        size = units_per_job(self.book.notes(), self.batch_size)
-        warnings.warn(f"{error} Going on with {size} {self.noun}s a job.", stacklevel=2)
+        self.share.look()
+        warnings.warn(f"{error} Going on with {self._size()} {self.noun}s a job.", stacklevel=2)
 
     def _again(self, flight: Flight, error: JobLostError) -> None:
         """Have the units of a lost job measured again."""

@@ -24,12 +24,16 @@ MOST_REFUSED = 3
 _WORTH_TRYING = 1.25  # what a size has to gain over the one that worked
 
 
-def units_per_job(noted: Sequence[Job], batch_size: int | None) -> int:
-    """How many units the next job may have.
+def units_per_job(noted: Sequence[Job], batch_size: int | None, session: str = "") -> int:
+    """How many units the next job may have; 0 where it is better to wait for one that is there.
+
+    Units that go together cost less than apart. So as long as sizes grow, a client waits for the
+    larger job that it has risked; once one was refused, it goes on meanwhile with what works.
 
     Args:
         noted: the jobs of the run on this server, those that wait among them.
         batch_size: what the user asked for; it is exceeded by no job.
+        session: the client's.
     """
     refused = [len(job.units) for job in noted if job.state == "refused"]
     failed = min(refused, default=None)
@@ -46,8 +50,10 @@ def units_per_job(noted: Sequence[Job], batch_size: int | None) -> int:
     if failed is not None and wanted >= failed:
         between = round(sqrt(worked * failed))
         wanted = between if worked * _WORTH_TRYING <= between < failed else worked
-    is_tried = any(job.state == "waiting" and len(job.units) > worked for job in noted)
-    if is_tried or len(refused) >= MOST_REFUSED:
+    risked = [job for job in noted if job.state == "waiting" and len(job.units) > worked]
+    if wanted > worked and not refused and any(job.session == session for job in risked):
+        return 0
+    if risked or len(refused) >= MOST_REFUSED:
         wanted = min(wanted, worked)
     return wanted
 
