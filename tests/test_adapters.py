@@ -73,13 +73,13 @@ def edit(folder: Path, **changes: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def base(random_folder: Callable[[str], Path]) -> Path:
-    return random_folder("gemma2")
+    return random_folder("llama")
 
 
 @pytest.fixture(scope="module")
 def bare(random_model: Callable[[str], TransformersModel]) -> TransformersModel:
     """The model without an adapter."""
-    return random_model("gemma2")
+    return random_model("llama")
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,11 @@ def haste(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
-        ("organism-qwen2", {"target_modules": ["q_proj", "o_proj"]}),
-        ("organism-gemma2", {"use_rslora": True}),
-        ("gemma2", {"use_dora": True}),
+        pytest.param(
+            "organism-qwen2", {"target_modules": ["q_proj", "o_proj"]}, marks=pytest.mark.slow
+        ),
+        pytest.param("organism-gemma2", {"use_rslora": True}, marks=pytest.mark.slow),
+        pytest.param("gemma2", {"use_dora": True, "use_rslora": True}),
         ("gemma2", {"modules_to_save": ["lm_head"], "alpha_pattern": {"o_proj": 32}}),
         ("gpt2", {"fan_in_fan_out": True}),
     ],
@@ -128,7 +130,7 @@ def test_it_is_what_peft_computes_and_what_its_own_folder_is(
 
 def test_its_own_arithmetic(base: Path, adapter: Path, plain_model: Any) -> None:
     """W x + α/r · B A x in every module that it names, by hooks in plain transformers."""
-    weights, plain = load_file(adapter / "adapter_model.safetensors"), plain_model("gemma2")
+    weights, plain = load_file(adapter / "adapter_model.safetensors"), plain_model("llama")
     handles = []
     for key in weights:
         if not key.endswith("lora_A.weight"):
@@ -168,8 +170,8 @@ def test_it_is_part_of_what_a_run_is(
     assert len({block.attrs["identity"] for block in (without, first, second)}) == 3
     assert first.attrs["identity"] == named.attrs["identity"] == own.attrs["identity"]
     assert [block.model for block in (first, second, named)] == [
-        "gemma2+pirate",
-        "gemma2+other",
+        "llama+pirate",
+        "llama+other",
         "arr",
     ]
     assert "adapter" not in without.attrs
@@ -177,9 +179,14 @@ def test_it_is_part_of_what_a_run_is(
     assert first.attrs["adapter"]["base_version"] == record_of(bare).version
     assert first.attrs["model_source"] == str(base)
     # The numbers of a run on the bare model are not taken for those with the adapter.
-    pn.run(KL, bare, store=tmp_path / "s.zarr", progress=False, **asked)
-    assert known_of(tmp_path / "s.zarr", plans[0])
-    assert not known_of(tmp_path / "s.zarr", plans[1])
+    store = tmp_path / "s.zarr"
+    pn.run(KL, bare, store=store, progress=False, **asked)
+    more, beside = (
+        pn.runs.plan_run(KL, model, store=store, **{**asked, "layers": "1,2"}).request
+        for model in (bare, pn.load_model(base, adapter=adapter))
+    )
+    assert known_of(store, more)
+    assert not known_of(store, beside)
 
 
 @pytest.mark.parametrize(
@@ -212,11 +219,10 @@ def test_what_is_no_adapter_of_the_model_is_one_sentence(
 def test_an_adapter_of_a_model_of_another_shape(
     make_folder: Callable[..., Path], copied: Path, adapter: Path
 ) -> None:
-    types = {"layer_types": ["sliding_attention", "full_attention"] * 2}
-    shorter = make_folder("gemma2", num_hidden_layers=4, **types)
-    wider = make_folder("gemma2", intermediate_size=80)
+    shorter = make_folder("llama", num_hidden_layers=4)
+    wider = make_folder("llama", intermediate_size=80)
     with (
-        pytest.warns(UserWarning, match="belongs to '.*gemma2', and is put on"),
+        pytest.warns(UserWarning, match="belongs to '.*llama', and is put on"),
         pytest.raises(pn.PersonaError, match=r"14 of its weights have no place .*layers\.4\."),
     ):
         pn.load_model(shorter, adapter=adapter)
@@ -238,7 +244,7 @@ def test_an_adapter_of_a_model_of_another_shape(
 
 
 def test_no_students_of_it(base: Path, adapter: Path, bare: TransformersModel) -> None:
-    with pytest.raises(pn.UsageError, match=r"An adapter is put on the model 'gemma2\+pirate'"):
+    with pytest.raises(pn.UsageError, match=r"An adapter is put on the model 'llama\+pirate'"):
         check_trainable(pn.load_model(base, adapter=adapter))
     check_trainable(bare)
 
@@ -261,7 +267,7 @@ def test_the_command_and_verify(
     rest = ["--cells", "yoda/haiku", "--store", "s.zarr", "--threads", "1"]
     call(*run, "--adapter", "pirate", *rest)
     ds = pn.open_results("s.zarr", KL)
-    assert ds.model.item() == "gemma2+pirate"
+    assert ds.model.item() == "llama+pirate"
     (info,) = pn.list_runs("s.zarr")
     assert info.attrs["adapter"]["source"] == str(copied)
     (verdict,) = verify_store("s.zarr", sample=1)
@@ -293,14 +299,27 @@ def test_workers_are_told_where_it_is(
     monkeypatch.chdir(tmp_path)
     own = ["--model", str(base), "--adapter", "pirate"]
     call("run", KL, *own, "--grid", "short", "--workers", "2", code=2)
-    assert (sent[0]["adapter"], sent[0]["label"]) == (str(copied), "gemma2+pirate")
+    assert (sent[0]["adapter"], sent[0]["label"]) == (str(copied), "llama+pirate")
 
 
-@pytest.fixture(scope="module", params=["eager", "sdpa"])
-def server(request: pytest.FixtureRequest, base: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def hub(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the hub that holds the adapter as crew/pirate."""
+    root, commit = tmp_path_factory.mktemp("hub"), "0123456789" * 4
+    cached = root / "models--crew--pirate"
+    shutil.copytree(adapter, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    return root
+
+
+@pytest.fixture(scope="module", params=["client's", pytest.param("sdpa", marks=pytest.mark.slow)])
+def server(request: pytest.FixtureRequest, base: Path, hub: Path) -> Iterator[str]:
     """Address of a server whose attention is the client's, or its own."""
-    options = ("--attention", "sdpa") if request.param == "sdpa" else ()
-    running = LoopbackServer(str(base), "tiny/gemma2", options=options)
+    options = () if request.param == "client's" else ("--attention", request.param)
+    with pytest.MonkeyPatch.context() as outside:
+        outside.setenv("HF_HUB_CACHE", str(hub))
+        running = LoopbackServer(str(base), "tiny/llama", options=options)
     yield running.address.url
     running.stop()
 
@@ -313,7 +332,7 @@ def test_a_server_attaches_it_and_takes_it_off_again(
     small_grid: Grid,
     tmp_path: Path,
 ) -> None:
-    hosted = {"backend": server, "label": "tiny/gemma2"}
+    hosted = {"backend": server, "label": "tiny/llama"}
     asked: dict[str, Any] = {"grid": small_grid, "cells": "chef/haiku", "layers": "1,3"}
     pairs = [
         (bare, {}),
@@ -323,7 +342,7 @@ def test_a_server_attaches_it_and_takes_it_off_again(
     for number, (local, beside) in enumerate(pairs):
         here = pn.run(KL, local, store=tmp_path / f"h{number}.zarr", progress=False, **asked)
         there = pn.load_model(base, **hosted, **beside)
-        assert record_of(there).label == ("tiny/gemma2+pirate" if beside else "tiny/gemma2")
+        assert record_of(there).label == ("tiny/llama+pirate" if beside else "tiny/llama")
         got = pn.run(KL, there, store=tmp_path / f"t{number}.zarr", progress=False, **asked)
         for name in set(here.data_vars) & {"kl", "cosine_sum", "continuation"}:
             ours, theirs = here[name].values, got[name].values
@@ -349,6 +368,7 @@ def test_a_server_attaches_it_and_takes_it_off_again(
 def test_a_server_with_another_adapter_or_none_gives_no_numbers(
     other: dict[str, str],
     sentence: str,
+    server: str,
     base: Path,
     adapter: Path,
     small_grid: Grid,
@@ -364,7 +384,7 @@ def test_a_server_with_another_adapter_or_none_gives_no_numbers(
     edit(tmp_path / "alpha", lora_alpha=7)
     edit(tmp_path / "rank", r=3)
     told = {name: str(tmp_path / value) for name, value in other.items()}
-    model = pn.load_model(base, adapter=adapter, backend="simulate")
+    model = pn.load_model(base, adapter=adapter, backend=server, label="tiny/llama")
     monkeypatch.setattr(TransformersModel, "_remoteable_get_env", lambda _: told)
     store = tmp_path / "s.zarr"
     asked: dict[str, Any] = {"grid": small_grid, "cells": "chef/haiku", "layers": "1"}
@@ -411,24 +431,20 @@ def fingerprint(base: Path, adapter: Path) -> Fingerprint:
 
 
 def test_a_hub_id_is_fetched_here_and_by_the_server(
+    server: str,
+    hub: Path,
     base: Path,
     adapter: Path,
     small_grid: Grid,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cached = tmp_path / "hub" / "models--crew--pirate"
-    commit = "0123456789" * 4
-    shutil.copytree(adapter, cached / "snapshots" / commit)
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(commit)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))  # the server's
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     local = pn.load_model(base, adapter="crew/pirate")
-    there = pn.load_model(base, adapter="crew/pirate", backend="simulate")
+    there = pn.load_model(base, adapter="crew/pirate", backend=server, label="tiny/llama")
     assert there._remoteable_get_env()["peft"] == "crew/pirate"
-    assert record_of(there).label == record_of(local).label == "gemma2+pirate"
-    assert record_of(there).version == record_of(pn.load_model(base, adapter=adapter)).version
+    assert record_of(local).label == "llama+pirate"
+    assert record_of(local).version == record_of(pn.load_model(base, adapter=adapter)).version
     asked: dict[str, Any] = {"grid": small_grid, "cells": "chef/haiku", "layers": "1"}
     here = pn.run(KL, local, store=tmp_path / "h.zarr", progress=False, **asked)
     got = pn.run(KL, there, store=tmp_path / "t.zarr", progress=False, **asked)
