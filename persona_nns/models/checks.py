@@ -29,7 +29,7 @@ def check_model(model: TransformersModel, shown: str) -> None:
     """
     check_names(model, shown)
     n_layers = len(model.layers)
-    device = next(model._module.parameters()).device
+    device = model.device
     probe = left_pad([[7, 3, 11, 5]], device=device)
 
     try:

@@ -21,6 +21,7 @@ from persona_nns.declarations.plans import Unit
 from persona_nns.errors import PersonaError
 from persona_nns.models.attached import Fingerprint, check_attached
 from persona_nns.models.checks import check_model
+from persona_nns.runs.remote.sandbox import standing_in
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def carry_out(
     check_tokens(tokenizer, terms)
     with (
         torch.no_grad(),
+        standing_in(model),
         growing_cache(model._module),
         warnings.catch_warnings(record=True) as said,
     ):
@@ -74,13 +76,14 @@ def carry_out(
         if terms.check:
             check_model(model, terms.shown)
         measured = measure(model, list(units), **arguments)
+        facts = facts_of(model)
     return {
         "measured": {name: light(value) for name, value in measured.items()},
         "warnings": [str(one.message) for one in said or [] if one.category is UserWarning],
         "seconds": time.perf_counter() - started,
-        "precision": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "server": facts_of(model),
+        "precision": facts["precision"],
+        "device": facts["device"],
+        "server": facts,
     }
 
 
