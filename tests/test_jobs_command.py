@@ -41,7 +41,7 @@ class StatusServer:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, *_: Any) -> None:
+            def log_message(self, format: str, *_: Any) -> None:  # noqa: A002, ARG002
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

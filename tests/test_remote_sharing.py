@@ -285,7 +285,9 @@ def test_a_job_that_ended_for_good_is_not_asked_about_again(server: FakeServer, 
     def status(asked: str) -> Any:
         response = said(asked)
         if asked == job.id:
-            response = dispatch.ResponseModel(id=job.id, status="ERROR", description=end)
+            response = dispatch.ResponseModel(
+                id=job.id, status=dispatch.Status.ERROR, description=end
+            )
         return response
 
     server.status = status  # type: ignore[method-assign]
