@@ -21,13 +21,16 @@ import persona_nns as pn
 from persona_nns.cli.commands import main
 from persona_nns.models.adapters import find_adapter
 from persona_nns.models.attached import Fingerprint, attach, check_attached
+from persona_nns.models.checkpoints import bundled_models, load_tokenizer
 from persona_nns.models.loopback import LoopbackServer
+from persona_nns.models.names import STANDARD_NAMES
 from persona_nns.models.records import record_of
 from persona_nns.prompts.grids import Grid
 from persona_nns.runs.known import known_of
 from persona_nns.runs.remote import dispatch
 from persona_nns.runs.remote.connection import Patience, job_error
 from persona_nns.runs.remote.environment import Environment
+from persona_nns.runs.run import plan_run
 from persona_nns.runs.verify import verify_store
 from persona_nns.traits.distillation import check_trainable
 
@@ -44,7 +47,7 @@ def make_adapter(base: Path | str, folder: Path, seed: int = 1, **settings: Any)
     for name, weight in adapted.named_parameters():
         if "modules_to_save" in name or "magnitude" in name:
             weight.data.add_(0.1 * torch.randn_like(weight))
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
     return folder
 
 
@@ -116,7 +119,7 @@ def test_it_is_what_peft_computes_and_what_its_own_folder_is(
     model: str, settings: dict[str, Any], random_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     name = model if "-" in model else str(random_folder(model))
-    source = str(pn.models.bundled_models().get(model, name))
+    source = str(bundled_models().get(model, name))
     folder = make_adapter(source, tmp_path / "pirate", **settings)
     beside = pn.load_model(name, adapter=folder)
     torch.testing.assert_close(logits_of(beside), in_peft(source, folder), atol=1e-4, rtol=1e-4)
@@ -157,7 +160,7 @@ def test_it_is_part_of_what_a_run_is(
     asked: dict[str, Any] = {"grid": small_grid, "cells": "chef/haiku", "layers": "1"}
     other = edit(shutil.copytree(adapter, tmp_path / "other"), lora_alpha=7)
     plans = [
-        pn.runs.plan_run(KL, model, store=tmp_path / "s.zarr", **asked).request
+        plan_run(KL, model, store=tmp_path / "s.zarr", **asked).request
         for model in (
             bare,
             pn.load_model(base, adapter=adapter),
@@ -182,7 +185,7 @@ def test_it_is_part_of_what_a_run_is(
     store = tmp_path / "s.zarr"
     pn.run(KL, bare, store=store, progress=False, **asked)
     more, beside = (
-        pn.runs.plan_run(KL, model, store=store, **{**asked, "layers": "1,2"}).request
+        plan_run(KL, model, store=store, **{**asked, "layers": "1,2"}).request
         for model in (bare, pn.load_model(base, adapter=adapter))
     )
     assert known_of(store, more)
@@ -404,8 +407,8 @@ def test_what_a_server_sees_of_it(
     model = TransformersModel(
         module,
         task="text-generation",
-        tokenizer=pn.models.load_tokenizer(base),
-        rename=pn.models.STANDARD_NAMES,
+        tokenizer=load_tokenizer(base),
+        rename=STANDARD_NAMES,
     )
     assert not torch.equal(logits_of(model), logits_of(model))
     with monkeypatch.context() as sandboxed:
@@ -421,8 +424,8 @@ def fingerprint(base: Path, adapter: Path) -> Fingerprint:
     client = TransformersModel(
         str(base),
         task="text-generation",
-        tokenizer=pn.models.load_tokenizer(base),
-        rename=pn.models.STANDARD_NAMES,
+        tokenizer=load_tokenizer(base),
+        rename=STANDARD_NAMES,
     )
     known = attach(client, find_adapter(adapter))
     assert len(known.modules) == 7 * 5
@@ -460,7 +463,7 @@ def test_what_a_server_without_peft_says(base: Path, tmp_path: Path) -> None:
     assert "did not attach the adapter" in str(job_error(f"The model architecture: {said} usually"))
     ia3 = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.IA3Config(
         target_modules=["k_proj"], feedforward_modules=[]))  # fmt: skip
-    ia3.save_pretrained(tmp_path)
+    ia3.save_pretrained(str(tmp_path))
     assert pn.load_model(base, adapter=tmp_path) is not None
     with pytest.raises(pn.UsageError, match=r"\(IA3\) has no low-rank projections"):
         pn.load_model(base, adapter=tmp_path, backend="simulate")

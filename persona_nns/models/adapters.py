@@ -8,7 +8,7 @@ an attached one within rounding. (In bfloat16 the sum is rounded to the weights'
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def label_with(label: str, adapter: Adapter | None) -> str:
     return label if adapter is None else f"{label}+{adapter.stem}"
 
 
-def warn_of_other_base(adapter: Adapter, names: Iterable[str]) -> None:
+def warn_of_other_base(adapter: Adapter, names: Sequence[str]) -> None:
     """Warn where an adapter says that it belongs to another model than the one it is put on.
 
     Args:
@@ -91,7 +91,7 @@ def warn_of_other_base(adapter: Adapter, names: Iterable[str]) -> None:
     if base and Path(base).name.lower() not in named:
         warnings.warn(
             f"The adapter {adapter.asked!r} says that it belongs to {base!r}, and is put on "
-            f"{next(iter(names))!r}.",
+            f"{names[0]!r}.",
             stacklevel=4,
         )
 
