@@ -110,7 +110,7 @@ class Recorder:
 
             do_GET = do_POST = do_CONNECT = answer  # noqa: N815
 
-            def log_message(self, format: str, *_: Any) -> None:  # noqa: A002, ARG002
+            def log_message(self, format: str, *_: Any) -> None:  # noqa: A002
                 pass
 
         self.server = socketserver.ThreadingTCPServer((host, 0), Handler)

@@ -41,7 +41,7 @@ class StatusServer:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, format: str, *_: Any) -> None:  # noqa: A002, ARG002
+            def log_message(self, format: str, *_: Any) -> None:  # noqa: A002
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -106,14 +106,14 @@ def test_jobs_are_listed_as_they_stand_and_asked_about_without_the_key(
     for words in (
         f"{'a' * 32} 2 AGE 22 kB",
         f"e/m.g.i on {server.url}",
-        "on http://127.0.0.1:9",
+        "e/m.g.i on http://127.0.0.1:9",
         "waiting: queued (position 3)",
         "waiting: running",
         "waiting: done; the same command takes its result",
         "waiting: failed: The server ended a job: Your job was cancelled by the server",
         "waiting: unknown to the server, or not begun",
         "waiting: the server does not answer",
-        "22 kB 12 kB 4.2",
+        f"{'1' * 32} 2 AGE 22 kB 12 kB 4.2 s",
         "refused: it was too large for the server",
     ):
         assert words in flat, printed

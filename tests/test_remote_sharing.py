@@ -18,6 +18,7 @@ import pytest
 import xarray as xr
 from fake_server import FACTS, FakeServer, value_of
 from nnsight import TransformersModel
+from nnsight.schema.response import ResponseModel, Status
 from readme_example import EXAMPLE
 
 import persona_nns as pn
@@ -283,12 +284,9 @@ def test_a_job_that_ended_for_good_is_not_asked_about_again(server: FakeServer, 
     said = server.status
 
     def status(asked: str) -> Any:
-        response = said(asked)
         if asked == job.id:
-            response = dispatch.ResponseModel(
-                id=job.id, status=dispatch.Status.ERROR, description=end
-            )
-        return response
+            return ResponseModel(id=job.id, status=Status.ERROR, description=end)
+        return said(asked)
 
     server.status = status  # type: ignore[method-assign]
     with pytest.raises(RemoteError, match="cancelled by operator"):

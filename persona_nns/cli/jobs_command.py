@@ -54,9 +54,10 @@ def jobs(
         from persona_nns.runs.remote.standing import standings
 
         said = standings(waiting)
-    from persona_nns.cli.listings import jobs_table
+    from persona_nns.cli.listings import jobs_tables
 
-    terminal.out.print(jobs_table(noted, said, store))
+    for table in jobs_tables(noted, said):
+        terminal.out.print(table)
 
 
 def _chosen(noted: "Sequence[NotedJob]", asked: str, *states: str) -> "list[NotedJob]":

@@ -1,8 +1,9 @@
 """Runs and models as tables for the terminal."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,38 +48,35 @@ def runs_table(runs: Iterable[RunInfo], store: str) -> Table:
     return table
 
 
-def jobs_table(noted: Iterable["NotedJob"], said: Mapping[str, str], store: str) -> Table:
-    """A store's jobs by run and server: a row a job, and below it how it stands.
+def jobs_tables(noted: Iterable["NotedJob"], said: Mapping[str, str]) -> Iterator[Table]:
+    """Jobs, a table for each run and server: a row a job, and below it how it stands.
 
     Args:
-        noted: the jobs, by run.
+        noted: the jobs, by run and server.
         said: what servers say of those that wait, by id.
-        store: path or URL of the store.
     """
-    table = new_table(Text(store))
-    table.add_column("job", overflow="fold")
-    for heading in ("units", "age", "sent", "back", "took"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    last = None
-    for one in noted:
-        job = one.job
-        if (one.experiment, one.run, job.host) != last:
-            table.add_row(Text(f"{one.experiment}/{one.run}", style="bold"))
-            table.add_row(Text(f"on {job.host}"))
-        is_over = job.state == "written"
-        table.add_row(
-            Text(job.id),
-            str(len(job.units)),
-            _age(job.submitted),
-            _bytes(job.request_bytes),
-            _bytes(job.result_bytes) if is_over else "",
-            f"{job.seconds:.1f} s" if is_over else "",
-        )
-        standing = {"refused": "it was too large for the server"}.get(job.state, said.get(job.id))
-        state = f"{job.state}: {standing}" if standing else job.state
-        table.add_row(Padding(Text(state, style="dim"), (0, 0, 0, 2)))
-        last = one.experiment, one.run, job.host
-    return table
+    for (experiment, run, host), group in groupby(noted, key=_place):
+        headings = ["units", "age", "sent", "back", "took"]
+        table = new_table(Text(f"{experiment}/{run} on {host}"), texts=["job"], numbers=headings)
+        for job in (one.job for one in group):
+            is_over = job.state == "written"
+            table.add_row(
+                Text(job.id),
+                str(len(job.units)),
+                _age(job.submitted),
+                _bytes(job.request_bytes),
+                _bytes(job.result_bytes) if is_over else "",
+                f"{job.seconds:.1f} s" if is_over else "",
+            )
+            known = {"refused": "it was too large for the server"}
+            standing = known.get(job.state, said.get(job.id))
+            state = f"{job.state}: {standing}" if standing else job.state
+            table.add_row(Padding(Text(state, style="dim"), (0, 0, 0, 2)))
+        yield table
+
+
+def _place(one: "NotedJob") -> tuple[str, str, str]:
+    return one.experiment, one.run, one.job.host
 
 
 def _bytes(size: int) -> str:
