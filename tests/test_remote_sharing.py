@@ -391,9 +391,8 @@ def loopback(random_folder: Callable[[str], Path]) -> Iterator[LoopbackServer]:
     server.stop()
 
 
-@pytest.mark.parametrize(
-    ("n_clients", "n_killed"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("n_clients", "n_killed"), [(2, 1), (4, 2)])
 def test_processes_share_a_run_and_go_on_for_one_that_is_killed(
     loopback: LoopbackServer,
     random_folder: Callable[[str], Path],
