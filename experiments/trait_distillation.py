@@ -50,7 +50,7 @@ from persona_nns.traits import (
     distil,
     judge_answers,
     keep_trajectories,
-    load_vector,
+    load_direction,
     parse_counts,
     parse_students,
     per_token_kl,
@@ -189,11 +189,11 @@ def plan(
     Args:
         tokenizer: the model's.
         model: label of the model.
-        vector: a file (.npy, .pt, .safetensors), or a store with trait_vectors.
+        vector: a file (.npy, .pt, .safetensors, .gguf), or STORE, STORE#axis, STORE#TRAIT, …
         layer: where the teacher is steered.
         alpha: its coefficient.
         position_set: which tokens are steered.
-        vector_run: which run of trait_vectors, where the store has several.
+        vector_run: which run, where the store has several.
         average: which average of a store's vectors.
         chosen: the trait.
         students: r8, r16, … (LoRA of that rank) and full, on the most trajectories.
@@ -210,17 +210,17 @@ def plan(
     names, counts = parse_students(students), parse_counts(trajectories)
     if len(counts) > 1:
         parse_students(curve)
-    whole = load_vector(vector, trait, average, model, vector_run)
-    check_unseen(held_out, chosen.artifacts, vector, model, vector_run, chosen.split_seed)
-    if layer >= len(whole) - 1:
+    found = load_direction(vector, model, trait=trait, average=average, run=vector_run)
+    check_unseen(held_out, chosen.artifacts, found, chosen.split_seed)
+    if layer >= len(found.vectors) - 1:
         raise UsageError(
-            f"Layer {layer} is out of range: the vector has layers 0 to {len(whole) - 2}."
+            f"Layer {layer} is out of range: the vector has layers 0 to {len(found.vectors) - 2}."
         )
     prompts = (
         tuple(render_chat(tokenizer, question).ids for question in split.questions)
         for split in (seen, held_out)
     )
-    teacher = Teacher(trait, alpha * whole[layer], layer, position_set, *prompts)
+    teacher = Teacher(trait, alpha * found.vectors[layer], layer, position_set, *prompts)
     most = max(counts)
     trained = [(curve, k) for k in counts if k < most] + [(name, most) for name in names]
     if any(student != "full" for student, _ in trained):
@@ -263,7 +263,7 @@ def plan(
             "question_text": ("question", list(held_out.questions)),
         },
         attrs={"vector_source": vector, "average": average, "layer": layer, "alpha": alpha},
-        width=(len(whole) - 1, whole.shape[1]),
+        width=(len(found.vectors) - 1, found.vectors.shape[1]),
         batch_size=1,
         unverifiable="it would read back its students' checkpoints and rewrite their folders",
     )

@@ -34,7 +34,7 @@ from persona_nns.traits import (
     TraitUnit,
     check_unseen,
     judge_answers,
-    load_vector,
+    load_direction,
 )
 
 protocol_version = 1
@@ -93,8 +93,9 @@ def plan(
     Args:
         tokenizer: the model's.
         model: label of the model.
-        vector: a file (.npy, .pt, .safetensors), or a store with trait_vectors.
-        vector_run: which run of trait_vectors, where the store has several.
+        vector: a file (.npy, .pt, .safetensors, .gguf), or a store with trait_vectors; a store's
+            other directions by name: STORE#axis, STORE#component:1, STORE#TRAIT.
+        vector_run: which run, where the store has several.
         average: which average of a store's vectors.
         chosen: the trait.
         n_samples: answers to each prompt.
@@ -102,8 +103,9 @@ def plan(
     """
     trait, asked = chosen.trait, chosen.load("evaluation")
     judging.check(trait, asked.questions, tokenizer)
-    direction = load_vector(vector, trait, average, model, vector_run)
-    check_unseen(asked, chosen.artifacts, vector, model, vector_run, chosen.split_seed)
+    found = load_direction(vector, model, trait=trait, average=average, run=vector_run)
+    check_unseen(asked, chosen.artifacts, found, chosen.split_seed)
+    direction = found.vectors
     units = [
         Graded(
             trait,

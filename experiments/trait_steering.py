@@ -44,8 +44,8 @@ from persona_nns.traits import (
     TraitUnit,
     check_unseen,
     judge_answers,
+    load_direction,
     load_traits,
-    load_vector,
     read_responses,
 )
 
@@ -142,8 +142,9 @@ def plan(
     Args:
         tokenizer: the model's.
         model: label of the model.
-        vector: a file (.npy, .pt, .safetensors), or a store with trait_vectors.
-        vector_run: which run of trait_vectors, where the store has several.
+        vector: a file (.npy, .pt, .safetensors, .gguf), or a store with trait_vectors; a store's
+            other directions by name: STORE#axis, STORE#component:1, STORE#TRAIT.
+        vector_run: which run, where the store has several.
         average: which average of a store's vectors.
         trait: a bundled trait, or one of the folder `artifacts`; for rows from a file, its stem.
         artifacts: folder with extraction/{trait}.json and evaluation/{trait}.json, or {trait}.json.
@@ -156,7 +157,8 @@ def plan(
     """
     coefficients, tokens = parse_alphas(alphas), parse_position_sets(position_sets)
     name = trait or (stem_of(responses) if responses else "cheerful")
-    direction = load_vector(vector, name, average, model, vector_run)
+    found = load_direction(vector, model, trait=name, average=average, run=vector_run)
+    direction = found.vectors
     content: dict[str, Any] = {"trait": name, "vector": direction.tolist()}
     if responses is not None:
         rows = read_responses(responses)
@@ -166,7 +168,7 @@ def plan(
     else:
         asked = load_traits(name, "evaluation", artifacts, split_seed)[0]
         judging.check(name, asked.questions, tokenizer)
-        check_unseen(asked, artifacts, vector, model, vector_run, split_seed)
+        check_unseen(asked, artifacts, found, split_seed)
         shown = [(question, None) for question in asked.questions]
         texts, axis = list(asked.questions), "question"
         content |= {"judge": judging.identity, "eval_prompt": asked.eval_prompt}

@@ -30,10 +30,11 @@ from persona_nns.runs import plan_run, verify_store
 from persona_nns.tracing import NucleusSampling
 from persona_nns.traits import JudgeOptions, TraitOptions, load_traits
 from persona_nns.traits import judging as answers
+from persona_nns.traits.directions import load_vector
 from persona_nns.traits.judges import Scores
 from persona_nns.traits.responses import Response
 from persona_nns.traits.rows import keep_pairs
-from persona_nns.traits.vectors import load_vector, read_vector, write_vector
+from persona_nns.traits.vectors import read_vector, write_vector
 
 ASK = {"trait": "terse", "max_new_tokens": 24}
 

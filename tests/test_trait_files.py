@@ -15,6 +15,7 @@ from persona_nns.errors import UsageError
 from persona_nns.organism.bundled import load_artifact
 from persona_nns.organism.trait_questions import QUESTIONS
 from persona_nns.runs import plan_run
+from persona_nns.traits.directions import load_vector
 from persona_nns.traits.responses import Response, read_responses
 from persona_nns.traits.trait import (
     bundled_traits,
@@ -24,7 +25,7 @@ from persona_nns.traits.trait import (
     load_traits,
     read_trait,
 )
-from persona_nns.traits.vectors import load_vector, read_vector, write_vector
+from persona_nns.traits.vectors import read_vector, write_vector
 
 VECTOR = torch.arange(12.0).reshape(3, 4) / 7
 
@@ -62,15 +63,15 @@ def test_a_parameter_and_small_floats_are_read_as_plain_numbers(tmp_path: Path) 
     assert torch.equal(read_vector(tmp_path / "v.pt"), VECTOR.to(torch.float8_e4m3fn).float())
 
 
-@pytest.mark.parametrize("name", ["v.gguf", "v.pth", "v.npz", "v.bin", "v", "v.json"])
+@pytest.mark.parametrize("name", ["v.pth", "v.npz", "v.bin", "v", "v.json"])
 def test_a_vector_in_another_format_is_refused_with_those_that_are_read(
     tmp_path: Path, name: str
 ) -> None:
     source = str(tmp_path / name)
-    with pytest.raises(UsageError, match=r"nothing at .*\.npy, \.pt or \.safetensors file"):
+    with pytest.raises(UsageError, match=r"nothing at .*\.npy, \.pt, \.safetensors or \.gguf file"):
         load_vector(source, "terse", "response_avg", "m")
     (tmp_path / name).write_bytes(b"GGUF")
-    with pytest.raises(UsageError, match=r"ends in none of \.npy, \.pt, \.safetensors"):
+    with pytest.raises(UsageError, match=r"ends in none of \.npy, \.pt, \.safetensors, \.gguf"):
         load_vector(source, "terse", "response_avg", "m")
 
 

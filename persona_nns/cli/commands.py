@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 
 from persona_nns.cli import terminal
 from persona_nns.cli.arguments import JUDGE_HELP, GridChoice, Name, RunChoice, Store
+from persona_nns.cli.direction_commands import direction, export_vector
 from persona_nns.cli.experiment_commands import ExperimentCommands
 from persona_nns.cli.jobs_command import jobs
 from persona_nns.cli.models_command import models
@@ -234,24 +235,8 @@ def rescore(
     terminal.say(f"All of it: {shown}")
 
 
-@app.command(name="export-vector")
-def export_vector(
-    store: Store,
-    trait: Annotated[str, typer.Argument(help="Name of a trait.")],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="A .npy, .pt or .safetensors file.")
-    ],
-    model: Annotated[str, typer.Option(help="Label of the model.")],
-    average: Annotated[
-        str, typer.Option(help="response_avg, prompt_avg or prompt_last.")
-    ] = "response_avg",
-    run: Annotated[str | None, typer.Option(help="Only this run (as `ls` shows it).")] = None,
-) -> None:
-    """Write a trait vector to a file, (n_layers + 1, d_model)."""
-    from persona_nns.traits.vectors import load_vector, write_vector
-
-    write_vector(load_vector(store, trait, average, model, run), output)
-    terminal.say(f"Written: {output}")
+app.command()(direction)
+app.command(name="export-vector")(export_vector)
 
 
 @app.command()

@@ -91,7 +91,10 @@ def _absolute(annotation: Any, value: Any) -> Any:
         return value
     try:
         path = Path(value).expanduser().absolute()
-        return str(path) if mark.made or path.exists() else value
+        if mark.made or path.exists():
+            return str(path)
+        file, named, part = value.rpartition("#")  # a part of a file, by name
+        return f"{_absolute(annotation, file)}#{part}" if named else value
     except (OSError, RuntimeError):  # no path at all
         return value
 

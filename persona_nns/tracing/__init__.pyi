@@ -81,6 +81,7 @@ from .sampling import read_replies as read_replies
 from .sampling import row_seed as row_seed
 from .sampling import sample_replies as sample_replies
 from .steering import ablate as ablate
+from .steering import cap as cap
 from .steering import increments as increments
 from .steering import parse_alphas as parse_alphas
 from .steering import parse_position_sets as parse_position_sets

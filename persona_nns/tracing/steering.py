@@ -1,4 +1,4 @@
-"""Steering: add a trait vector to the residual stream, or take its direction away.
+"""Steering: add a direction to the residual stream, take it away, or cap what lies along it.
 
 ``h_L + α v_L`` at the input of block L, at the tokens of a position set: ``all``, ``prompt`` (the
 last prompt token included) or ``response`` (from the last prompt token on: the tokens whose
@@ -76,6 +76,27 @@ def ablate(hidden: Tensor, direction: Tensor) -> Tensor:
     """
     stream = hidden.float()
     return (stream - (stream @ direction)[..., None] * direction).to(hidden.dtype)
+
+
+def cap(hidden: Tensor, direction: Tensor, tau: Tensor | float, steered: Tensor) -> Tensor:
+    """Cut off what lies above a threshold along a direction: h − max(0, h·v̂ − τ) v̂.
+
+    "The Assistant Axis" (arXiv 2601.10387) caps from below, with v towards the assistant: it adds
+    max(0, τ − h·v̂) v̂. That is this with −v and −τ. In float32, so that what is cut of a bfloat16
+    stream is right to the rounding of the stream itself.
+
+    Args:
+        hidden: [row, column, d_model].
+        direction: v̂ [d_model], of norm one, or zero, which changes nothing.
+        tau: τ, in the units of the stream; +∞ changes nothing.
+        steered: [row, column], 1 on the tokens that are capped and 0 on the others.
+
+    Returns:
+        [row, column, d_model] in the dtype of ``hidden``.
+    """
+    stream = hidden.float()
+    excess = (stream @ direction - tau).clamp(min=0) * steered
+    return (stream - excess[..., None] * direction).to(hidden.dtype)
 
 
 def increments(vector: Tensor) -> Tensor:

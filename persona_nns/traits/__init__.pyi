@@ -1,3 +1,8 @@
+from .directions import Direction as Direction
+from .directions import check_unseen as check_unseen
+from .directions import load_direction as load_direction
+from .directions import load_vector as load_vector
+from .directions import save_direction as save_direction
 from .distillation import TrainingOptions as TrainingOptions
 from .distillation import Trajectory as Trajectory
 from .distillation import as_trajectories as as_trajectories
@@ -34,6 +39,4 @@ from .trait import check_held_out as check_held_out
 from .trait import load_traits as load_traits
 from .trait import parse_names as parse_names
 from .trait import read_trait as read_trait
-from .vectors import check_unseen as check_unseen
-from .vectors import load_vector as load_vector
 from .vectors import write_vector as write_vector

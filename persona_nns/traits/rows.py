@@ -13,11 +13,11 @@ from persona_nns.errors import PersonaError, UsageError
 from persona_nns.results.attributes import read_attribute
 from persona_nns.results.reading import open_results
 from persona_nns.tracing.averages import keeps_pair
+from persona_nns.traits.directions import runs_of
 from persona_nns.traits.judge_options import JudgeOptions, open_judge
 from persona_nns.traits.judges import Answer
 from persona_nns.traits.responses import Response, check_labels, read_responses
 from persona_nns.traits.trait import LABELS, Trait
-from persona_nns.traits.vectors import runs_of
 
 
 @dataclass(frozen=True)
