@@ -37,7 +37,7 @@ def score_bars(results: xr.Dataset, by: str) -> Figure:
             axis.set(title=model, xlabel="", ylabel="judged (points)", ylim=(0, 125))
         drawn.label_outer()
         drawn.legend()
-        drawn.title(_title(results), f"Mean ± sd over answers{_answers(results)}.")
+        drawn.title(trait_title(results), f"Mean ± sd over answers{_answers(results)}.")
     return drawn.figure
 
 
@@ -49,7 +49,7 @@ def vector_norms(results: xr.Dataset) -> Figure:
         draw_lines(axis, frame, "layer", "average", **MARKED)
         axis.set(xlabel="layer", ylabel="norm of the trait vector, ‖v‖")
         drawn.legend("tokens averaged")
-        drawn.title(f"{_title(results)} · {_labels(results, 'model')}", _AVERAGES)
+        drawn.title(f"{trait_title(results)} · {_labels(results, 'model')}", _AVERAGES)
     return drawn.figure
 
 
@@ -65,15 +65,20 @@ def projection_figure(results: xr.Dataset) -> Figure:
         drawn.label_outer()
         drawn.legend("asked to show the trait")
         said = "v̂: trait vector of response_avg, of length 1. Lines: mean over answers; bands: sd."
-        drawn.title(f"{_title(results)} · {_labels(results, 'model')}", said, _AVERAGES)
+        drawn.title(f"{trait_title(results)} · {_labels(results, 'model')}", said, _AVERAGES)
     return drawn.figure
 
 
-def steering_sweep(results: xr.Dataset) -> Figure:
-    """Score and coherence (or log-probability) against α, a line a layer, a column a token set."""
+def steering_sweep(results: xr.Dataset) -> Figure | None:
+    """Score and coherence (or log-probability) against α, a line a layer, a column a token set.
+
+    None where nothing was added.
+    """
     if "score" in results:
         _check_judged(results)
-    names = [name for name in _SCORES if name in results] or ["logp"]
+    names = [name for name in (*_SCORES, "logp") if name in results]
+    if not names:
+        return None
     frames = {
         name: long_form(results[name].mean({"question", "sample", "row"} & set(results[name].dims)))
         for name in names
@@ -107,7 +112,7 @@ def steering_sweep(results: xr.Dataset) -> Figure:
         drawn.label_outer()
         drawn.legend("layer")
         said = f"Mean over answers{_answers(results)}. α: how much of the trait vector is added."
-        drawn.title(_title(results), said)
+        drawn.title(trait_title(results), said)
     return drawn.figure
 
 
@@ -129,7 +134,7 @@ def correlation_by_layer(results: xr.Dataset) -> Figure:
             "Pearson's r, over answers, of the trait score with the last prompt token's projection "
             "on the trait vector."
         )
-        drawn.title(_title(results), said)
+        drawn.title(trait_title(results), said)
     return drawn.figure
 
 
@@ -153,7 +158,7 @@ def distillation_curves(results: xr.Dataset) -> Figure:
         right.set_xticks(ticks, [str(tick) for tick in ticks])
         right.minorticks_off()
         drawn.legend()
-        title = f"{_title(results)} · {_labels(results, 'model')}"
+        title = f"{trait_title(results)} · {_labels(results, 'model')}"
         drawn.title(title, "Mean ± sd over answers to held-out questions. r8: LoRA of rank 8.")
     return drawn.figure
 
@@ -172,7 +177,7 @@ def token_kl_figure(results: xr.Dataset) -> Figure:
             yscale="log",
         )
         drawn.legend("student/trajectories")
-        drawn.title(f"{_title(results)} · {_labels(results, 'model')}", "Mean over questions.")
+        drawn.title(f"{trait_title(results)} · {_labels(results, 'model')}", "Mean over questions.")
     return drawn.figure
 
 
@@ -208,7 +213,7 @@ def _labels(results: xr.Dataset, dim: str) -> str:
     return ", ".join(map(str, results[dim].values.tolist()))
 
 
-def _title(results: xr.Dataset) -> str:
+def trait_title(results: xr.Dataset) -> str:
     """The experiment and its traits."""
     return f"{results.attrs['experiment']} · {_labels(results, 'trait')}"
 

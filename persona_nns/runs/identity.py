@@ -77,13 +77,19 @@ def unit_digests(experiment: Experiment, plan: Plan) -> dict[str, str]:
 
 
 def _determining(experiment: Experiment, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a run's parameters that tell it from others; layers and positions are such."""
+    """Those of a run's parameters that tell it from others; layers and positions are such.
+
+    Sets of layers of which there are none are not: an experiment may do without them.
+    """
     options = experiment.options
     return {
         name: value
         for name, value in parameters.items()
-        if name not in options
-        or (changes_numbers(options[name]) and not is_as_before(options[name], value))
+        if (value or name != "layer_sets")
+        and (
+            name not in options
+            or (changes_numbers(options[name]) and not is_as_before(options[name], value))
+        )
     }
 
 

@@ -296,7 +296,9 @@ def check_sites(
     sites: dict[str, Any] = {}
     for name, (asked, default, parse) in requests.items():
         if default is not None:
-            sites[name] = parse(default if asked is None else asked, n_layers)
+            spec = default if asked is None else asked
+            # One whose default is none at all does without, unless it is asked for some.
+            sites[name] = parse(spec, n_layers) if spec or default else []
         elif asked is not None:
             what = name.replace("_", " ")
             raise UsageError(f"The experiment {experiment.name!r} has no {what} to choose.")

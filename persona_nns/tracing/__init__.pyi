@@ -26,6 +26,8 @@ from .decomposition import cos_persona_task as cos_persona_task
 from .decomposition import gap_ratio as gap_ratio
 from .decomposition import interaction_ratio as interaction_ratio
 from .decomposition import match_rms as match_rms
+from .given import Given as Given
+from .given import read_given as read_given
 from .knockout import BLOCKED as BLOCKED
 from .knockout import Blocked as Blocked
 from .knockout import block_keys as block_keys
@@ -87,6 +89,7 @@ from .steering import parse_alphas as parse_alphas
 from .steering import parse_position_sets as parse_position_sets
 from .steering import response_logprob as response_logprob
 from .steering import steer as steer
+from .steering import steer_on_sphere as steer_on_sphere
 from .steering import steered_steps as steered_steps
 from .steering import steered_tokens as steered_tokens
 from .window import Window as Window

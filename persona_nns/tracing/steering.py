@@ -64,6 +64,26 @@ def steer(hidden: Tensor, direction: Tensor, strength: Tensor) -> Tensor:
     return (hidden.float() + strength[..., None] * direction).to(hidden.dtype)
 
 
+def steer_on_sphere(hidden: Tensor, direction: Tensor, strength: Tensor) -> Tensor:
+    """Add a vector and give the stream its norm back: (h + α v) ‖h‖ / ‖h + α v‖.
+
+    What ``normalize=True`` does in repeng's ``ControlModule``. Tokens that are not steered stay as
+    they are, exactly; a sum of zero stays zero.
+
+    Args:
+        hidden: [row, column, d_model].
+        direction: [d_model].
+        strength: [row, column], α on the tokens that are steered and 0 on the others.
+
+    Returns:
+        [row, column, d_model] in the dtype of ``hidden``.
+    """
+    stream = hidden.float()
+    moved = stream + strength[..., None] * direction
+    before, after = stream.norm(dim=-1, keepdim=True), moved.norm(dim=-1, keepdim=True)
+    return torch.where(after > 0, moved * (before / after), moved).to(hidden.dtype)
+
+
 def ablate(hidden: Tensor, direction: Tensor) -> Tensor:
     """Take a direction out of a residual stream: h − (h·v̂) v̂.
 

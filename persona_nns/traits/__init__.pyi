@@ -15,6 +15,14 @@ from .distillation import student_replies as student_replies
 from .distillation import trained_parameters as trained_parameters
 from .judge_options import JudgeOptions as JudgeOptions
 from .judging import judge_answers as judge_answers
+from .operations import Operations as Operations
+from .operations import label_sets as label_sets
+from .operations import needs_projections as needs_projections
+from .receipts import NEUTRAL_QUESTIONS as NEUTRAL_QUESTIONS
+from .receipts import Receipts as Receipts
+from .receipts import moves_against as moves_against
+from .receipts import receipts_of as receipts_of
+from .receipts import strength_of as strength_of
 from .responses import is_rows_file as is_rows_file
 from .responses import read_responses as read_responses
 from .roles import Role as Role
@@ -25,6 +33,10 @@ from .rows import JudgedResponse as JudgedResponse
 from .rows import row_coordinates as row_coordinates
 from .rows import rows_of_file as rows_of_file
 from .rows import rows_of_store as rows_of_store
+from .steered import Edits as Edits
+from .steered import Steered as Steered
+from .steered import operate as operate
+from .steered import swept as swept
 from .students import keep_trajectories as keep_trajectories
 from .students import students_folder as students_folder
 from .trait import DEGREES as DEGREES
