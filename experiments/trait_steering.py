@@ -4,10 +4,8 @@ h_L + α v_L at the input of block L, at all tokens, at the prompt's, or from th
 on. Without `responses`: the model answers the held-out evaluation questions while it is steered,
 and the answers are judged. With `responses`: the log-probability of given answers under steering,
 under steering in every block at once by the increments v_L − v_{L−1}, with the direction taken
-out at one layer ("Persona Vectors", arXiv 2507.21509), and with what lies above a threshold along
-it cut off, h − max(0, h·v̂ − τ) v̂, at every layer of a set ("The Assistant Axis", arXiv 2601.10387;
-there v points to the assistant and what is too low is raised: −v and −τ are the same). Receipts say
-what it costs.
+out at one layer ("Persona Vectors", arXiv 2507.21509), and with what lies above τ along it cut off
+at every layer of a set ("The Assistant Axis", arXiv 2601.10387). Receipts say what it costs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -299,7 +297,7 @@ def measure(
     vector = units[0].vector.to(model.device)
     add = steer_on_sphere if units[0].norm_preserving else steer
     said = [
-        answer(model, layer, partial(add, direction=vector[layer]), prompts, sampling, reuse=reuse)
+        answer(model, layer, vector[layer], prompts, sampling, reuse=reuse, add=add)
         for layer in layers
     ]
     # [layer, question, α, position set, sample, token], the question first
@@ -318,11 +316,12 @@ class SteeredPrompt(SeededPrompt):
 def answer(
     model: TransformersModel,
     layer: int,
-    edit: Callable[..., Tensor],
+    direction: Tensor,
     prompts: Sequence[SteeredPrompt],
     sampling: NucleusSampling,
     *,
     reuse: bool,
+    add: Callable[[Tensor, Tensor, Tensor], Tensor] = steer,
 ) -> Tensor:
     """What the model says while it is steered at a layer, [row, token], −1 after the end."""
     said = torch.full((len(prompts), sampling.max_new_tokens), -1)
@@ -339,7 +338,7 @@ def answer(
                     if not reuse:  # what was said before runs again
                         strength = torch.cat([first] + [later] * step, dim=1)
                     hidden = model.layers[layer].input
-                    model.layers[layer].input = edit(hidden, strength=strength)
+                    model.layers[layer].input = add(hidden, direction, strength)
             with tracer.invoke():
                 generated = save(tracer.result)
         said[rows] = read_replies(model, generated, batch, sampling)
@@ -358,9 +357,8 @@ def teacher_force(
     unit, answers = units[0], [each.response or () for each in units]
     given = read_given(model, [each.prompt for each in units], answers)
     score = partial(under, model, given, given.logprob, reuse=reuse)
-    done = operate(unit, given, layers, layer_sets)
+    done, each_unit = operate(unit, given, layers, layer_sets), (len(units), -1, -1)
     measured = {f"logp{end}": swept(score, *of) for end, of in done.items()}
-    each_unit = (len(units), -1, -1)
     if unit.thresholds is not None and "cap" in unit.operations:
         measured["tau_value"] = unit.thresholds.expand(each_unit)
     if unit.receipts is None:

@@ -58,6 +58,21 @@ CASES = [
     Case("trait_vectors", _GIVEN),
     Case("trait_steering", {**_GIVEN, **_STEERED}, "given"),
     Case("trait_steering", {**_STEERED, **_TALK, "top_p": 0.9}, "generated"),
+    Case(
+        "trait_steering",
+        {
+            **_GIVEN,
+            **_STEERED,
+            "layer_sets": "2;1,2",
+            "alphas": "-1,2",
+            "operations": "add,ablate,cap",
+            "taus": "p60,0.5",
+            "norm_preserving": True,
+            "receipts": True,
+        },
+        "capped",
+    ),
+    Case("trait_projections", {"responses": "cheerful.jsonl", "vector": "v.npy"}),
     Case("trait_responses", {**_TALK, "temperature": 0}),
     Case("trait_monitoring", {"vector": "v.npy", **_TALK, "temperature": 0}),
 ]
