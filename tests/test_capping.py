@@ -322,7 +322,7 @@ def test_options_that_are_not_used_are_in_no_identity(
 def test_percentiles_are_measured_once_and_a_capped_run_is_verified(
     asked: dict[str, Any], tmp_path: Path
 ) -> None:
-    capping = {"operations": "add,cap", "taus": "p25,1", "layer_sets": "2;1,3"}
+    capping: dict[str, Any] = {"operations": "add,cap", "taus": "p25,1", "layer_sets": "2;1,3"}
     ds = pn.run("trait_steering", **asked, **capping, store=tmp_path / "s")
     assert bool(ds.logp_cap.notnull().all())
     assert bool(ds.logp.sel(layer=2).notnull().all())

@@ -133,6 +133,7 @@ OWN_INPUTS: dict[str, dict[str, Any]] = {
         "layers": "2",
         "alphas": "0,2",
     },
+    "trait_projections": {"responses": "cheerful.jsonl", "vector": "v.npy"},
     "trait_responses": TALK,
     "trait_monitoring": {"vector": "v.npy", **TALK},
 }

@@ -24,7 +24,7 @@ def capping_curves(results: xr.Dataset) -> Figure | None:
         return None
     frame = long_form(results["logp_cap"], "tau")
     columns = _columns(results)
-    labels = [label for label in _SAID if (frame["row_label"] == label).any()]
+    labels = [label for label in _SAID if label in set(frame["row_label"])]
     size = (2.2 + 2.8 * len(columns), 1.2 + 2.5 * len(labels))
     with panels(size, labels, columns, sharey="row", sharex=True) as drawn:
         for label, (model, tokens), axis in drawn:

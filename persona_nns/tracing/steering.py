@@ -101,9 +101,10 @@ def ablate(hidden: Tensor, direction: Tensor) -> Tensor:
 def cap(hidden: Tensor, direction: Tensor, tau: Tensor | float, steered: Tensor) -> Tensor:
     """Cut off what lies above a threshold along a direction: h − max(0, h·v̂ − τ) v̂.
 
-    "The Assistant Axis" (arXiv 2601.10387) caps from below, with v towards the assistant: it adds
-    max(0, τ − h·v̂) v̂. That is this with −v and −τ. In float32, so that what is cut of a bfloat16
-    stream is right to the rounding of the stream itself.
+    To keep a model near something, v points away from it. So does the public code of "The Assistant
+    Axis" (arXiv 2601.10387), at the output of its layer ℓ, our ℓ + 1; the paper's text has v point
+    to the assistant and raises what is too low, which is this with −v and −τ. In float32, so that
+    what is cut of a bfloat16 stream is right to the rounding of the stream itself.
 
     Args:
         hidden: [row, column, d_model].

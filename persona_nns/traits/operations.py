@@ -31,9 +31,10 @@ class Operations:
     """What is done to the stream.
 
     Attributes:
-        operations: add, ablate and cap, as a list; each is done by itself. Of answers that are
-            generated, add alone.
-        taus: thresholds of cap: numbers, or pNN (a percentile of the answers' own projections).
+        operations: add, ablate, cap (cut what lies above a threshold along the vector); each is
+            done by itself. Under answers that are generated, add alone.
+        taus: thresholds of cap: numbers, or pNN (a percentile of the answers' own projections);
+            at every layer of each of --layer-sets.
         norm_preserving: after adding, give the stream the norm that it had.
         receipts: measure what steering costs too: KL on neutral prompts, a random direction of
             the same norm, and which answers move against the direction.
