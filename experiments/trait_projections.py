@@ -76,7 +76,7 @@ def plan(
         tokenizer: the model's.
         model: label of the model.
         vector: a file (.npy, .pt, .safetensors, .gguf), or a store with trait_vectors; a store's
-            other directions by name: STORE#axis, STORE#component:1, STORE#TRAIT.
+            other directions by name: STORE#axis, STORE#component:0, STORE#TRAIT.
         responses: given answers (.jsonl, .jsonl.gz).
         vector_run: which run, where the store has several.
         average: which average of a store's vectors.

@@ -24,7 +24,7 @@ _Average = Annotated[
 def direction(
     source: Annotated[
         str,
-        typer.Argument(help="STORE#axis, STORE#component:1, STORE#TRAIT (and @RUN), or a file."),
+        typer.Argument(help="STORE#axis, STORE#component:0, STORE#TRAIT (and @RUN), or a file."),
     ],
     output: _Output,
     model: Annotated[

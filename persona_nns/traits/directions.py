@@ -4,7 +4,8 @@ A direction is [n_layers + 1, d_model]: a row for the residual stream entering e
 for the stream after the final norm. A source is
 
 - a file: ``.npy``, ``.pt``, ``.safetensors``, or a control vector in ``.gguf``;
-- ``STORE#axis``: the Assistant axis of `persona_space`; ``STORE#component:K``: its component K;
+- ``STORE#axis``: the Assistant axis of `persona_space`; ``STORE#component:K``: its component K,
+  counted from 0;
 - ``STORE#NAME``: the vector of the trait NAME that `trait_vectors` made;
 - ``STORE``: the vector of the trait that is asked for; where none is, the only direction there is.
 
@@ -175,7 +176,7 @@ def _parts(source: str) -> tuple[str | None, str | None, str | None]:
     name, _, run = said.partition("@")
     if mark and not name:
         raise UsageError(
-            f"{source!r} names no direction; write STORE#axis, STORE#component:1, STORE#TRAIT, or "
+            f"{source!r} names no direction; write STORE#axis, STORE#component:0, STORE#TRAIT, or "
             "one of these and @RUN."
         )
     return store, name or None, run or None
