@@ -99,7 +99,8 @@ variables = {
     "tau_value": Variable(
         "trait tau layer",
         "threshold τ",
-        description="Of a percentile, that of the given answers' own projections on v̂ there.",
+        description="Of a percentile, that of the given answers' own projections on v̂ there; of "
+        "inf, the largest number.",
         every_layer=True,
     ),
     "logp_none": Variable(

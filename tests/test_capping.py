@@ -182,7 +182,7 @@ def test_capped_log_probabilities_equal_plain_hooks(
     taus = {
         "p40": plain_percentile(pair, vectors, 40),
         "-0.3": [-0.3] * (n_layers + 1),
-        "inf": [np.inf] * (n_layers + 1),
+        "inf": [float(np.finfo(np.float32).max)] * (n_layers + 1),
     }
     moved = 0
     for tau, values in taus.items():
@@ -322,7 +322,8 @@ def test_options_that_are_not_used_are_in_no_identity(
 def test_percentiles_are_measured_once_and_a_capped_run_is_verified(
     asked: dict[str, Any], tmp_path: Path
 ) -> None:
-    capping: dict[str, Any] = {"operations": "add,cap", "taus": "p25,1", "layer_sets": "2;1,3"}
+    capping: dict[str, Any] = {"operations": "add,cap", "taus": "p25,1,inf", "layer_sets": "2;1,3"}
+    capping |= {"receipts": True}
     ds = pn.run("trait_steering", **asked, **capping, store=tmp_path / "s")
     assert bool(ds.logp_cap.notnull().all())
     assert bool(ds.logp.sel(layer=2).notnull().all())
@@ -332,7 +333,7 @@ def test_percentiles_are_measured_once_and_a_capped_run_is_verified(
     assert again.attrs["run"] == ds.attrs["run"]
     states = {each.info.experiment: each.state for each in verify_store(tmp_path / "s")}
     assert states == {"trait_projections": "right", "trait_steering": "right"}
-    assert list(draw(ds, "trait_steering")) == ["sweep", "cap"]
+    assert list(draw(ds, "trait_steering")) == ["sweep", "cap", "receipts"]
     projections = pn.open_results(tmp_path / "s", "trait_projections")
     assert list(draw(projections, "trait_projections")) == ["percentiles"]
     pooled = projections.projection.isel(model=0, trait=0).stack(all=("row", "token"))

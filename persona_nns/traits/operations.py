@@ -147,7 +147,8 @@ def _quantile_or_number(tau: str) -> tuple[float, bool]:
             f"{tau!r} is no threshold; use numbers such as 2.5 (inf caps nothing), or percentiles "
             "from p0 to p100."
         )
-    return value, match is not None
+    # No threshold is stored as infinite, which would look like a number that overflowed.
+    return min(value, torch.finfo(torch.float32).max), match is not None
 
 
 def _projected(store: str, run: str | None) -> np.ndarray[Any, Any]:
