@@ -1,5 +1,11 @@
 from .chats import render_chat as render_chat
 from .chats import response_ids as response_ids
+from .conversations import Conversation as Conversation
+from .conversations import Script as Script
+from .conversations import Speaker as Speaker
+from .conversations import read_conversations as read_conversations
+from .conversations import read_scripts as read_scripts
+from .conversations import render_each as render_each
 from .fetched_questions import MMLU_DEV as MMLU_DEV
 from .files import stem_of as stem_of
 from .frames import BUNDLED_FRAMES as BUNDLED_FRAMES
@@ -55,3 +61,7 @@ from .templates import apply_template as apply_template
 from .templates import find_shown as find_shown
 from .templates import read_template as read_template
 from .templates import takes_system_role as takes_system_role
+from .turns import Messages as Messages
+from .turns import RenderedChat as RenderedChat
+from .turns import render_turns as render_turns
+from .turns import with_system as with_system
