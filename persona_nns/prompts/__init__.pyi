@@ -3,7 +3,10 @@ from .chats import response_ids as response_ids
 from .conversations import Conversation as Conversation
 from .conversations import Script as Script
 from .conversations import Speaker as Speaker
+from .conversations import Talk as Talk
+from .conversations import domains_of as domains_of
 from .conversations import read_conversations as read_conversations
+from .conversations import read_said as read_said
 from .conversations import read_scripts as read_scripts
 from .conversations import render_each as render_each
 from .fetched_questions import MMLU_DEV as MMLU_DEV
@@ -63,5 +66,5 @@ from .templates import read_template as read_template
 from .templates import takes_system_role as takes_system_role
 from .turns import Messages as Messages
 from .turns import RenderedChat as RenderedChat
+from .turns import check_same_turns as check_same_turns
 from .turns import render_turns as render_turns
-from .turns import with_system as with_system

@@ -36,6 +36,11 @@ class Conversation:
     messages: tuple[tuple[Speaker, str], ...]
     domain: str = ""
 
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """The user's texts that a model is to answer: none, the answers are there."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Script:
@@ -58,6 +63,33 @@ class Script:
         for turn in self.turns:
             said += [("user", turn), ("assistant", "")]
         return tuple(said)
+
+
+@dataclass(frozen=True, eq=False)
+class Talk:
+    """A conversation or script in a model's template: what an experiment measures at a time.
+
+    Attributes:
+        id: its name.
+        asked: what the user says, of a script; nothing of a conversation.
+        chat: how it is rendered; a script with answers that are empty.
+        n_turns: turns that the result has places for.
+    """
+
+    id: str
+    asked: tuple[str, ...]
+    chat: RenderedChat
+    n_turns: int
+
+    @property
+    def label(self) -> str:
+        """What it is called in messages."""
+        return self.id
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where it stands in the result."""
+        return {"conversation": self.id}
 
 
 def read_conversations(source: str | Path) -> list[Conversation]:
@@ -84,10 +116,31 @@ def read_scripts(file: str | Path) -> list[Script]:
     return _all_of(_given(file), _script)
 
 
+def read_said(conversations: str | None, script: str | None) -> list[Conversation] | list[Script]:
+    """The conversations of one source, or the scripts of another.
+
+    Raises:
+        UsageError: both are given, or neither; or what is given cannot be used.
+    """
+    if (conversations is None) == (script is None):
+        raise UsageError(
+            "Give either conversations (--conversations F.jsonl, or a folder) or a script that the "
+            "model answers (--script F.jsonl)."
+        )
+    return read_conversations(conversations) if conversations else read_scripts(str(script))
+
+
 def render_each(
-    tokenizer: PreTrainedTokenizerBase, said: Sequence[Conversation | Script]
+    tokenizer: PreTrainedTokenizerBase,
+    said: Sequence[Conversation | Script],
+    system: str | None = None,
 ) -> list[RenderedChat]:
     """Conversations and scripts in the model's template.
+
+    Args:
+        tokenizer: the model's.
+        said: the conversations or scripts.
+        system: a system text in place of their own; it is no turn. None leaves them as they are.
 
     Raises:
         UsageError: the template refuses one, or does not show it as it is; it is named.
@@ -95,10 +148,16 @@ def render_each(
     rendered: list[RenderedChat] = []
     for each in said:
         try:
-            rendered.append(render_turns(tokenizer, each.messages))
+            rendered.append(render_turns(tokenizer, each.messages, system=system))
         except PersonaError as error:
             raise UsageError(f"The conversation {each.id!r} cannot be used: {error}") from error
     return rendered
+
+
+def domains_of(said: Sequence[Conversation | Script]) -> dict[str, tuple[str, list[str]]]:
+    """The coordinate ``domain`` of the conversations, where one of them has a domain."""
+    domains = [each.domain for each in said]
+    return {"domain": ("conversation", domains)} if any(domains) else {}
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,30 @@ class RenderedChat:
         ids: its token ids.
         turns: of each message, the tokens from the first to the last whose first character that is
             no white space lies in its text; empty where it has no text.
+        speakers: of each message.
     """
 
     ids: tuple[int, ...]
     turns: tuple[range, ...]
+    speakers: tuple[str, ...]
+
+    @property
+    def windows(self) -> list[range]:
+        """Of each answer, from the token before its first to its last; of other turns, none."""
+        return [
+            range(max(turn.start - 1, 0), turn.stop)
+            if turn and speaker == "assistant"
+            else range(0)
+            for turn, speaker in zip(self.turns, self.speakers, strict=True)
+        ]
 
 
 def render_turns(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, header: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    system: str | None = None,
+    header: bool = False,
 ) -> RenderedChat:
     """Render a conversation in the model's template, and find its turns.
 
@@ -46,6 +62,8 @@ def render_turns(
     Args:
         tokenizer: the model's.
         messages: role (system, user or assistant) and text of each.
+        system: a system text in place of a first system message, or in front of all others. It is
+            no turn; the message in whose place it stands is an empty one.
         header: let the generation header follow.
 
     Raises:
@@ -53,6 +71,11 @@ def render_turns(
         PersonaError: the template does not show a text as it is, or the tokenizer reports no
             character offsets.
     """
+    if system is not None:
+        own = messages[0][0] == "system"
+        chat = render_turns(tokenizer, [("system", system), *messages[own:]], header=header)
+        turns = (*[range(0)] * own, *chat.turns[1:])
+        return RenderedChat(chat.ids, turns, tuple(role for role, _ in messages))
     folds = messages[0][0] == "system" and not takes_system_role(tokenizer)
     text = apply_template(tokenizer, _shown(messages, folds=folds), header=header)
     marked = [
@@ -69,13 +92,23 @@ def render_turns(
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     firsts = [_first_character(text, *offsets) for offsets in encoded["offset_mapping"]]
     turns = tuple(_tokens_in(firsts, places.get(k)) for k in range(len(messages)))
-    return RenderedChat(tuple(encoded["input_ids"]), turns)
+    return RenderedChat(tuple(encoded["input_ids"]), turns, tuple(role for role, _ in messages))
 
 
-def with_system(messages: Messages, system: str) -> list[tuple[str, str]]:
-    """The messages with this system text in place of their own, or in front of them."""
-    own = 1 if messages[0][0] == "system" else 0
-    return [("system", system), *messages[own:]]
+def check_same_turns(chats: Sequence[RenderedChat], told: Sequence[RenderedChat]) -> None:
+    """See that the turns of conversations have the same tokens under a system text.
+
+    Raises:
+        PersonaError: one has others.
+    """
+    for chat, with_text in zip(chats, told, strict=True):
+        for turn, again in zip(chat.turns, with_text.turns, strict=True):
+            ids = chat.ids[turn.start : turn.stop]
+            if again and ids != with_text.ids[again.start : again.stop]:
+                raise PersonaError(
+                    "The chat template gives what follows a system text other tokens; pass one "
+                    "that does not (--template FILE)."
+                )
 
 
 def _shown(messages: Messages, *, folds: bool) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from .distillation import student_replies as student_replies
 from .distillation import trained_parameters as trained_parameters
 from .judge_options import JudgeOptions as JudgeOptions
 from .judging import judge_answers as judge_answers
+from .judging import judge_talks as judge_talks
 from .operations import Operations as Operations
 from .operations import label_sets as label_sets
 from .operations import needs_projections as needs_projections

@@ -100,6 +100,31 @@ def judge_texts(
     return {"score": torch.tensor(scores.trait), "coherence": torch.tensor(scores.coherence)}
 
 
+def judge_talks(
+    trait: Trait, asked: Sequence[Sequence[str]], texts: np.ndarray[Any, Any], choice: JudgeOptions
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Have the answers in conversations judged, each to what the user said before it.
+
+    Args:
+        trait: what is judged.
+        asked: the user's texts of each conversation.
+        texts: [conversation, turn, …], user and model in turn; empty where there is no answer.
+        choice: the judge.
+
+    Returns:
+        ``score`` for the trait and ``coherence``, of the shape of the texts; NaN without an answer
+        and where the judge refuses.
+    """
+    places = np.argwhere(texts != "")
+    questions = [asked[row][turn // 2] for row, turn, *_ in places]
+    answers = [texts[tuple(place)] for place in places]
+    judged: dict[str, np.ndarray[Any, Any]] = {}
+    for name, values in judge_texts(trait, questions, answers, choice).items():
+        judged[name] = np.full(texts.shape, np.nan)
+        judged[name][tuple(places.T)] = values.numpy()
+    return judged
+
+
 def _show_cost(judge: Judge, choice: JudgeOptions) -> None:
     """Say what an endpoint has cost so far; a lexicon costs nothing."""
     usage = getattr(judge, "usage", None)
