@@ -4,9 +4,8 @@ A vector is added while the assistant answers: in the *window* of each answer, f
 its first to its last. The earlier windows leave their keys and values in the cache. So two things
 are told apart, for every turn: whether this window is steered, and whether the earlier tokens have
 been. `clean_kv` steers this window behind an unsteered cache, `dirty_kv` leaves it alone behind a
-steered one; `none` and `steered` do the same with both, and `system` asks in words instead ("The
-Memory of Steering", arXiv 2605.10664). Answers are given, and scored; or the model answers a script
-in each condition for itself.
+steered one; `none` and `steered` do the same with both, and `system` asks in words instead (arXiv 2605.10664).
+Answers are given, and scored; or the model answers a script in each condition for itself.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_nns.declarations import Count, FileName, Plan, Variable, content_digest
-from persona_nns.figures import memory_by_turn
+from persona_nns.figures import answers_by_turn, memory_by_turn
 from persona_nns.prompts import (
     Messages,
     RenderedChat,
@@ -30,7 +29,7 @@ from persona_nns.prompts import (
     domains_of,
     read_said,
     render_each,
-    render_turns,
+    render_talks,
     stem_of,
     takes_system_role,
 )
@@ -107,7 +106,7 @@ variables = {
     "coherence": _of_condition("coherence", description="Likewise for its coherence."),
 }
 _JUDGED = ("score", "coherence")
-figures = {"by_turn": memory_by_turn}
+figures = {"by_turn": memory_by_turn, "answers": answers_by_turn}
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,17 +165,9 @@ def plan(
     chats = render_each(tokenizer, said)
     told = [None] * len(said) if system is None else render_each(tokenizer, said, system)
     n_turns = max(len(chat.turns) for chat in chats)
+    shared: dict[str, Any] = {"system": system, "vector": found.vectors, "alphas": coefficients}
     units = [
-        Remembered(
-            each.id,
-            each.turns,
-            chat,
-            n_turns,
-            with_text,
-            system,
-            found.vectors,
-            coefficients,
-        )
+        Remembered(each.id, each.turns, chat, n_turns, with_text, **shared)
         for each, chat, with_text in zip(said, chats, told, strict=True)
     ]
     content: dict[str, Any] = {
@@ -211,11 +202,7 @@ def plan(
         },
         digest=content_digest(content),
         coords=domains_of(said),
-        attrs={
-            "vector_source": vector,
-            "system": system or "",
-            "system_role": takes_system_role(tokenizer),
-        },
+        attrs={"vector_source": vector, "system_role": takes_system_role(tokenizer)},
         batch_size=4,
         variables=names,
         width=(found.vectors.shape[0] - 1, found.vectors.shape[1]),
@@ -244,7 +231,11 @@ def measure(
     add = [Operation("add", first.vector, alpha, tuple(layers)) for alpha in first.alphas]
     if first.asked:
         talks = answer_scripts(model, units, add, max_new_tokens, reuse=reuse)
-        spoken = [respeak(model, at["steered"], first.system) for at in talks]
+        # What the model says while it is steered is scored in all conditions.
+        spoken = [
+            run_unsteered(model, *render_talks(model.tokenizer, at["steered"], first.system))
+            for at in talks
+        ]
     else:
         told = [unit.told for unit in units if unit.told is not None]
         spoken = [run_unsteered(model, [unit.chat for unit in units], told)] * len(first.alphas)
@@ -265,18 +256,9 @@ def run_unsteered(
     model: TransformersModel, chats: Sequence[RenderedChat], told: Sequence[RenderedChat]
 ) -> Spoken:
     """Run conversations without steering, once."""
-    check_same_turns(chats if told else [], told)
+    check_same_turns(chats, told)
     clean_told = run_whole(model, told) if told else None
     return Spoken(chats, told, run_whole(model, chats), clean_told)
-
-
-def respeak(model: TransformersModel, talks: Sequence[Messages], system: str | None) -> Spoken:
-    """What the model has said in a condition, as conversations that are scored in all of them."""
-    chats = [render_turns(model.tokenizer, talk) for talk in talks]
-    told = [
-        render_turns(model.tokenizer, talk, system=system) for talk in talks if system is not None
-    ]
-    return run_unsteered(model, chats, told)
 
 
 def run_whole(

@@ -39,5 +39,6 @@ from .traits import score_bars as score_bars
 from .traits import steering_sweep as steering_sweep
 from .traits import token_kl_figure as token_kl_figure
 from .traits import vector_norms as vector_norms
+from .turns import answers_by_turn as answers_by_turn
 from .turns import drift_curves as drift_curves
 from .turns import memory_by_turn as memory_by_turn

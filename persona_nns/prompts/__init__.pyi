@@ -67,4 +67,5 @@ from .templates import takes_system_role as takes_system_role
 from .turns import Messages as Messages
 from .turns import RenderedChat as RenderedChat
 from .turns import check_same_turns as check_same_turns
+from .turns import render_talks as render_talks
 from .turns import render_turns as render_turns

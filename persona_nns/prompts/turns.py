@@ -95,13 +95,23 @@ def render_turns(
     return RenderedChat(tuple(encoded["input_ids"]), turns, tuple(role for role, _ in messages))
 
 
+def render_talks(
+    tokenizer: PreTrainedTokenizerBase, talks: Sequence[Messages], system: str | None
+) -> tuple[list[RenderedChat], list[RenderedChat]]:
+    """Conversations as they are, and with a system text; none of these without one."""
+    chats = [render_turns(tokenizer, talk) for talk in talks]
+    if system is None:
+        return chats, []
+    return chats, [render_turns(tokenizer, talk, system=system) for talk in talks]
+
+
 def check_same_turns(chats: Sequence[RenderedChat], told: Sequence[RenderedChat]) -> None:
-    """See that the turns of conversations have the same tokens under a system text.
+    """See that the turns of conversations have the same tokens under a system text, if at all.
 
     Raises:
         PersonaError: one has others.
     """
-    for chat, with_text in zip(chats, told, strict=True):
+    for chat, with_text in zip(chats if told else [], told, strict=True):
         for turn, again in zip(chat.turns, with_text.turns, strict=True):
             ids = chat.ids[turn.start : turn.stop]
             if again and ids != with_text.ids[again.start : again.stop]:
