@@ -4,8 +4,9 @@ A vector is added while the assistant answers: in the *window* of each answer, f
 its first to its last. The earlier windows leave their keys and values in the cache. So two things
 are told apart, for every turn: whether this window is steered, and whether the earlier tokens have
 been. `clean_kv` steers this window behind an unsteered cache, `dirty_kv` leaves it alone behind a
-steered one; `none` and `steered` do the same with both, and `system` asks in words instead (arXiv 2605.10664).
-Answers are given, and scored; or the model answers a script in each condition for itself.
+steered one; `none` and `steered` do the same with both, and `system` asks in words instead (arXiv
+2605.10664). Answers are given, and scored; or the model answers a script in each condition for
+itself.
 """
 
 from collections.abc import Sequence

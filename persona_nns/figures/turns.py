@@ -5,7 +5,7 @@ from typing import Any
 import xarray as xr
 from matplotlib.figure import Figure
 
-from persona_nns.figures.style import FEW, axis_label, draw_medians, long_form, panels
+from persona_nns.figures.style import FEW, axis_label, dodge, draw_medians, long_form, panels
 
 #: Depths at which projections are drawn.
 _DEPTHS = (0.25, 0.5, 0.75)
@@ -52,13 +52,9 @@ def memory_by_turn(results: xr.Dataset) -> Figure:
     """
     per_token = results[["logp", "kl"]] / results["n_tokens"]
     named = {name: per_token[name].assign_attrs(results[name].attrs) for name in per_token}
-    labels = {name: f"{_stem(array)} (nat a token)" for name, array in named.items()}
-    return _by_condition(
-        results,
-        named,
-        labels,
-        "Sums over an answer's tokens, divided by their number.",
-    )
+    labels = {"logp": "log p of the answer\n(nat a token)", "kl": "KL from clean_kv\n(nat a token)"}
+    said = "Sums over an answer's tokens, divided by their number; KL(clean_kv ‖ condition)."
+    return _by_condition(results, named, labels, said)
 
 
 def answers_by_turn(results: xr.Dataset) -> Figure | None:
@@ -73,7 +69,7 @@ def answers_by_turn(results: xr.Dataset) -> Figure | None:
     if "score" not in results:
         return None
     named = {name: results[name] for name in ("score", "coherence")}
-    labels = {name: f"{_stem(array)} (points)" for name, array in named.items()}
+    labels = {name: f"{axis_label(array)}\n(points)" for name, array in named.items()}
     return _by_condition(results, named, labels, "Each condition answers for itself.")
 
 
@@ -92,7 +88,9 @@ def _by_condition(
             values = named[name].sel(model=model, alpha=alpha)
             shown = values.dropna("condition", how="all")
             if shown.size:
-                draw_medians(axis, long_form(shown, "condition"), "turn", "condition")
+                frame = long_form(shown, "condition")
+                apart = [dodge(k, shown.sizes["condition"]) for k in frame["condition"].cat.codes]
+                draw_medians(axis, frame.assign(turn=frame["turn"] + apart), "turn", "condition")
             axis.set(title=f"{model} · α = {alpha:g}", ylabel=labels[name])
         drawn.label_outer()
         drawn.legend("condition")
@@ -112,10 +110,6 @@ def _of(results: xr.Dataset, dim: str) -> list[Any]:
 
 def _domains(results: xr.Dataset) -> list[str]:
     return _of(results, "domain") if "domain" in results.coords else []
-
-
-def _stem(array: xr.DataArray) -> str:
-    return axis_label(array).partition(" (nat")[0]
 
 
 def _title(results: xr.Dataset) -> str:
