@@ -22,6 +22,7 @@ CELLS = "yoda/haiku,marx/policy,marx/haiku"
 _TALK = {"max_new_tokens": 4, "judge": "none"}  # a random model's answers, which nobody can judge
 _GIVEN = {"responses": "cheerful.jsonl", "judge": "none"}
 _STEERED = {"vector": "v.npy", "layers": "2", "alphas": "0,2"}
+_SCRIPT = {"script": "script.jsonl", "layers": "2", "max_new_tokens": 5}
 ROWS = [
     {"pair": 0, "question_id": k, "label": label, "system": system, **said}
     for k, said in enumerate(
@@ -75,6 +76,18 @@ CASES = [
     Case("trait_projections", {"responses": "cheerful.jsonl", "vector": "v.npy"}),
     Case("trait_responses", {**_TALK, "temperature": 0}),
     Case("trait_monitoring", {"vector": "v.npy", **_TALK, "temperature": 0}),
+    Case("persona_drift", {"direction": ["v.npy"], "conversations": "talks.jsonl"}, "given"),
+    Case("persona_drift", {**_SCRIPT, "direction": ["v.npy"], "operation": "add"}, "generated"),
+    Case(
+        "steering_memory",
+        {"vector": "v.npy", "conversations": "talks.jsonl", "alphas": "2", "system": "Be glad."},
+        "given",
+    ),
+    Case(
+        "steering_memory",
+        {**_SCRIPT, "vector": "v.npy", "alphas": "2", "judge": "none"},
+        "generated",
+    ),
 ]
 
 
@@ -82,6 +95,9 @@ def write_inputs(model: TransformersModel) -> None:
     """Write the files that `CASES` name into the current folder."""
     Path("identities.txt").write_text("good\nbad\n")
     Path("cheerful.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    talk = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Rain, rain."}]
+    Path("talks.jsonl").write_text(json.dumps({"messages": talk * 2}))
+    Path("script.jsonl").write_text(json.dumps({"turns": ["How is the day?", "And the rain?"]}))
     shape = (len(model.layers) + 1, model.config.get_text_config().hidden_size)
     np.save("v.npy", np.random.default_rng(0).normal(size=shape))
 
