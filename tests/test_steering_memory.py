@@ -121,3 +121,21 @@ def test_without_a_coefficient_all_but_the_system_text_are_equal(given: xr.Datas
     assert float(given.kl.sel(condition="clean_kv").max()) == pytest.approx(0, abs=1e-7)
     unmoved = given.logp.sel(condition=["none", "system"])
     assert float((unmoved.max("alpha") - unmoved.min("alpha")).max()) < 1e-5
+
+
+def test_runs_at_other_layers_are_other_results(
+    random_model: Callable[[str], TransformersModel], files: Path, tmp_path: Path
+) -> None:
+    model = random_model("qwen2")
+    given = {"vector": str(files / "v.npy"), "conversations": str(files / "talks.jsonl")}
+    given |= {"alphas": "2", "store": str(tmp_path / "s")}
+    apart = [pn.run("steering_memory", model, layers=layers, **given) for layers in ("1", "3")]
+    both = pn.run("steering_memory", model, layers="1,3", **given)
+    steered = [float(ds.logp.sel(condition="steered").sum()) for ds in (*apart, both)]
+    assert len({round(each, 3) for each in steered}) == 3
+    unsteered = [float(ds.logp.sel(condition="none").sum()) for ds in (*apart, both)]
+    assert max(unsteered) - min(unsteered) < 1e-4
+    for ds in (*apart, both):
+        again = pn.open_results(tmp_path / "s", "steering_memory", run=ds.attrs["run"])
+        xr.testing.assert_identical(again.logp, ds.logp)
+    assert bool(both.logp.sel(condition="system").isnull().all())  # nobody gave a system text

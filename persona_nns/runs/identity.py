@@ -55,9 +55,12 @@ def kindred(experiment: Experiment, record: ModelRecord, parameters: Mapping[str
     """Hash of all that determines the numbers of a unit at a layer, but for the unit itself.
 
     Runs that agree in it have measured the same wherever they share units (`unit_digests`) and
-    layers.
+    layers. Where no variable has a dimension of the layers that were asked for, every number
+    depends on all of them.
     """
-    of_a_layer = {name: value for name, value in parameters.items() if name != "layers"}
+    measured = [each for each in experiment.variables.values() if not each.every_layer]
+    apart = {"layers"} if any("layer" in each.axes for each in measured) else set()
+    of_a_layer = {name: value for name, value in parameters.items() if name not in apart}
     nothing = Plan("", (), {}, (), {}, {}, "")
     return identity(experiment, record, nothing, of_a_layer)
 
