@@ -18,7 +18,7 @@ from persona_nns.errors import UsageError
 from persona_nns.traits.vectors import write_vector
 
 architecture = architectures("qwen2", "gemma3", "gpt2")
-SYSTEM, N_TOKENS = "Be rude, and say so.", 4
+SYSTEM, N_TOKENS = "Be rude, and say so.", 5
 SCRIPTS = {
     "three": ["How is the day?", "And the night?", "Why?"],
     "two": ["Who are you, and what do you want?", "No."],
@@ -59,14 +59,14 @@ def files(vector: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_condition_answers_for_itself(
     model: TransformersModel, plain: Any, vector: Tensor, files: Path, tmp_path: Path
 ) -> None:
-    alpha, add = 2.0, {2: lambda hidden: hidden + 2.0 * vector[2]}
+    alpha, add = 1.0, {2: lambda hidden: hidden + vector[2]}
     ours = pn.run(
         "steering_memory",
         model,
         vector=str(files / "v.npy"),
         script=str(files / "script.jsonl"),
         layers="2",
-        alphas="2",
+        alphas="1",
         system=SYSTEM,
         max_new_tokens=N_TOKENS,
         judge="none",
@@ -90,7 +90,9 @@ def test_every_condition_answers_for_itself(
             for condition, (logp, kl) in of_condition.items():
                 assert float(at.logp.sel(condition=condition)) == pytest.approx(logp, abs=1e-3)
                 assert float(at.kl.sel(condition=condition)) == pytest.approx(kl, abs=1e-3)
-    assert len({tuple(each) for each in ours.text.sel(alpha=alpha).values[0].T.tolist()}) >= 4
+    said = ours.text.sel(alpha=alpha)
+    whole = {(*said[0, :, k].values, *said[1, :, k].values) for k in range(len(ACTS))}
+    assert len(whole) >= 4
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import persona_nns as pn
+from persona_nns.errors import UsageError
 from persona_nns.traits.vectors import write_vector
 
 architecture = architectures(*ARCHITECTURES)
@@ -138,4 +139,6 @@ def test_runs_at_other_layers_are_other_results(
     for ds in (*apart, both):
         again = pn.open_results(tmp_path / "s", "steering_memory", run=ds.attrs["run"])
         xr.testing.assert_identical(again.logp, ds.logp)
+    with pytest.raises(UsageError, match="Several runs of the model"):
+        pn.open_results(tmp_path / "s", "steering_memory")
     assert bool(both.logp.sel(condition="system").isnull().all())  # nobody gave a system text
