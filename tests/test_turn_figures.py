@@ -1,13 +1,16 @@
 """Figures of conversations, and answers in them that are judged."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import xarray as xr
 
 from persona_nns.figures import answers_by_turn, drift_curves, memory_by_turn
 from persona_nns.figures.drawing import draw
-from persona_nns.traits import JudgeOptions, judge_talks, load_traits
+from persona_nns.traits import JudgeOptions, judge_talks, judging, load_traits
+from persona_nns.traits.judges import Answer, Scores
 
 CONDITIONS = ["none", "steered", "clean_kv", "dirty_kv", "system"]
 N_TALKS, N_TURNS = 6, 5
@@ -83,14 +86,21 @@ def test_memory_is_drawn_a_token_and_by_condition() -> None:
     assert set(draw(judged, "steering_memory")) == {"by_turn", "answers"}
 
 
-def test_answers_are_judged_to_what_was_said_before_them() -> None:
-    trait = load_traits("terse", "evaluation")[0]
-    asked = [list(trait.questions[:2]), list(trait.questions[2:3])]
+class Counting:
+    """A judge that counts letters: of the question for the trait, of the answer for coherence."""
+
+    def scores(self, _trait: Any, given: Sequence[Answer]) -> Scores:
+        counts = [[len(each.question) for each in given], [len(each.answer) for each in given]]
+        return Scores(*(list(map(float, each)) for each in counts))
+
+
+def test_answers_are_judged_to_what_was_said_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "open_judge", lambda _: Counting())
     texts = np.full((2, 4, 1, 2), "", dtype=object)
-    texts[0, 1], texts[0, 3], texts[1, 1] = "Rest.", "Rest.", "Walk."
-    judged = judge_talks(trait, asked, texts, JudgeOptions())
-    assert set(judged) == {"score", "coherence"}
-    for scores in judged.values():
-        assert scores.shape == texts.shape
-        assert (np.isfinite(scores) == (texts != "")).all()
-    assert (judged["score"][texts != ""] > 50).all()
+    texts[0, 1], texts[0, 3], texts[1, 1] = "Rest.", "Walk now.", "Sit."
+    asked = [["What?", "And then, what?"], ["Why not?"]]
+    judged = judge_talks(load_traits("terse", "evaluation")[0], asked, texts, JudgeOptions())
+    for name, counts in (("score", (5, 15, 8)), ("coherence", (5, 9, 4))):
+        expected = np.full(texts.shape, np.nan)
+        expected[0, 1], expected[0, 3], expected[1, 1] = counts
+        np.testing.assert_array_equal(judged[name], expected)
