@@ -247,6 +247,8 @@ def _run_experiment(
         )
     if workers is None and backend == "local":
         set_threads(threads)
+    if "grid" in experiment.options:  # an input among others
+        options, grid = {**options, "grid": grid}, None
     adapters = _adapters(model, adapter or [])
     labels = _labels(model, adapters, as_ or [])
     check_hosting(model, as_, backend)

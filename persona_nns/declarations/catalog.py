@@ -10,9 +10,10 @@ One that does not run on a grid of personas and tasks also has ``plan(tokenizer,
 makes a `Plan` of its inputs: the units, with their token ids, that `measure` then gets instead of
 cells. The keyword arguments of both are the experiment's options; one that `plan` alone takes is
 known by the plan's content, not by its value. Where `plan` has an argument ``model``, it gets the
-label of the model. Options that belong together may be a group: a frozen dataclass, documented
-under ``Attributes:``, that a function takes as one keyword argument annotated with it. Its fields
-are options of the same names, so that what it holds is given, stored and shown like all others.
+label of the model; an option called ``grid`` is what is given as the grid. Options that belong
+together may be a group: a frozen dataclass, documented under ``Attributes:``, that a function takes
+as one keyword argument annotated with it. Its fields are options of the same names, so that what it
+holds is given, stored and shown like all others.
 
 Two more functions run where the command runs, whatever machine `measure` runs on.
 ``prepare(model, store, options, *, progress)`` runs what has to be there first and returns the
@@ -299,7 +300,7 @@ def _check_declarations(
         if on_grid:
             check_axes(name, variable, str(file), {"cell", *_site_axes(parameters)})
     for option in parameters:
-        if option in _RESERVED_OPTIONS:
+        if option in _RESERVED_OPTIONS and (on_grid or option != "grid"):
             raise PersonaError(
                 f"{str(file)!r} cannot call an option of measure {option!r}: every run has it."
             )

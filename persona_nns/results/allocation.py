@@ -121,6 +121,8 @@ def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
         for axis in variable.coords:
             labels = variable.labels(axis)
             coordinates[axis] = ((axis,), labels, _kind(labels), axis)
+    for name in block.variables:  # a dimension may be called as an array is: it has no labels
+        coordinates.pop(name, None)
     labels = {
         name: np.asarray(values, dtype=object if kind == "text" else None)
         for name, (_, values, kind, _) in coordinates.items()

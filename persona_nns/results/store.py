@@ -178,6 +178,9 @@ class RunGroup:
         axes = _axes(array)
         placed = [axis for axis in axes if axis in rows[0][0].place]
         own = [axis for axis in axes if axis not in placed]
+        if not placed:  # of a run's only unit
+            yield array, tuple(map(slice, array.shape)), np.asarray(rows[0][1])[None]
+            return
         values = {self._index(array, unit): value for unit, value in rows}
         for stretch in stretches(values):
             stacked = np.stack([values[index] for index in stretch])

@@ -247,7 +247,8 @@ def _plan_anew(
     attrs = info.attrs
     model.tokenizer.chat_template = attrs["template"] or None
     settings = {**attrs["parameters"], **attrs["plan_options"]}
-    planned = plan_run(experiment, model, grid_of(info), store=store, **settings)
+    grid = settings.pop("grid", None) or grid_of(info)
+    planned = plan_run(experiment, model, grid, store=store, **settings)
     now = planned.request.block.attrs
     if now["identity"] != attrs["identity"]:
         changed = [name for name in _DETERMINING if name in attrs and now[name] != attrs[name]]

@@ -249,7 +249,8 @@ def make_plan(
             continue
         every = {"layer"} if variable.every_layer else set()
         check_axes(name, variable, experiment.name, {*experiment.site_axes, *plan.axes, *every})
-        if not plan.placed_axes & set(variable.axes):
+        # What is of all inputs has no such dimension; then there is one unit, which writes it.
+        if len(plan.units) != 1 and not plan.placed_axes & set(variable.axes):
             raise PersonaError(
                 f"The variable {name!r} of {experiment.name!r} has none of the dimensions that "
                 f"its units have a place on: {', '.join(sorted(plan.placed_axes))}."

@@ -262,6 +262,8 @@ def _plan(
     if not isinstance(experiment, Experiment):
         experiment = load_experiment(experiment)
     grid = experiment.grid if grid is None else grid
+    if "grid" in experiment.options:  # an input among others
+        asked, grid = replace(asked, options={"grid": grid, **asked.options}), None
     loaded_grid = None if grid is None else load_grid(grid, frame)
     check_inputs(experiment, loaded_grid, asked.cells, frame)
     if isinstance(model, str | Path):

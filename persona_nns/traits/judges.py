@@ -73,6 +73,18 @@ class Judge(Protocol):
         ...
 
 
+class AskedJudge(Judge, Protocol):
+    """A judge that is a language model: it can be asked for any number."""
+
+    def ask(self, prompts: Sequence[str]) -> Sequence[Mapping[str, float]]:
+        """Log-probabilities of the candidates for the reply to each prompt.
+
+        Raises:
+            PersonaError: the judge cannot be asked.
+        """
+        ...
+
+
 class LexiconJudge:
     """Knows the bundled traits by their words, and coherence by the corpus grammar."""
 

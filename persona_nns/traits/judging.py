@@ -96,7 +96,7 @@ def judge_texts(
         return {"score": missing, "coherence": missing.clone()}
     judge = open_judge(choice)
     scores = judge.scores(trait, list(map(Answer, questions, texts)))
-    _show_cost(judge, choice)
+    show_cost(judge, choice)
     return {"score": torch.tensor(scores.trait), "coherence": torch.tensor(scores.coherence)}
 
 
@@ -125,7 +125,7 @@ def judge_talks(
     return judged
 
 
-def _show_cost(judge: Judge, choice: JudgeOptions) -> None:
+def show_cost(judge: Judge, choice: JudgeOptions) -> None:
     """Say what an endpoint has cost so far; a lexicon costs nothing."""
     usage = getattr(judge, "usage", None)
     if usage is not None:
