@@ -17,6 +17,7 @@ from nnsight import TransformersModel
 from transformers import PreTrainedTokenizerBase
 
 from persona_nns.declarations import Count, FileName, Plan, Variable, content_digest
+from persona_nns.figures import axis_cosines, role_map, role_ranking, scree
 from persona_nns.runs import run
 from persona_nns.tracing import NucleusSampling
 from persona_nns.traits import (
@@ -132,6 +133,7 @@ variables = {
     ),
     "kept": Variable("answer", "answer counts", description="For its role.", kind="bool"),
 }
+figures = {"map": role_map, "scree": scree, "ranking": role_ranking, "cosines": axis_cosines}
 _SAMPLING = NucleusSampling(max_new_tokens=512, temperature=0.7, top_p=0.9)
 _NOBODY = JudgeOptions(judge="none")
 # What answers that are made depend on, beside what is asked.

@@ -26,6 +26,10 @@ from .patching import recovery_by_pair as recovery_by_pair
 from .positions import few_positions as few_positions
 from .positions import position_map as position_map
 from .positions import said_of_positions as said_of_positions
+from .role_space import axis_cosines as axis_cosines
+from .role_space import role_map as role_map
+from .role_space import role_ranking as role_ranking
+from .role_space import scree as scree
 from .tables import measured as measured
 from .tables import number as number
 from .tables import result_table as result_table

@@ -157,9 +157,12 @@ def result_table(results: xr.Dataset, name: str, *, bootstrap: bool = False) -> 
     note = clean_marker_note(results) if name in _OF_MARKERS else ""
     cells = "1 cell" if n_units == 1 else f"{n_units} cells"
     counted = cells if over == ["cell"] else f"every {', '.join(over)}"
+    said = f"{statistic} [{spread}] over {counted}" if over else ""
+    if not (over or is_share):
+        summarise, statistic = _only, "value"
     table = new_table(
         Text(title if units == "1" else f"{title} in {units}"),
-        caption=Text(". ".join(filter(None, (f"{statistic} [{spread}] over {counted}", note)))),
+        caption=Text(". ".join(filter(None, (said, note)))),
     )
     if np.prod([array.sizes[dim] for dim in across]) > _MOST_COLUMNS:
         down, across, statistic = [*across, *down], [], "value"
@@ -252,6 +255,10 @@ def _share(values: NDArray[np.float64]) -> str:
 
 def _median_interval(values: NDArray[np.float64]) -> str:
     return _number_in(float(np.median(values)), *interval(values))
+
+
+def _only(values: NDArray[np.float64]) -> str:
+    return number(float(values[0]))
 
 
 def _quartiles(values: NDArray[np.float64]) -> str:

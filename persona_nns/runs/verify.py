@@ -149,7 +149,8 @@ def _check_arrays(results: xr.Dataset, info: RunInfo) -> Iterator[str]:
     if info.noun == "cell":
         yield from _check_cells(results, info)
     for name, coordinate in results.coords.items():
-        if name in results.dims and len(set(coordinate.values.tolist())) != coordinate.size:
+        # An array that is called as one of its dimensions is no label, though xarray has it there.
+        if coordinate.dims == (name,) and len(set(coordinate.values.tolist())) != coordinate.size:
             yield f"A label of {name!r} stands there twice."
     if results.model.values.tolist() != [info.attrs["model"]]:
         yield f"Its model is labelled {results.model.item()!r}."
