@@ -32,15 +32,16 @@ def name_points(axis: Axes, points: NDArray[Any], names: Sequence[str], **look: 
     """
     figure: Any = axis.figure
     figure.draw_without_rendering()
-    renderer, scale = figure.canvas.get_renderer(), figure.dpi / 72
+    scale = figure.dpi / 72
     at = axis.transData.transform(points)
     half = _POINT * scale
     taken = [Bbox.from_extents(*(xy - half), *(xy + half)) for xy in at]
-    frame = axis.get_window_extent(renderer)
+    frame = axis.get_window_extent()
     crowd = [np.sort(np.linalg.norm(at - xy, axis=1))[:4].sum() for xy in at]
     for k in np.argsort(crowd).tolist():
         text = axis.annotate(names[k], points[k], (0, 0), textcoords="offset points", **look)
-        size = text.get_window_extent(renderer)
+        text.set_in_layout(False)  # what it takes up must not move the panel
+        size = text.get_window_extent()
         options = [
             (_box(at[k], size, distance * scale, direction), distance, direction)
             for distance, direction in product(_DISTANCES, _DIRECTIONS)
@@ -52,7 +53,8 @@ def name_points(axis: Axes, points: NDArray[Any], names: Sequence[str], **look: 
         if distance > _NEAR:
             end = (direction[0] * distance, direction[1] * distance)
             line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
-            axis.annotate("", points[k], end, textcoords="offset points", arrowprops=line)
+            drawn = axis.annotate("", points[k], end, textcoords="offset points", arrowprops=line)
+            drawn.set_in_layout(False)
 
 
 def _box(point: NDArray[Any], size: Bbox, distance: float, direction: tuple[float, float]) -> Bbox:

@@ -45,8 +45,8 @@ def role_map(results: xr.Dataset) -> Figure:
             )
         drawn.title(
             _named(results),
-            "Role means, centred on their mean; the default enters no component, and PC1 points "
-            "towards it.",
+            "Role means, centred on their mean; the default enters no component, and both "
+            "components point towards it.",
         )
         for _, model, axis in drawn:
             at = _middle(results, model)
@@ -66,9 +66,11 @@ def scree(results: xr.Dataset) -> Figure:
         for model, name, axis in drawn:
             of = results.sel(model=model)
             if name == "variance":
-                axis.plot(of.layer, of.variance, marker="o", markersize=3, label="roles")
-                axis.plot(of.layer, of.variance_null, **DOTTED, label="by chance (95 %)")
-                axis.set(xlabel="layer", ylabel="variance between roles", yscale="log", title=model)
+                ratio = of.variance / of.variance_null
+                axis.plot(of.layer, ratio, marker="o", markersize=3, label="roles")
+                axis.axhline(1, **DOTTED, label="by chance (95 %)")
+                axis.set(xlabel="layer", ylabel="variance between roles ÷ chance", title=model)
+                axis.set_ylim(0, 1.1 * max(1, float(ratio.max())))
                 axis.xaxis.set_major_locator(MaxNLocator(integer=True))
                 continue
             at = _middle(results, model)
