@@ -118,7 +118,7 @@ def test_a_path_is_known_by_the_type_of_its_option(
     }
 
 
-FILES = {"vector", "responses", "artifacts", "identities", "questions", "output"}
+FILES = {"vector", "responses", "artifacts", "identities", "questions", "output", "roles"}
 
 
 @pytest.mark.parametrize("name", bundled_experiments())

@@ -31,6 +31,7 @@ from persona_nns.traits import (
     describe_space,
     read_role_responses,
     role_judging,
+    role_space,
 )
 from persona_nns.traits.role_judging import role_score
 
@@ -283,6 +284,7 @@ def test_roles_without_a_difference_lie_within_their_null() -> None:
     assert float(found["axis"].norm()) > max(axes)
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_a_question_that_one_role_answers_tells_nothing_of_chance(tmp_path: Path) -> None:
     rows = given_rows()
     for row in rows:
@@ -293,11 +295,18 @@ def test_a_question_that_one_role_answers_tells_nothing_of_chance(tmp_path: Path
     np.testing.assert_allclose(ds.variance_null, ds.variance, rtol=1e-4)
 
 
+@pytest.fixture
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what does not look at nulls and intervals."""
+    monkeypatch.setattr(role_space, "DRAWS", 5)
+
+
 @pytest.fixture(scope="module")
 def model() -> TransformersModel:
     return pn.load_model("organism-qwen2")
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_scores_and_counts_decide_who_is_in(model: TransformersModel, tmp_path: Path) -> None:
     rows = given_rows()
     scores = {"pirate": 3, "ghost": 2, "chef": None, "judge": 1.5, "poet": 3}
@@ -333,6 +342,7 @@ def test_scores_and_counts_decide_who_is_in(model: TransformersModel, tmp_path: 
 ASK = {"grid": "short", "max_new_tokens": 10, "n_samples": 2}
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_reuse_changes_no_answer_and_a_killed_run_goes_on(
     model: TransformersModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,11 +360,11 @@ def test_reuse_changes_no_answer_and_a_killed_run_goes_on(
     monkeypatch.setattr(module, "answer", dies)
     store = tmp_path / "s.zarr"
     with pytest.raises(KeyboardInterrupt):
-        pn.run("persona_responses", model, store=store, batch_size=2, **ASK)
-    assert int(pn.open_results(store, "persona_responses").completed.sum()) == 4
+        pn.run("persona_responses", model, store=store, batch_size=1, **ASK)
+    assert int(pn.open_results(store, "persona_responses").completed.sum()) == 2
     asked[:] = [0] * 3
     ds = pn.run("persona_space", model, store=store, **ASK).isel(model=0)
-    assert asked == [0, 0, 0, 8]  # one of five was left
+    assert sum(asked) == 24  # three of five were left
     there = pn.open_results(store, "persona_responses")
     assert (there.response.values == plain.response.values).all()
     np.testing.assert_allclose(there.answer_mean, plain.answer_mean, atol=2e-5, rtol=1e-5)
@@ -374,6 +384,7 @@ def test_reuse_changes_no_answer_and_a_killed_run_goes_on(
         np.testing.assert_allclose(again[name].isel(model=0), ds[name], atol=1e-4, err_msg=name)
 
 
+@pytest.mark.usefixtures("few_draws")
 @pytest.mark.parametrize("sampled", [True, False])
 def test_a_server_gives_the_same_space(sampled: bool, tmp_path: Path) -> None:
     options: dict[str, Any] = {"grid": "short", "max_new_tokens": 5, "temperature": 0}
@@ -430,6 +441,7 @@ class Refusing:
         return [{"3": -0.1} if "pirate" in prompt else {"I": -0.1} for prompt in prompts]
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_a_judge_is_asked_by_the_rubrics_of_roles(
     model: TransformersModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -494,6 +506,7 @@ def test_what_cannot_be_measured_is_one_sentence(
         pn.run("persona_space", model, store=tmp_path / "s.zarr", **asked)
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_the_command_draws_what_it_has_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,6 +136,8 @@ OWN_INPUTS: dict[str, dict[str, Any]] = {
     "trait_projections": {"responses": "cheerful.jsonl", "vector": "v.npy"},
     "trait_responses": TALK,
     "trait_monitoring": {"vector": "v.npy", **TALK},
+    "persona_responses": {"grid": "short", **TALK},
+    "persona_space": {"grid": "short", **TALK},
 }
 # The one that trains: it runs where the model is, and says so when asked for a server.
 LOCAL_ONLY = {"trait_distillation"}
