@@ -23,6 +23,7 @@ _TALK = {"max_new_tokens": 4, "judge": "none"}  # a random model's answers, whic
 _GIVEN = {"responses": "cheerful.jsonl", "judge": "none"}
 _STEERED = {"vector": "v.npy", "layers": "2", "alphas": "0,2"}
 _SCRIPT = {"script": "script.jsonl", "layers": "2", "max_new_tokens": 5}
+_ROLES = {"default": "", "poet": "Rhyme. ", "cook": "Cook well. ", "judge": "Be fair. "}
 ROWS = [
     {"pair": 0, "question_id": k, "label": label, "system": system, **said}
     for k, said in enumerate(
@@ -76,6 +77,9 @@ CASES = [
     Case("trait_projections", {"responses": "cheerful.jsonl", "vector": "v.npy"}),
     Case("trait_responses", {**_TALK, "temperature": 0}),
     Case("trait_monitoring", {"vector": "v.npy", **_TALK, "temperature": 0}),
+    Case("persona_responses", {"roles": "roles", "max_new_tokens": 4, "temperature": 0}),
+    Case("persona_space", {"responses": "said.jsonl", "min_answers": 1}, "given"),
+    Case("persona_space", {"roles": "roles", "max_new_tokens": 4, "min_answers": 1}, "generated"),
     Case("persona_drift", {"direction": ["v.npy"], "conversations": "talks.jsonl"}, "given"),
     Case("persona_drift", {**_SCRIPT, "direction": ["v.npy"], "operation": "add"}, "generated"),
     Case(
@@ -95,6 +99,22 @@ def write_inputs(model: TransformersModel) -> None:
     """Write the files that `CASES` name into the current folder."""
     Path("identities.txt").write_text("good\nbad\n")
     Path("cheerful.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    Path("roles").mkdir()
+    for role, says in _ROLES.items():
+        of_role = {"instruction": [{"pos": says}], "questions": ["Who are you?", "And the rain?"]}
+        Path(f"roles/{role}.json").write_text(json.dumps(of_role))
+    said = [
+        {
+            "role": role,
+            "system": says,
+            "question_id": k,
+            "question": question,
+            "response": f"It rains. {says}",
+        }
+        for role, says in _ROLES.items()
+        for k, question in enumerate(["Who are you?", "And the rain?"])
+    ]
+    Path("said.jsonl").write_text("\n".join(map(json.dumps, said)))
     talk = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Rain, rain."}]
     Path("talks.jsonl").write_text(json.dumps({"messages": talk * 2}))
     Path("script.jsonl").write_text(json.dumps({"turns": ["How is the day?", "And the rain?"]}))
