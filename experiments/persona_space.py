@@ -21,6 +21,7 @@ from persona_nns.figures import axis_cosines, role_map, role_ranking, scree
 from persona_nns.runs import run
 from persona_nns.tracing import NucleusSampling
 from persona_nns.traits import (
+    DEFAULT,
     AnswerMeans,
     JudgeOptions,
     RoleAnswers,
@@ -148,7 +149,10 @@ class Space:
         label: what they are called.
         store: where their mean residuals are.
         run: the run there.
-        answers: which of them count.
+        role: index of the role of each that counts.
+        question: index of the question of each.
+        roles: their names.
+        min_answers: a role of which fewer count is left out.
         places: of those that count, where they are in the run.
         n_answers: of each role.
         scores: of all answers, in the order of the result; none where nobody gave any.
@@ -159,7 +163,10 @@ class Space:
     label: str
     store: str
     run: str
-    answers: RoleAnswers
+    role: tuple[int, ...]
+    question: tuple[int, ...]
+    roles: tuple[str, ...]
+    min_answers: int
     places: tuple[tuple[int, int], ...]
     n_answers: tuple[int, ...]
     scores: tuple[float, ...]
@@ -246,7 +253,10 @@ def _plan_of(
         label=rows.name,
         store=rows.store,
         run=rows.run,
-        answers=answers,
+        role=tuple(answers.role.tolist()),
+        question=tuple(answers.question.tolist()),
+        roles=tuple(rows.roles),
+        min_answers=answers.min_answers,
         places=tuple(row.place for row in rows.rows if row.kept),
         n_answers=tuple(map(of_role.count, rows.roles)),
         scores=tuple(row.score for row in rows.rows) if rows.are_scored else (),
@@ -300,14 +310,20 @@ def finish(
     """Describe the space, a layer at a time."""
     (space,) = units
     means = AnswerMeans.of(space.store, space.run, space.places)
+    answers = RoleAnswers(
+        role=torch.tensor(space.role),
+        question=torch.tensor(space.question),
+        n_roles=len(space.roles),
+        default=space.roles.index(DEFAULT),
+        min_answers=space.min_answers,
+    )
     layers = [
-        describe_space(space.answers, means.at(layer), space.seed)
-        for layer in range(means.n_layers)
+        describe_space(answers, means.at(layer), space.seed) for layer in range(means.n_layers)
     ]
     found: dict[str, Any] = {
         **stack_layers(layers),
         "n_answers": torch.tensor(space.n_answers),
-        "n_kept": space.answers.n_kept,
+        "n_kept": answers.n_kept,
         "kept": torch.tensor(space.kept),
     }
     if space.scores:
