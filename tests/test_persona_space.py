@@ -35,7 +35,7 @@ from persona_nns.traits import (
 )
 from persona_nns.traits.role_judging import role_score
 
-ROLES = ("default", "pirate", "ghost", "chef", "judge", "poet")
+ROLES: tuple[str, ...] = ("default", "pirate", "ghost", "chef", "judge", "poet")
 WORDS = "sea rope sauce law moon rhyme wind plate court night"
 QUESTIONS = [f"What do you say of {word}?" for word in ("rain", "money", "home", "time", "love")]
 
@@ -330,6 +330,11 @@ def test_scores_and_counts_decide_who_is_in(model: TransformersModel, tmp_path: 
     assert one.sizes["component"] == 3
     low = pn.run("persona_space", model, keep=1, **options).isel(model=0)
     assert low.n_kept.values.tolist() == list(n.values())
+    with pytest.warns(UserWarning, match=r"count of default \(5 of 5\), "):
+        lost = pn.run("persona_space", model, keep=1, min_answers=6, **options).isel(model=0)
+    assert lost.axis.isnull().all()
+    assert lost.cos_axis_interval.isnull().all()
+    assert lost.explained.notnull().all()
     # The live roles are as if the others had never been.
     live = [row for row in rows if row["role"] not in ("ghost", "judge")]
     alone = pn.run(
@@ -377,7 +382,9 @@ def test_reuse_changes_no_answer_and_a_killed_run_goes_on(
     # What was made, given back, is the same space.
     names = ("role", "system", "question_id", "question", "response")
     columns = [ds[f"answer_{name}"].values.tolist() for name in names]
-    rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    rows: list[dict[str, Any]] = [
+        dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)
+    ]
     given = write(tmp_path, [row for row in rows if row["response"]])
     again = pn.run("persona_space", model, store=tmp_path / "g.zarr", responses=given)
     for name in ("axis", "component", "variance", "variance_null"):
@@ -486,7 +493,7 @@ def test_what_is_no_answer_is_one_sentence(
     [
         ({"grid": "short", "roles": "bundled"}, "leave out --roles and --questions"),
         ({"responses": "{given}", "n_questions": 2}, "leave out --n-questions"),
-        ({"responses": "{given}", "min_answers": 6}, "two roles beside 'default' with at least 6"),
+        ({"responses": "{given}", "min_answers": 7}, "two roles beside 'default' with at least 7"),
         ({"responses": "given.csv"}, "Answers are read from a .jsonl"),
         ({"responses": "nowhere.zarr"}, "There is no Zarr store"),
         ({"roles": "nowhere"}, "holds no role"),
@@ -501,19 +508,22 @@ def test_what_cannot_be_measured_is_one_sentence(
         "{given}": write(tmp_path, given_rows()),
         "{odd}": write(tmp_path, given_rows()[6:], "odd.jsonl"),
     }
-    asked = {name: files.get(value, value) for name, value in options.items()}
+    asked: dict[str, Any] = {name: files.get(value, value) for name, value in options.items()}
     with pytest.raises(UsageError, match=sentence):
         pn.run("persona_space", model, store=tmp_path / "s.zarr", **asked)
 
 
 @pytest.mark.usefixtures("few_draws")
 def test_the_command_draws_what_it_has_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = str(tmp_path / "s.zarr")
     command = ["run", "persona_space", "--model", "organism-qwen2", "--store", store]
     command += ["--responses", write(tmp_path, given_rows()), "--judge", "none"]
-    assert main(command) == 0
+    monkeypatch.setattr(sys, "argv", ["persona-nns", *command])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
     assert "variance between roles" in capsys.readouterr().out
     results = pn.open_results(store, "persona_space")
     figures = draw(results, "persona_space")

@@ -38,8 +38,9 @@ def name_points(axis: Axes, points: NDArray[Any], names: Sequence[str], **look: 
     taken = [Bbox.from_extents(*(xy - half), *(xy + half)) for xy in at]
     frame = axis.get_window_extent()
     crowd = [np.sort(np.linalg.norm(at - xy, axis=1))[:4].sum() for xy in at]
-    for k in np.argsort(crowd).tolist():
-        text = axis.annotate(names[k], points[k], (0, 0), textcoords="offset points", **look)
+    for k in map(int, np.argsort(crowd)):
+        point = (float(points[k, 0]), float(points[k, 1]))
+        text = axis.annotate(names[k], point, (0, 0), textcoords="offset points", **look)
         text.set_in_layout(False)  # what it takes up must not move the panel
         size = text.get_window_extent()
         options = [
@@ -53,7 +54,7 @@ def name_points(axis: Axes, points: NDArray[Any], names: Sequence[str], **look: 
         if distance > _NEAR:
             end = (direction[0] * distance, direction[1] * distance)
             line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
-            drawn = axis.annotate("", points[k], end, textcoords="offset points", arrowprops=line)
+            drawn = axis.annotate("", point, end, textcoords="offset points", arrowprops=line)
             drawn.set_in_layout(False)
 
 

@@ -213,8 +213,8 @@ def role_rows(store: str, model: str, run: str | None) -> RoleRows:
         for answer, question in enumerate(of_prompt)
         if question  # system prompts may have answers of different number
     ]
-    names = (results.attrs[name] for name in ("run", "identity", "grid"))
-    return RoleRows(store, *names, tuple(rows))
+    of_run = results.attrs
+    return RoleRows(store, of_run["run"], of_run["identity"], of_run["grid"], tuple(rows))
 
 
 def unmade_rows(prompts: Sequence[RolePrompt], name: str) -> RoleRows:
