@@ -106,6 +106,8 @@ rows = [
     for label, how in (("pos", "glad"), ("neg", "plain"))
 ]
 Path("cheerful.jsonl").write_text("\\n".join(map(json.dumps, rows)))
+talk = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Rain, rain."}]
+Path("talks.jsonl").write_text(json.dumps({"messages": talk * 2}))
 for backend in ("local", "simulate"):
     for name, source, options in json.loads(sys.argv[1]):
         model = pn.load_model(source, backend=backend)
@@ -138,6 +140,8 @@ OWN_INPUTS: dict[str, dict[str, Any]] = {
     "trait_monitoring": {"vector": "v.npy", **TALK},
     "persona_responses": {"grid": "short", **TALK},
     "persona_space": {"grid": "short", **TALK},
+    "persona_drift": {"direction": ["v.npy"], "conversations": "talks.jsonl"},
+    "steering_memory": {"vector": "v.npy", "conversations": "talks.jsonl", "alphas": "2"},
 }
 # The one that trains: it runs where the model is, and says so when asked for a server.
 LOCAL_ONLY = {"trait_distillation"}
