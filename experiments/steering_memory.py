@@ -230,6 +230,7 @@ def measure(
     """
     first = units[0]
     add = [Operation("add", first.vector, alpha, tuple(layers)) for alpha in first.alphas]
+    talks: list[dict[str, list[Messages]]] = []
     if first.asked:
         talks = answer_scripts(model, units, add, max_new_tokens, reuse=reuse)
         # What the model says while it is steered is scored in all conditions.
@@ -245,7 +246,7 @@ def measure(
         for operation, each in zip(add, spoken, strict=True)
     ]
     measured = {name: torch.stack([each[name] for each in scored], -1) for name in scored[0]}
-    if not first.asked:
+    if not talks:
         return measured
     texts = [
         [[answers_of(talk, first.n_turns) for talk in at[name]] for name in at] for at in talks
@@ -344,7 +345,7 @@ def answer_scripts(
     def talk(condition: str, operation: Operation) -> list[Messages]:
         say = partial(answer, model, operation, max_new_tokens)
         system = first.system if condition == "system" else None
-        return converse(model, scripts, say, ACTS[condition], system=system, reuse=reuse)
+        return [*converse(model, scripts, say, ACTS[condition], system=system, reuse=reuse)]
 
     names = [name for name in ACTS if name != "system" or first.system is not None]
     unsteered = {name: talk(name, operations[0]) for name in names if name in ("none", "system")}

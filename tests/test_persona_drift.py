@@ -152,6 +152,7 @@ def test_the_command_takes_several_directions_and_a_folder_of_transcripts(
     random_folder: Callable[[str], Path],
     files: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "transcripts"
@@ -162,7 +163,10 @@ def test_the_command_takes_several_directions_and_a_folder_of_transcripts(
     directions = [str(files / "axis.npy"), "--direction", str(files / "calm.safetensors")]
     command = ["run", "persona_drift", "--model", str(random_folder("qwen2")), "--direction"]
     command += [*directions, "--conversations", str(folder), "--store", str(tmp_path / "s.zarr")]
-    assert main(command) == 0
+    monkeypatch.setattr(sys, "argv", ["persona-nns", *command])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
     assert "projection" in capsys.readouterr().out
     ds = pn.open_results(tmp_path / "s.zarr", "persona_drift")
     assert ds.conversation.values.tolist() == ["long", "2", "assistant", "tea"]

@@ -128,7 +128,10 @@ def test_runs_at_other_layers_are_other_results(
     random_model: Callable[[str], TransformersModel], files: Path, tmp_path: Path
 ) -> None:
     model = random_model("qwen2")
-    given = {"vector": str(files / "v.npy"), "conversations": str(files / "talks.jsonl")}
+    given: dict[str, Any] = {
+        "vector": str(files / "v.npy"),
+        "conversations": str(files / "talks.jsonl"),
+    }
     given |= {"alphas": "2", "store": str(tmp_path / "s")}
     apart = [pn.run("steering_memory", model, layers=layers, **given) for layers in ("1", "3")]
     both = pn.run("steering_memory", model, layers="1,3", **given)

@@ -91,7 +91,7 @@ class Counting:
 
     def scores(self, _trait: Any, given: Sequence[Answer]) -> Scores:
         counts = [[len(each.question) for each in given], [len(each.answer) for each in given]]
-        return Scores(*(list(map(float, each)) for each in counts))
+        return Scores(*(tuple(map(float, each)) for each in counts))
 
 
 def test_answers_are_judged_to_what_was_said_before_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from persona_nns.prompts import (
     PLAIN_TEMPLATE,
     Conversation,
     Script,
+    Speaker,
     read_conversations,
     read_said,
     read_scripts,
@@ -163,7 +164,7 @@ def test_conversations_of_both_formats_and_of_a_folder(tmp_path: Path) -> None:
         + "\n"
         + lines({"id": 7, "messages": HELLO[:1]})
     )
-    said = (("user", "Hello."), ("assistant", "Hi."))
+    said: tuple[tuple[Speaker, str], ...] = (("user", "Hello."), ("assistant", "Hi."))
     assert read_conversations(file) == [
         Conversation("one", said, "coding"),
         Conversation("2", said),

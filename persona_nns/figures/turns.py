@@ -51,7 +51,7 @@ def memory_by_turn(results: xr.Dataset) -> Figure:
         results: of `steering_memory`.
     """
     per_token = results[["logp", "kl"]] / results["n_tokens"]
-    named = {name: per_token[name].assign_attrs(results[name].attrs) for name in per_token}
+    named = {str(name): per_token[name].assign_attrs(results[name].attrs) for name in per_token}
     labels = {"logp": "log p of the answer\n(nat a token)", "kl": "KL from clean_kv\n(nat a token)"}
     said = "Sums over an answer's tokens, divided by their number; KL(clean_kv ‖ condition)."
     return _by_condition(results, named, labels, said)

@@ -61,7 +61,8 @@ class Script:
         """The conversation with answers that are empty."""
         said: list[tuple[Speaker, str]] = []
         for turn in self.turns:
-            said += [("user", turn), ("assistant", "")]
+            said.append(("user", turn))
+            said.append(("assistant", ""))
         return tuple(said)
 
 
