@@ -116,7 +116,7 @@ def judge_talks(
         and where the judge refuses.
     """
     places = np.argwhere(texts != "")
-    questions = [asked[row][turn // 2] for row, turn in places[:, :2].tolist()]
+    questions = [asked[int(row)][int(turn) // 2] for row, turn in places[:, :2].tolist()]
     answers = [str(text) for text in texts[tuple(places.T)]]
     judged: dict[str, np.ndarray[Any, Any]] = {}
     for name, values in judge_texts(trait, questions, answers, choice).items():
