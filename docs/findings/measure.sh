@@ -51,3 +51,10 @@ done
 run trait_vectors $real --responses docs/findings/answers/extraction/cheerful.jsonl --judge none
 run trait_steering $real --vector "$store" --judge none --layers 4,8,12,16,20,24 --alphas 0,1,2,4 \
     --responses docs/findings/answers/evaluation/cheerful.jsonl
+
+# Where do roles lie? Their answers are not kept with the findings: 9 MB of residuals.
+if ! .venv/bin/persona-nns show "$store" persona_space > /dev/null 2>&1; then
+    .venv/bin/persona-nns run persona_responses $real --roles bundled --n-instructions 1 \
+        --n-questions 5 --max-new-tokens 40 --store "$store-answers"
+    run persona_space $real --responses "$store-answers" --judge none
+fi

@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from space_tables import role_ranking, role_space
+
 import persona_nns as pn
 from persona_nns.declarations import choose_bands
 from persona_nns.figures.estimates import closures_of_medians, estimate_table
@@ -387,6 +389,8 @@ TABLES = (
     accuracy,
     patching,
     steering,
+    role_space,
+    role_ranking,
 )
 
 if __name__ == "__main__":
