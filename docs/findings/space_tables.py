@@ -23,10 +23,10 @@ def role_space(store: str) -> Iterator[Row]:
             "variance over chance": f"{float(at.variance / at.variance_null):.2f}",
             "share of the first component": per_cent(first.explained),
             "by chance": per_cent(first.explained_null),
-            "cosine with the axis": f"{float(first.cos_axis):.2f} {bounds(first.cos_axis_interval)}",
+            "cosine with the axis": cosine(first),
             "second component": per_cent(second.explained),
             "its chance": per_cent(second.explained_null),
-            "its cosine": f"{float(second.cos_axis):.2f} {bounds(second.cos_axis_interval)}",
+            "its cosine": cosine(second),
         }
 
 
@@ -52,6 +52,11 @@ def open_space(store: str) -> xr.Dataset:
 def per_cent(share: xr.DataArray) -> str:
     """A share, in per cent."""
     return f"{100 * float(share):.1f} %"
+
+
+def cosine(component: xr.Dataset) -> str:
+    """Of a component with the axis, with its interval."""
+    return f"{float(component.cos_axis):.2f} {bounds(component.cos_axis_interval)}"
 
 
 def bounds(interval: xr.DataArray) -> str:

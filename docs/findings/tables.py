@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
-
 from space_tables import role_ranking, role_space
 
 import persona_nns as pn
