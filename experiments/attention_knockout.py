@@ -44,6 +44,7 @@ from persona_nns.tracing import (
     end_tokens,
     force,
     greedily,
+    has_weights,
     left_pad,
     log_probabilities,
     mark,
@@ -240,7 +241,9 @@ def say_knocked_out(model: TransformersModel, clean: Clean, n_tokens: int) -> li
     prompts = Prefilled([prompt.ids for prompt in clean.prompts], start).some(every)
     keys, asking = keys[every], torch.cat(list(queries.values()))
     settings, tokens = greedily(prompts, n_tokens), left_pad(prompts.rows, device=model.device)
-    if start is None:  # a cache of the model's own kind would forget what left a sliding window
+    if not has_weights(model):  # blocking its keys would hand each module a copy of the cache
+        settings |= {"past_key_values": None, "use_cache": False}
+    elif start is None:  # a cache of the model's own kind would forget what left a sliding window
         settings["past_key_values"] = DynamicCache()
     with until_end_of_text(), model.generate(**settings) as tracer:
         with tracer.invoke(tokens.tokens):

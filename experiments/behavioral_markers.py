@@ -20,6 +20,7 @@ from persona_nns.tracing import (
     Prefilled,
     additive,
     end_tokens,
+    entry,
     force,
     greedily,
     left_pad,
@@ -116,8 +117,9 @@ def say_substituted(
     """What is said with another residual at p_last, the last column that the first step runs."""
     batch = left_pad(prompts.rows, device=model.device)
     p_last = torch.full((len(value),), -1, device=model.device)
+    site = entry(model, layer)
     with model.generate(batch.tokens, **greedily(prompts, n_tokens)) as tracer:
-        model.layers[layer].input = substitute(model.layers[layer].input, p_last, value)
+        site.output = substitute(site.output, p_last, value)
         said = save(tracer.result)
     said = read_continuation(said, batch.width, n_tokens, end_tokens(model))
     return said.texts(model.tokenizer)

@@ -33,6 +33,7 @@ from persona_nns.tracing import (
     additive,
     closure,
     end_tokens,
+    entry,
     force,
     greedily,
     left_pad,
@@ -235,10 +236,10 @@ def say_injected(
         with tracer.invoke(batch.tokens):
             for step in tracer.iter[: min(n_tokens, n_steps)]:
                 for layer in layers:
-                    hidden = model.layers[layer].input
+                    hidden = entry(model, layer).output
                     column = torch.arange(hidden.shape[1], device=hidden.device)
                     at = where[:, step, None] & (column == hidden.shape[1] - 1)
-                    model.layers[layer].input = put(hidden, at, value[layer, :, step, None])
+                    entry(model, layer).output = put(hidden, at, value[layer, :, step, None])
         with tracer.invoke():
             said = save(tracer.result)
     said = read_continuation(said, batch.width, n_tokens, end_tokens(model))

@@ -38,6 +38,7 @@ from persona_nns.tracing import (
     Operation,
     OperationName,
     converse,
+    entry,
     left_pad,
     normalised,
     similar_rows,
@@ -253,8 +254,8 @@ def answer(
             for step in tracer.iter[:]:
                 marks = opened.acting(step)
                 for layer in operation.layers:
-                    hidden = model.layers[layer].input
-                    model.layers[layer].input = operation(hidden, layer, marks)
+                    site = entry(model, layer)
+                    site.output = operation(site.output, layer, marks)
         with tracer.invoke():
             result = save(tracer.result)
     return opened.read(model, result.sequences, result.past_key_values, max_new_tokens)

@@ -43,18 +43,19 @@ from persona_nns.runs import run
 from persona_nns.tracing import (
     PATCHED_POSITIONS,
     Unpatched,
-    attention_to,
     chunk_questions,
     compare_answers,
     cut_passes,
+    entry,
     finish_last_token,
     join_chunks,
     look_at,
     open_pair,
     open_patches,
     patch_common,
+    read_looks,
     take,
-    written_by_heads,
+    tell,
 )
 
 protocol_version = 3
@@ -305,20 +306,21 @@ def measure(
 def _run_unpatched(model: TransformersModel, pair: Pair, *, reuse: bool) -> Unpatched:
     """Run every prompt as it is, and keep what its components put out."""
     rows = open_pair(model, pair, reuse=reuse)
+    told = tell(model, rows.window)
     entering, heads, attn, looks, mlp = [], [], [], [], []
     with model.trace(rows.window.inputs(cached=True)):
-        for block in model.layers:
-            entering.append(block.input)
-            look = look_at(block.attn, rows.last)
-            heads.append(look.mixed)
-            attn.append(block.attn.o_proj.output)
-            looks.append(attention_to(block.attn, look, rows.identity))
+        for layer, block in enumerate(model.layers):
+            entering.append(entry(model, layer).output)
+            look, mixed, put_out = look_at(block.attn, rows.last, told[layer])
+            looks.append(look)
+            heads.append(mixed)
+            attn.append(put_out)
             mlp.append(block.mlp.output)
         model.lm_head.input = take(model.lm_head.input, rows.last)
         logits = save(model.output.logits[:, -1].gather(1, rows.letters).float())
-        written = written_by_heads(model.layers, looks, model.output.past_key_values.layers)
+        looked, written = read_looks(model.layers, looks, model.output, rows.identity)
         save((entering, heads, attn, mlp))
-        attention = save(torch.stack([look.float().sum(-1) for look in looks], dim=1))
+        attention = save(torch.stack(looked, dim=1))
         attention_value = save(torch.stack(written, dim=1))
     clean = torch.stack(entering) if reuse else None
     rows = replace(rows, window=replace(rows.window, clean=clean))
@@ -341,20 +343,18 @@ def _patch_components(
         outputs = (run.mlp if component == "mlp" else run.attn)[layer]
         for q, s in cut_passes(run, n, n_sets):
             patch = open_patches(run, outputs, layer, s, q)
+            told = tell(model, patch.window)[layer + 1 :]
             with model.trace(patch.window.inputs(cached=True)):
                 patch.window.resume(model, layer)
                 block, above = model.layers[layer], model.layers[layer + 1 :]
                 site = block.mlp if component == "mlp" else block.attn.o_proj
                 site.output = torch.where(patch.where, patch.value, site.output)
-                looks = [
-                    attention_to(b.attn, look_at(b.attn, patch.last), patch.identity) for b in above
-                ]
+                each = zip(above, told, strict=True)
+                looks = [look_at(block.attn, patch.last, given)[0] for block, given in each]
                 model.lm_head.input = take(model.lm_head.input, patch.last)
                 said = save(model.output.logits[:, -1].gather(1, patch.letters).float())
-                held: Any = model.output.past_key_values.layers[layer + 1 :]
-                looked = save([look.float().sum(-1) for look in looks])
-                written = save(written_by_heads(above, looks, held))
-            logits[q, c, k, s] = said
+                read = save(read_looks(above, looks, model.output, patch.identity))
+            logits[q, c, k, s], (looked, written) = said, read
             if looked:
                 attention[q, c, k, s, layer + 1 :] = torch.stack(looked, dim=1)
                 sizes[q, c, k, s, layer + 1 :] = torch.stack(written, dim=1)

@@ -17,14 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from persona_nns.declarations import Count, FileName, Plan, Variable, content_digest
 from persona_nns.prompts import render_chat, response_ids, takes_system_role
 from persona_nns.tracing import (
+    Draw,
     NucleusSampling,
     Prefilled,
+    SeededPrompt,
     averages,
-    end_tokens,
-    greedily,
-    left_pad,
     prefill_rows,
-    read_continuation,
     row_seed,
     similar_rows,
 )
@@ -209,15 +207,13 @@ def answer(
     model: TransformersModel, prompts: Prefilled, seeds: Sequence[int], sampling: NucleusSampling
 ) -> list[str]:
     """What the model says to each prompt."""
-    batch = left_pad(prompts.rows, device=model.device)
-    settings = greedily(prompts, sampling.max_new_tokens)
-    if sampling.temperature:
-        settings["logits_processor"] = [sampling.sampler(seeds)]
-    with model.generate(batch.tokens, **settings) as tracer:
-        generated = save(tracer.result)
-    ends = end_tokens(model)
-    said = read_continuation(generated, batch.width, sampling.max_new_tokens, ends)
-    return said.texts(model.tokenizer)
+    asked = [SeededPrompt(ids, seed) for ids, seed in zip(prompts.rows, seeds, strict=True)]
+    draw = Draw(model, asked, sampling, prompts.prefix)
+    while draw.unfinished:
+        with model.generate(draw.tokens, **draw.settings()) as tracer:
+            generated = save(tracer.result)
+        draw.add(generated)
+    return draw.read().texts(model.tokenizer)
 
 
 def read_means(

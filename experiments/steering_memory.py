@@ -47,6 +47,7 @@ from persona_nns.tracing import (
     answers_of,
     converse,
     deal_answers,
+    entry,
     left_pad,
     log_probabilities,
     marked_tokens,
@@ -274,7 +275,8 @@ def run_whole(
     with model.trace(open_batch(batch, None).inputs(cached=True), logits_to_keep=1):
         if operation is not None:
             for layer in operation.layers:
-                model.layers[layer].input = operation(model.layers[layer].input, layer, marks)
+                site = entry(model, layer)
+                site.output = operation(site.output, layer, marks)
         cache = save(model.output.past_key_values)
     return read_cache(cache, batch.attention_mask)
 
@@ -367,8 +369,8 @@ def answer(
             for step in tracer.iter[:]:
                 marks = opened.acting(step)
                 for layer in operation.layers:
-                    hidden = model.layers[layer].input
-                    model.layers[layer].input = operation(hidden, layer, marks)
+                    site = entry(model, layer)
+                    site.output = operation(site.output, layer, marks)
         with tracer.invoke():
             result = save(tracer.result)
     return opened.read(model, result.sequences, result.past_key_values, max_new_tokens)

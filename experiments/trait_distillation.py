@@ -30,8 +30,8 @@ from persona_nns.tracing import (
     Average,
     NucleusSampling,
     SeededPrompt,
-    prompt_batches,
-    read_replies,
+    draws,
+    entry,
     row_seed,
     steer,
     steered_steps,
@@ -365,20 +365,19 @@ def generate_steered(
     """What the teacher says, [row, token], −1 after the end."""
     said = torch.full((len(prompts), sampling.max_new_tokens), -1)
     vector = teacher.vector.to(model.device)
-    for rows, batch, settings in prompt_batches(prompts, sampling, device=model.device):
+    site = entry(model, teacher.layer)
+    for rows, draw in draws(model, prompts, sampling):
         tokens = [teacher.tokens] * len(rows)
-        first = steered_tokens(batch.attention_mask, 0, tokens)
+        first = steered_tokens(draw.batch.attention_mask, 0, tokens)
         later = steered_steps(tokens).to(model.device)
-        with until_end_of_text(), model.generate(**settings) as tracer:
-            with tracer.invoke(batch.tokens):
+        with until_end_of_text(), model.generate(**draw.settings()) as tracer:
+            with tracer.invoke(draw.tokens):
                 for step in tracer.iter[:]:
-                    hidden = model.layers[teacher.layer].input
-                    model.layers[teacher.layer].input = steer(
-                        hidden, vector, first if step == 0 else later
-                    )
+                    site.output = steer(site.output, vector, first if step == 0 else later)
             with tracer.invoke():
                 generated = save(tracer.result)
-        said[rows] = read_replies(model, generated, batch, sampling)
+        draw.add(generated)
+        said[rows] = draw.replies()
     return said
 
 

@@ -28,11 +28,11 @@ from persona_nns.tracing import (
     Given,
     NucleusSampling,
     SeededPrompt,
+    draws,
+    entry,
     parse_alphas,
     parse_position_sets,
-    prompt_batches,
     read_given,
-    read_replies,
     row_seed,
     steer,
     steer_on_sphere,
@@ -326,23 +326,24 @@ def answer(
 ) -> Tensor:
     """What the model says while it is steered at a layer, [row, token], −1 after the end."""
     said = torch.full((len(prompts), sampling.max_new_tokens), -1)
-    for rows, batch, settings in prompt_batches(prompts, sampling, device=model.device):
+    site = entry(model, layer)
+    for rows, draw in draws(model, prompts, sampling):
         alpha = torch.tensor([[prompts[row].alpha] for row in rows], device=model.device)
         tokens = [prompts[row].tokens for row in rows]
-        first = alpha * steered_tokens(batch.attention_mask, 0, tokens)
+        first = alpha * steered_tokens(draw.batch.attention_mask, 0, tokens)
         later = alpha * steered_steps(tokens).to(model.device)
-        settings["use_cache"] = reuse
-        with until_end_of_text(), model.generate(**settings) as tracer:
-            with tracer.invoke(batch.tokens):
-                for step in tracer.iter[:]:
-                    strength = first if step == 0 else later
-                    if not reuse:  # what was said before runs again
-                        strength = torch.cat([first] + [later] * step, dim=1)
-                    hidden = model.layers[layer].input
-                    model.layers[layer].input = add(hidden, direction, strength)
-            with tracer.invoke():
-                generated = save(tracer.result)
-        said[rows] = read_replies(model, generated, batch, sampling)
+        while draw.unfinished:
+            with until_end_of_text(), model.generate(**draw.settings(cached=reuse)) as tracer:
+                with tracer.invoke(draw.tokens):
+                    for step in tracer.iter[:]:
+                        hidden = site.output  # of all tokens so far, or of the last alone
+                        strength = torch.cat([first] + [later] * (draw.n_said + step), dim=1)
+                        strength = strength[:, -hidden.shape[1] :]
+                        site.output = add(hidden, direction, strength)
+                with tracer.invoke():
+                    generated = save(tracer.result)
+            draw.add(generated)
+        said[rows] = draw.replies()
     return said
 
 

@@ -180,12 +180,10 @@ def weights_of_last(
     last = torch.full((len(rows), 1), batch.width - 1)
     window = open_batch(batch, None)
     with model.trace(window.inputs(cached=True)):
-        computed, returned = save([]), save([])
-        for block in model.layers:
-            look = look_at(block.attn, last)
-            given = block.attn.output[1]
-            computed.append(compute_weights(block.attn, look))
-            returned.append(None if given is None else given[:, :, -1])
+        looks = [look_at(block.attn, last)[0] for block in model.layers]
+        each = zip(model.layers, looks, model.output.past_key_values.layers, strict=True)
+        computed = save([compute_weights(block.attn, look, held) for block, look, held in each])
+        returned = save([look.weights for look in looks])
     return computed, returned, batch.attention_mask
 
 
@@ -242,10 +240,11 @@ def test_weights_that_do_not_mix_the_values_as_the_module_did_are_nan(
     last = torch.full((2, 1), batch.width - 1)
     with model.trace(open_batch(batch, None).inputs(cached=True)):
         module = model.layers[2].attn
-        look = look_at(module, last)
-        right = save(compute_weights(module, look))
-        known = {"layer_idx": 2, "config": module.config, "scaling": module.scaling}
-        off = save(compute_weights(SimpleNamespace(**{**known, **wrong}), look))
+        look, _, _ = look_at(module, last)
+        held = model.output.past_key_values.layers[2]
+        right = save(compute_weights(module, look, held))
+        known = {"config": module.config, "scaling": module.scaling}
+        off = save(compute_weights(SimpleNamespace(**{**known, **wrong}), look, held))
     assert right is not None
     assert not right.isnan().any()
     assert off.isnan().all()

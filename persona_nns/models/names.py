@@ -1,8 +1,9 @@
 """The standard names of a model's modules, whatever its architecture calls them.
 
 ``model.layers[L]`` (with ``.attn``, ``.attn.o_proj``, ``.mlp`` and, where it has one,
-``.input_norm``), ``model.embed``, ``model.final_norm``, ``model.lm_head``; ``model.output.logits``
-are the logits (an architecture may cap them after ``lm_head``).
+``.input_norm``), ``model.embed`` (and, where one follows it, ``model.embed_dropout``),
+``model.final_norm``, ``model.lm_head``; ``model.output.logits`` are the logits (an architecture may
+cap them after ``lm_head``).
 """
 
 STANDARD_NAMES = {
@@ -11,6 +12,8 @@ STANDARD_NAMES = {
     "*.embed_tokens": "embed",
     "*.wte": "embed",
     "*.embed_in": "embed",
+    "*.drop": "embed_dropout",
+    "*.emb_dropout": "embed_dropout",
     "*.norm": "final_norm",
     "*.ln_f": "final_norm",
     "*.final_layer_norm": "final_norm",

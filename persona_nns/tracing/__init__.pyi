@@ -1,6 +1,6 @@
 from .attention import Look as Look
-from .attention import attention_to as attention_to
 from .attention import look_at as look_at
+from .attention import tell as tell
 from .averages import AVERAGES as AVERAGES
 from .averages import Average as Average
 from .averages import averages as averages
@@ -70,7 +70,7 @@ from .patching import join_chunks as join_chunks
 from .patching import logit_difference as logit_difference
 from .patching import open_pair as open_pair
 from .patching import open_patches as open_patches
-from .patching import written_by_heads as written_by_heads
+from .patching import read_looks as read_looks
 from .prefixes import Prefilled as Prefilled
 from .prefixes import fill_cache as fill_cache
 from .prefixes import prefill as prefill
@@ -83,14 +83,16 @@ from .residuals import root_mean_square as root_mean_square
 from .residuals import span_columns as span_columns
 from .residuals import substitute as substitute
 from .residuals import take as take
+from .sampling import Draw as Draw
 from .sampling import NucleusSampling as NucleusSampling
 from .sampling import RowSampler as RowSampler
 from .sampling import Sampling as Sampling
 from .sampling import SeededPrompt as SeededPrompt
-from .sampling import prompt_batches as prompt_batches
-from .sampling import read_replies as read_replies
+from .sampling import draws as draws
 from .sampling import row_seed as row_seed
 from .sampling import sample_replies as sample_replies
+from .sandbox import entry as entry
+from .sandbox import has_weights as has_weights
 from .steering import ablate as ablate
 from .steering import cap as cap
 from .steering import increments as increments

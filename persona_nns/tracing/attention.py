@@ -6,13 +6,17 @@ once more from the module's queries and keys. All of this runs inside tracing co
 run on a server: torch only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from nnsight import TransformersModel, save
 from torch import Tensor
 
 from persona_nns.tracing.residuals import take
+from persona_nns.tracing.sandbox import has_weights
+from persona_nns.tracing.window import Window
 
 #: The ways to compute attention whose masks can be changed.
 MASKED = ("eager", "sdpa")
@@ -23,23 +27,36 @@ _PROJECTIONS = ("q_proj", "qkv_proj", "c_attn", "query_key_value")
 
 
 @dataclass(frozen=True)
-class Look:
-    """How an attention module was called, and what the last prompt tokens look for.
+class Told:
+    """What an attention module is told of queries and keys.
 
     Attributes:
-        inputs: its positional and keyword arguments.
         mask: as `read_mask` gives it.
-        last: [row, 1], the column of the last prompt token.
-        projected: [row, 1, feature], the token's queries before they are normalised and rotated;
-            None in a module of an unknown make.
-        mixed: [row, column, head × d_head], the output projection's input.
+        rotation: cosines and sines, each [row or 1, column, feature]; None without a rotation.
     """
 
-    inputs: Any
     mask: Tensor | None
+    rotation: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Look:
+    """What an attention module was told, and what it makes of each row's last prompt token.
+
+    Attributes:
+        told: what it was told.
+        last: [row, 1], the column of the last prompt token.
+        projected: [row, 1, feature], its queries before they are normalised and rotated; None in
+            a module of an unknown make.
+        mixed: [row, 1, head × d_head], what is mixed for it of the values.
+        weights: [row, head, key], where the module returns them.
+    """
+
+    told: Told
     last: Tensor
     projected: Tensor | None
     mixed: Tensor
+    weights: Tensor | None
 
 
 def read_mask(attention: Any, inputs: Any) -> Tensor | None:
@@ -71,20 +88,49 @@ def computed_by(attention: Any) -> str:
     return getattr(getattr(attention, "config", None), "_attn_implementation", MASKED[0])
 
 
-def look_at(attention: Any, last: Tensor) -> Look:
-    """Inside a trace, before a module is run: what `attention_to` is computed from.
+def read_told(attention: Any) -> Told:
+    """Inside a trace, before a module is run: what it is told."""
+    inputs = attention.inputs
+    return Told(read_mask(attention, inputs), inputs[1].get("position_embeddings"))
+
+
+def tell(model: TransformersModel, window: Window) -> Sequence[Told | None]:
+    """What the attention of each block is told in passes over a window, whatever is done in them.
+
+    In a sandbox a pass of its own reads it: a module whose inputs are read in the pass that is
+    looked at would write its keys and values to a copy of the cache. Else the pass that is looked
+    at reads it itself: None for each block.
+    """
+    if has_weights(model):
+        return [None] * len(model.layers)
+    with model.trace(window.inputs(cached=True), logits_to_keep=1):
+        told = save([read_told(block.attn) for block in model.layers])
+    return told  # noqa: RET504 - there only once the trace has run
+
+
+def look_at(attention: Any, last: Tensor, told: Told | None = None) -> tuple[Look, Tensor, Tensor]:
+    """Inside a trace, while a module is run: what `attention_to` is computed from.
 
     Args:
         attention: the module, in a pass that is given a cache.
         last: [row, 1], the column of the last prompt token.
+        told: what it is told; by default it is read.
+
+    Returns:
+        The look, and of all tokens the output projection's input and output,
+        [row, column, head × d_head] and [row, column, d_model].
     """
-    inputs, names = attention.inputs, [each for each in _PROJECTIONS if hasattr(attention, each)]
-    mask = read_mask(attention, inputs)
+    told = told or read_told(attention)
+    names = [each for each in _PROJECTIONS if hasattr(attention, each)]
     projected = take(getattr(attention, names[0]).output, last) if names else None
-    return Look(inputs, mask, last, projected, attention.o_proj.input)
+    mixed, written = attention.o_proj.input, attention.o_proj.output
+    weights = attention.output[1]
+    if weights is not None:
+        weights = _of_last(weights, last)
+    return Look(told, last, projected, take(mixed, last), weights), mixed, written
 
 
-def attention_to(attention: Any, look: Look, identity: Tensor) -> Tensor:
+def attention_to(attention: Any, look: Look, held: Any, identity: Tensor) -> Tensor:
     """Inside a trace: attention of the last prompt token to the identity, [row, head, column].
 
     NaN where the module returns no weights and they cannot be computed from its queries and keys.
@@ -92,17 +138,19 @@ def attention_to(attention: Any, look: Look, identity: Tensor) -> Tensor:
     Args:
         attention: the module, which has run.
         look: at it.
+        held: its layer of the cache that the pass has put out.
         identity: [row, column of the window].
     """
-    weights, n_window = attention.output[1], identity.shape[1]
-    weights = compute_weights(attention, look) if weights is None else _of_last(weights, look)
+    weights, n_window = look.weights, identity.shape[1]
+    if weights is None:
+        weights = compute_weights(attention, look, held)
     if weights is None:
         shape = len(identity), attention.config.num_attention_heads, n_window
         return look.mixed.new_full(shape, torch.nan)
     return weights[..., -n_window:] * identity[:, None]
 
 
-def compute_weights(attention: Any, look: Look) -> Tensor | None:
+def compute_weights(attention: Any, look: Look, held: Any) -> Tensor | None:
     """Inside a trace: attention weights of the last prompt token, [row, head, key].
 
     softmax(scaling × query · key) over the keys that the mask leaves, as ``eager`` computes it.
@@ -112,14 +160,13 @@ def compute_weights(attention: Any, look: Look) -> Tensor | None:
     Args:
         attention: the module, which has run.
         look: at it.
+        held: its layer of the cache that the pass has put out.
 
     Returns:
         The weights; None of a module of an unknown make.
     """
-    cache = _cache_of(look.inputs)
-    if cache is None or look.mask is None or look.projected is None:
+    if look.told.mask is None or look.projected is None:
         return None
-    held = cache.layers[attention.layer_idx]
     n_heads = look.mixed.shape[-1] // held.values.shape[-1]
     keys, values = (
         each.repeat_interleave(n_heads // each.shape[1], dim=1) for each in (held.keys, held.values)
@@ -132,11 +179,11 @@ def compute_weights(attention: Any, look: Look) -> Tensor | None:
     cap = getattr(attention, "attn_logit_softcapping", None)
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
-    mask = _of_last(look.mask.expand(len(scores), -1, -1, -1), look)
+    mask = _of_last(look.told.mask.expand(len(scores), -1, -1, -1), look.last)
     if mask.dtype is torch.bool:
         mask = torch.where(mask, 0.0, -torch.inf)
     weights = (scores + mask).softmax(-1)
-    right = _mixes_to(take(look.mixed, look.last)[:, 0], weights, values)
+    right = _mixes_to(look.mixed[:, 0], weights, values)
     return torch.where(right[:, None, None], weights, torch.nan).to(values.dtype)
 
 
@@ -159,7 +206,7 @@ def _query(attention: Any, look: Look, projected: Tensor, n_heads: int) -> Tenso
             whole = attention.q_norm.weight.shape[0] == width
             query = attention.q_norm(query if whole else query.unflatten(-1, (n_heads, -1)))
         query = query.reshape(len(query), n_heads, -1)
-    rotation = look.inputs[1].get("position_embeddings")
+    rotation = look.told.rotation
     if rotation is None:
         return query
     cos, sin = (take(each.expand(len(query), -1, -1), look.last) for each in rotation)
@@ -169,9 +216,9 @@ def _query(attention: Any, look: Look, projected: Tensor, n_heads: int) -> Tenso
     return torch.cat([turned, rest], dim=-1)
 
 
-def _of_last(queries: Tensor, look: Look) -> Tensor:
+def _of_last(queries: Tensor, last: Tensor) -> Tensor:
     """Of [row, head, query, key], what belongs to the last prompt token: [row, head, key]."""
-    index = look.last[:, :, None, None].expand(-1, queries.shape[1], 1, queries.shape[3])
+    index = last[:, :, None, None].expand(-1, queries.shape[1], 1, queries.shape[3])
     return queries.gather(2, index)[:, :, 0]
 
 

@@ -15,6 +15,7 @@ from persona_nns.tracing.continuations import (
 )
 from persona_nns.tracing.kv.cache import KVCache, read_cache
 from persona_nns.tracing.prefixes import Prefilled
+from persona_nns.tracing.sandbox import entry
 from persona_nns.tracing.window import Window
 
 
@@ -93,7 +94,7 @@ def force(model: TransformersModel, prompts: Prefilled, said: Tensor) -> CleanRu
     """
     window, n_said = prompts.followed_by(said), said.shape[1]
     with model.trace(window.inputs(), logits_to_keep=n_said + 1):
-        residual = save([block.input for block in model.layers])
+        residual = save([entry(model, layer).output for layer in range(len(model.layers))])
         cache = save(model.output.past_key_values)
         logits = save(model.output.logits)
     return CleanRun(

@@ -15,6 +15,7 @@ from nnsight import TransformersModel
 from torch import Tensor
 
 from persona_nns.prompts.identities import Pair, align, shared_prefix
+from persona_nns.tracing.attention import Look, attention_to
 from persona_nns.tracing.batches import similar_rows
 from persona_nns.tracing.kv.cache import KVCache
 from persona_nns.tracing.prefixes import prefill
@@ -218,6 +219,27 @@ def cut_passes(run: Unpatched, n_first: int, n_second: int) -> Iterator[tuple[Te
     size = math.ceil(len(pairs) / math.ceil(len(pairs) / size))
     for some in pairs.split(size):
         yield some[:, 0], some[:, 1]
+
+
+def read_looks(
+    blocks: Sequence[Any], looks: Sequence[Look], output: Any, identity: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Inside a trace: what the last prompt token takes from the identity, [row, head] by block.
+
+    Args:
+        blocks: the last ones of the model.
+        looks: at their attention.
+        output: of the model; its cache is read.
+        identity: [row, column of the window].
+
+    Returns:
+        The sum of its weights, and the norm of what its head writes of the values.
+    """
+    cached: Any = output.past_key_values.layers
+    cached = cached[len(cached) - len(blocks) :]
+    each = zip(blocks, looks, cached, strict=True)
+    weights = [attention_to(block.attn, look, held, identity) for block, look, held in each]
+    return [of.float().sum(-1) for of in weights], written_by_heads(blocks, weights, cached)
 
 
 def written_by_heads(

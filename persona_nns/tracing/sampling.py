@@ -15,8 +15,10 @@ from nnsight import TransformersModel, save
 from torch import Tensor
 
 from persona_nns.declarations.options import Count, NotNegative, Share
-from persona_nns.tracing.batches import Batch, left_pad, similar_rows
-from persona_nns.tracing.continuations import end_tokens, read_continuation
+from persona_nns.tracing.batches import left_pad, similar_rows
+from persona_nns.tracing.continuations import Continuation, end_tokens, read_continuation
+from persona_nns.tracing.kv.cache import KVCache
+from persona_nns.tracing.sandbox import has_weights
 
 
 class RowSampler:
@@ -113,34 +115,108 @@ class NucleusSampling(Sampling):
         return RowSampler(seeds, self.temperature, self.top_p)
 
 
-def prompt_batches(
-    prompts: Sequence[SeededPrompt], sampling: Sampling, *, device: torch.device
-) -> Iterator[tuple[list[int], Batch, dict[str, Any]]]:
+class Draw:
+    """Answers to a batch of prompts while they are drawn: passes of ``generate``, told one by one.
+
+    Where the model has its weights, one pass draws them all by a logits processor. From a sandbox
+    none of ours can be handed to it: there a pass gives the scores of one more token, as
+    ``generate`` would choose by them, and the same sampler draws it here.
+
+    Attributes:
+        batch: the prompts.
+        said: [row, token], what has been said in the passes so far.
+    """
+
+    def __init__(
+        self,
+        model: TransformersModel,
+        prompts: Sequence[SeededPrompt],
+        sampling: Sampling,
+        prefix: KVCache | None = None,
+    ) -> None:
+        """Prompts, and what is kept of their first tokens, if anything is."""
+        self.batch = left_pad([prompt.ids for prompt in prompts], device=model.device)
+        self.said = self.batch.input_ids[:, :0]
+        self._prefix, self._ends = prefix, end_tokens(model)
+        self._n_tokens = sampling.max_new_tokens
+        self._sampler = None
+        if sampling.temperature:
+            self._sampler = sampling.sampler([prompt.seed for prompt in prompts])
+        self._by_token = self._sampler is not None and not has_weights(model)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether another pass is needed."""
+        if not self._by_token:
+            return not self.n_said
+        ended = torch.isin(self.said, torch.tensor(self._ends, device=self.said.device)).any(1)
+        return self.n_said < self._n_tokens and not bool(ended.all())
+
+    @property
+    def n_said(self) -> int:
+        """Tokens that have been said before the next pass."""
+        return self.said.shape[1]
+
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        """What the next pass goes on from."""
+        mask = torch.nn.functional.pad(self.batch.attention_mask, (0, self.n_said), value=1)
+        return {
+            "input_ids": torch.cat([self.batch.input_ids, self.said], dim=1),
+            "attention_mask": mask,
+        }
+
+    def settings(self, *, cached: bool = True) -> dict[str, Any]:
+        """What ``generate`` takes beside the tokens.
+
+        Args:
+            cached: keep keys and values from token to token.
+        """
+        chosen = {
+            "past_key_values": self._prefix and self._prefix.cache(),
+            "max_new_tokens": self._n_tokens,
+            "do_sample": False,
+            "num_beams": 1,
+            "use_cache": cached,
+        }
+        if self._by_token:
+            kept = {"return_dict_in_generate": True, "output_scores": True}
+            return {**chosen, "max_new_tokens": 1, "use_cache": self._prefix is not None, **kept}
+        return {**chosen, "logits_processor": [] if self._sampler is None else [self._sampler]}
+
+    def add(self, generated: Any) -> None:
+        """Take in what a pass has returned."""
+        if self._by_token and self._sampler is not None:
+            drawn = self._sampler(self.batch.input_ids, generated.scores[0]).argmax(-1)
+            self.said = torch.cat([self.said, drawn[:, None].to(self.said)], dim=1)
+        else:
+            self.said = generated[:, self.batch.width :]
+
+    def read(self) -> Continuation:
+        """What has been said."""
+        return read_continuation(
+            torch.cat([self.batch.input_ids, self.said], dim=1),
+            self.batch.width,
+            self._n_tokens,
+            self._ends,
+        )
+
+    def replies(self) -> Tensor:
+        """What has been said, [row, token], −1 after a row's end, on the CPU."""
+        return self.read().until_end().cpu()
+
+
+def draws(
+    model: TransformersModel, prompts: Sequence[SeededPrompt], sampling: Sampling
+) -> Iterator[tuple[list[int], Draw]]:
     """Deal prompts into batches of similar length; no answer depends on those beside it.
 
     Yields:
-        Which of the prompts, the batch of them, and what ``generate`` takes beside its tokens.
+        Which of the prompts, and their answers, still to be drawn.
     """
     n_tokens = sampling.max_new_tokens
     for rows in similar_rows([len(prompt.ids) + n_tokens for prompt in prompts]):
-        sampler = sampling.sampler([prompts[row].seed for row in rows])
-        settings = {
-            "max_new_tokens": n_tokens,
-            "do_sample": False,
-            "num_beams": 1,
-            "use_cache": True,
-            "logits_processor": [sampler] if sampling.temperature else [],
-        }
-        yield rows, left_pad([prompts[row].ids for row in rows], device=device), settings
-
-
-def read_replies(
-    model: TransformersModel, generated: Tensor, batch: Batch, sampling: Sampling
-) -> Tensor:
-    """What ``generate`` added to a batch of prompts, [row, token], −1 after the end, on the CPU."""
-    n_tokens = sampling.max_new_tokens
-    said = read_continuation(generated, batch.width, n_tokens, end_tokens(model))
-    return said.until_end().cpu()
+        yield rows, Draw(model, [prompts[row] for row in rows], sampling)
 
 
 def sample_replies(
@@ -148,8 +224,10 @@ def sample_replies(
 ) -> Tensor:
     """Sample a reply to each prompt, [row, token], −1 after a row's end, on the CPU."""
     said = torch.full((len(prompts), sampling.max_new_tokens), -1)
-    for rows, batch, settings in prompt_batches(prompts, sampling, device=model.device):
-        with model.generate(batch.tokens, **settings) as tracer:
-            generated = save(tracer.result)
-        said[rows] = read_replies(model, generated, batch, sampling)
+    for rows, draw in draws(model, prompts, sampling):
+        while draw.unfinished:
+            with model.generate(draw.tokens, **draw.settings()) as tracer:
+                generated = save(tracer.result)
+            draw.add(generated)
+        said[rows] = draw.replies()
     return said

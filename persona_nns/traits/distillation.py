@@ -25,7 +25,7 @@ from persona_nns.models.adapters import base_of, require_peft
 from persona_nns.models.checkpoints import load_weights
 from persona_nns.models.load import hosted, record_of
 from persona_nns.tracing.batches import left_pad, similar_rows
-from persona_nns.tracing.sampling import Sampling, SeededPrompt, prompt_batches, read_replies
+from persona_nns.tracing.sampling import Sampling, SeededPrompt, draws
 from persona_nns.traits.one_device import OneDeviceArguments
 
 _SAVE_EVERY = 50  # steps between checkpoints
@@ -345,10 +345,10 @@ def student_replies(
 ) -> Tensor:
     """What a student says, or the model that it is of, [row, token], −1 after a row's end."""
     said = torch.full((len(prompts), sampling.max_new_tokens), -1)
-    for rows, batch, settings in prompt_batches(prompts, sampling, device=model.device):
+    for rows, draw in draws(model, prompts, sampling):
         with torch.inference_mode():
-            generated = student.generate(**batch.tokens, **settings)
-        said[rows] = read_replies(model, generated, batch, sampling)
+            draw.add(student.generate(**draw.tokens, **draw.settings()))
+        said[rows] = draw.replies()
     return said
 
 
