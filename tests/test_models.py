@@ -375,3 +375,15 @@ def test_a_model_without_the_names_is_rejected(module: Any, folder: Path) -> Non
     names = {key: name for key, name in STANDARD_NAMES.items() if name != "final_norm"}
     with pytest.raises(PersonaError, match="no module that answers to final_norm"):
         check_model(wrap(module, folder, **names), "nameless")
+
+
+def test_a_model_that_changes_its_embedding_before_the_first_block_is_rejected(
+    make_folder: Callable[..., Path],
+) -> None:
+    folder = make_folder("gpt2")
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    check_model(wrap(module, folder), "positions")
+    # Without the name of what adds them, the positions come from nowhere.
+    names = {key: name for key, name in STANDARD_NAMES.items() if name != "embed_dropout"}
+    with pytest.raises(PersonaError, match="is not what its embedding puts out"):
+        check_model(wrap(module, folder, **names), "positions")

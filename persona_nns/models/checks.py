@@ -12,6 +12,7 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from persona_nns.errors import PersonaError
 from persona_nns.tracing.batches import left_pad
 from persona_nns.tracing.residuals import substitute
+from persona_nns.tracing.sandbox import entry
 
 _NAMES = ("layers", "embed", "final_norm", "lm_head")
 _BLOCK_NAMES = ("attn", "mlp")
@@ -39,6 +40,7 @@ def check_model(model: TransformersModel, shown: str) -> None:
             use_cache=False,
             output_hidden_states=True,
         ):
+            embedded = save(entry(model, 0).output.clone())
             seen = [(layer.input.clone(), layer.output) for layer in model.layers]
             read = save([entering for entering, _ in seen])
             are_tensors = save([isinstance(leaving, torch.Tensor) for _, leaving in seen])
@@ -54,6 +56,11 @@ def check_model(model: TransformersModel, shown: str) -> None:
         raise PersonaError(
             f"The model {shown!r} is not supported: its block {are_tensors.index(False)} returns "
             "more than the residual stream, so that no run can go on from there."
+        )
+    if not torch.equal(embedded, read[0]):
+        raise PersonaError(
+            f"The model {shown!r} is not supported: what enters its first block is not what its "
+            "embedding puts out, so that it cannot be overwritten there."
         )
     for layer, (ours, theirs) in enumerate(zip([*read, normed], expected, strict=True)):
         if not torch.isfinite(theirs).all():
