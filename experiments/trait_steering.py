@@ -338,8 +338,7 @@ def answer(
                     for step in tracer.iter[:]:
                         hidden = site.output  # of all tokens so far, or of the last alone
                         strength = torch.cat([first] + [later] * (draw.n_said + step), dim=1)
-                        strength = strength[:, -hidden.shape[1] :]
-                        site.output = add(hidden, direction, strength)
+                        site.output = add(hidden, direction, strength[:, -hidden.shape[1] :])
                 with tracer.invoke():
                     generated = save(tracer.result)
             draw.add(generated)

@@ -10,9 +10,26 @@ from sandboxed import sandboxed
 
 import persona_nns as pn
 
+# What reads caches, decodes while it intervenes, or draws; `make test-slow` runs the others.
+TELLING = (
+    "attention_knockout",
+    "behavioral_markers",
+    "host_injection",
+    "injection_controls",
+    "persona_patching",
+    "trait_steering-generated",
+    "persona_drift-generated",
+    "persona_space-generated",
+    "steering_memory-given",
+)
+ALL = [
+    pytest.param(case, id=str(case), marks=() if str(case) in TELLING else pytest.mark.slow)
+    for case in [*(Case(name) for name in ON_A_GRID), *CASES]
+]
+
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", [*(Case(name) for name in ON_A_GRID), *CASES], ids=str)
+@pytest.mark.parametrize("case", ALL)
 def test_the_numbers_are_those_without_a_sandbox(
     case: Case,
     golden_model: Callable[[str], TransformersModel],
