@@ -476,6 +476,7 @@ def test_a_judge_is_asked_by_the_rubrics_of_roles(
         ({"response": ""}, "The response is empty: line 2"),
         ({"role": 3}, "'role' is 3 and not a text: line 2"),
         ({"score": "high"}, "'score' is 'high' and not a number: line 2"),
+        ({"score": float("nan")}, "'score' is nan; leave it out where there is none: line 2"),
         ({"question_id": None}, "'question_id' is None and no number or text"),
     ],
 )
@@ -494,6 +495,7 @@ def test_what_is_no_answer_is_one_sentence(
         ({"grid": "short", "roles": "bundled"}, "leave out --roles and --questions"),
         ({"responses": "{given}", "n_questions": 2}, "leave out --n-questions"),
         ({"responses": "{given}", "min_answers": 7}, "two roles beside 'default' with at least 7"),
+        ({"responses": "{few}"}, "that count, and there are 1; ask more"),
         ({"responses": "given.csv"}, "Answers are read from a .jsonl"),
         ({"responses": "nowhere.zarr"}, "There is no Zarr store"),
         ({"roles": "nowhere"}, "holds no role"),
@@ -507,6 +509,9 @@ def test_what_cannot_be_measured_is_one_sentence(
     files = {
         "{given}": write(tmp_path, given_rows()),
         "{odd}": write(tmp_path, given_rows()[6:], "odd.jsonl"),
+        "{few}": write(
+            tmp_path, [row for row in given_rows() if row["role"] in ROLES[:2]], "few.jsonl"
+        ),
     }
     asked: dict[str, Any] = {name: files.get(value, value) for name, value in options.items()}
     with pytest.raises(UsageError, match=sentence):

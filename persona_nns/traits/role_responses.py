@@ -4,6 +4,7 @@ A row is ``{"role": …, "system": …, "question_id": …, "question": …, "re
 ``score``. The system prompt stands there in full; an empty one is no system message.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,8 @@ def _row(place: str, data: Mapping[str, Any]) -> RoleResponse:
         raise UsageError(f"'question_id' is {number!r} and no number or text: {place}.")
     if score is not None and (not isinstance(score, int | float) or isinstance(score, bool)):
         raise UsageError(f"'score' is {score!r} and not a number: {place}.")
+    if score is not None and not math.isfinite(score):
+        raise UsageError(f"'score' is {score!r}; leave it out where there is none: {place}.")
     return RoleResponse(
         **{key: data[key] for key in _TEXTS},
         question_id=str(number),

@@ -143,10 +143,11 @@ class RoleRows:
             min_answers=min_answers,
         )
         if len(found.others) < 2:
+            few = self.counted(found)
             raise UsageError(
                 f"A space needs two roles beside {DEFAULT!r} with at least {min_answers} answers "
-                f"that count, and there are {len(found.others)}: {self.counted(found)}; ask more "
-                "(--n-samples, --questions), or ask for less (--keep, --min-answers)."
+                f"that count, and there are {len(found.others)}{f' (not {few})' * bool(few)}; ask "
+                "more (--n-samples, --questions), or ask for less (--keep, --min-answers)."
             )
         return found
 
