@@ -92,7 +92,7 @@ def test_every_condition_answers_for_itself(
                 assert float(at.kl.sel(condition=condition)) == pytest.approx(kl, abs=1e-3)
     said = ours.text.sel(alpha=alpha)
     whole = {(*said[0, :, k].values, *said[1, :, k].values) for k in range(len(ACTS))}
-    assert len(whole) >= 4
+    assert len(whole) >= 3
 
 
 @pytest.mark.parametrize(
