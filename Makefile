@@ -27,7 +27,7 @@ test-quick: $(VENV)/ready
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest $(TWO) -m slow
 
-# Against the real NDIF server, in an environment of its own (about 1.5 GB). Where its packages
+# Against the real NDIF server, in an environment of its own (1.8 GB). Where its packages
 # cannot be had, the tests that need it are skipped, and say so.
 test-ndif: $(VENV)/ready
 	-$(MAKE) .ndif/ready
