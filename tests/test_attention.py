@@ -175,9 +175,12 @@ def assert_same(name: str, found: Any, expected: Any) -> None:
 def weights_of_last(
     model: TransformersModel, rows: list[list[int]]
 ) -> tuple[list[Tensor], list[Tensor | None], Tensor]:
-    """Weights of each layer that are computed, and those that the module returns."""
+    """Weights of each layer that are computed, and those that the module returns.
+
+    Of the last three tokens, [row, head, query, key].
+    """
     batch = left_pad(rows)
-    last = torch.full((len(rows), 1), batch.width - 1)
+    last = torch.arange(batch.width - 3, batch.width).expand(len(rows), -1)
     window = open_batch(batch, None)
     with model.trace(window.inputs(cached=True)):
         looks = [look_at(block.attn, last)[0] for block in model.layers]
@@ -226,7 +229,7 @@ def test_computed_weights_are_right_within_the_rounding_of_bfloat16(
     for weights in computed:
         total = weights.float().sum(-1)
         torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=0.02)
-        assert not (weights * (is_token == 0)[:, None]).any()
+        assert not (weights * (is_token == 0)[:, None, None]).any()
 
 
 @pytest.mark.parametrize("wrong", [{"scaling": 0.2}, {"attn_logit_softcapping": 0.5}])

@@ -81,7 +81,7 @@ def test_what_is_no_path_stays_as_it_is(sent: list[Sent], monkeypatch: pytest.Mo
     request = ["persona_patching", "--model", "organism-qwen2", "--template", "plain"]
     more = ["--identities", "~/none.txt", "--questions", "bundled", "--threads", "3"]
     with monkeypatch.context() as patch:
-        patch.setattr("persona_nns.runs.request.make_plan", lambda *_: plan_of(1))
+        patch.setattr("persona_nns.runs.request.make_plan", lambda *_, **__: plan_of(1))
         patch.setattr("persona_nns.results.store.check_writable", lambda _: None)
         run(monkeypatch, *request, *more, "--store", "s3://bucket/s.zarr")
     (asked,) = sent

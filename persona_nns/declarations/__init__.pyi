@@ -4,6 +4,10 @@ from .bands import band_layers as band_layers
 from .bands import bands_of as bands_of
 from .bands import check_bands as check_bands
 from .bands import choose_bands as choose_bands
+from .budgets import agreement as agreement
+from .budgets import budget_labels as budget_labels
+from .budgets import budget_sizes as budget_sizes
+from .budgets import random_scores as random_scores
 from .catalog import Experiment as Experiment
 from .catalog import bundled_experiments as bundled_experiments
 from .catalog import check_axes as check_axes

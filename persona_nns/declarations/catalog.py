@@ -15,6 +15,11 @@ together may be a group: a frozen dataclass, documented under ``Attributes:``, t
 as one keyword argument annotated with it. Its fields are options of the same names, so that what it
 holds is given, stored and shown like all others.
 
+One that runs on a grid, and needs to know more than a cell at a time, has
+``arrange(tokenizer, plan, cells)``. It gets the grid's `Plan` and the cells that are asked for, and
+returns the plan with more ``axes`` (a label for each token of the longest persona, say), or with
+other units in place of the cells, each with its cell's label and place.
+
 Two more functions run where the command runs, whatever machine `measure` runs on.
 ``prepare(model, store, options, *, progress)`` runs what has to be there first and returns the
 options that say where it is; where it does so with some options only, ``prepares(options)`` says
@@ -66,6 +71,7 @@ class Experiment:
         measure: the function with the tracing contexts.
         plan: the function that makes units of the inputs; None where they are a grid's cells.
         plan_only: options of `plan` that `measure` does not take.
+        arrange: the function that says more of a grid's plan; None where nothing is to be said.
         site_axes: dimensions whose labels every experiment has, where its `measure` asks for
             them.
         prepare: the function that runs what has to be there first; None where nothing has.
@@ -90,6 +96,7 @@ class Experiment:
     measure: Callable[..., dict[str, Any]]
     plan: Callable[..., Plan] | None
     plan_only: frozenset[str]
+    arrange: Callable[..., Plan] | None
     site_axes: frozenset[str]
     prepare: Callable[..., dict[str, Any]] | None
     prepares: Callable[[Mapping[str, Any]], bool] | None
@@ -179,7 +186,14 @@ def _read(file: Path, code: Code) -> Experiment:
     if finish is not None:
         _check_finish(file, finish, {**of_plan, **parameters})
     plan_only = frozenset(set(of_plan) - set(parameters))
-    _check_declarations(file, variables, {**of_plan, **parameters}, on_grid=plan is None)
+    arrange = getattr(module, "arrange", None)
+    _check_declarations(
+        file,
+        variables,
+        {**of_plan, **parameters},
+        on_grid=plan is None,
+        labelled=plan is None and arrange is None,
+    )
     site_axes = _site_axes(parameters)
     defaults = getattr(module, "defaults", {})
 
@@ -196,6 +210,7 @@ def _read(file: Path, code: Code) -> Experiment:
         measure=cast("Callable[..., dict[str, Any]]", measure),
         plan=cast("Callable[..., Plan] | None", plan),
         plan_only=plan_only,
+        arrange=cast("Callable[..., Plan] | None", arrange),
         site_axes=frozenset(site_axes),
         prepare=getattr(module, "prepare", None),
         prepares=getattr(module, "prepares", None),
@@ -281,8 +296,16 @@ def _check_declarations(
     parameters: Mapping[str, inspect.Parameter],
     *,
     on_grid: bool,
+    labelled: bool,
 ) -> None:
     """See that variables and options are such that the store and the command line can take them.
+
+    Args:
+        file: the experiment's.
+        variables: as it declares them.
+        parameters: its options, and what `measure` asks for.
+        on_grid: its units are cells.
+        labelled: no dimension gets its labels from a plan.
 
     Raises:
         PersonaError: one of them is not.
@@ -297,7 +320,7 @@ def _check_declarations(
             )
         if name in _RESERVED_VARIABLES:
             raise PersonaError(f"{str(file)!r} cannot call a variable {name!r}: the store does.")
-        if on_grid:
+        if labelled:
             check_axes(name, variable, str(file), {"cell", *_site_axes(parameters)})
     for option in parameters:
         if option in _RESERVED_OPTIONS and (on_grid or option != "grid"):

@@ -1,5 +1,6 @@
 from .attributes import read_attribute as read_attribute
 from .block import Block as Block
+from .budgets import needed_for as needed_for
 from .caches import label_cache as label_cache
 from .caches import open_cache as open_cache
 from .caches import write_cache as write_cache

@@ -135,15 +135,18 @@ def check_request(
         experiment, record.n_layers, asked.layers, asked.layer_sets, asked.positions
     )
     own = check_options(experiment, asked.options)
+    positions = sites.get("positions", [])
     plan = make_plan(
-        experiment, model.tokenizer, grid, sites.get("positions", []), own, record.label
+        experiment, model.tokenizer, grid, positions, own, record.label, cells=asked.cells
     )
     _check_width(plan, record)
     taken = {name: own[name] for name in own if name not in experiment.plan_only}
     planning = {name: own[name] for name in own if name in experiment.plan_only}
     arguments = {**sites, **taken}
     check_tokens(plan, model, record, arguments)
-    units = plan.units if grid is None else grid.select_cells(asked.cells)
+    chosen = plan.units if grid is None else grid.select_cells(asked.cells)
+    labels = {unit.label for unit in chosen}
+    units = [unit for unit in plan.units if unit.label in labels]
     digest = identity(experiment, record, plan, arguments)
     template = model.tokenizer.chat_template
     variables = {
@@ -223,6 +226,8 @@ def make_plan(
     positions: Sequence[str],
     options: Mapping[str, Any],
     label: str = "",
+    *,
+    cells: str | Sequence[str] | None = None,
 ) -> Plan:
     """What there is to measure: the cells of the grid, or what the experiment's file says.
 
@@ -233,6 +238,7 @@ def make_plan(
         positions: that have to exist in every prompt of the grid.
         options: the experiment's own.
         label: the model's, for a `plan` that asks for it.
+        cells: of the grid, that are asked for; None is all.
 
     Raises:
         UsageError: the inputs cannot be used, or not with this model.
@@ -240,10 +246,15 @@ def make_plan(
     """
     if experiment.plan is None:
         assert grid is not None
-        return plan_grid(tokenizer, grid, positions)
-    own = arguments_of(experiment.plan, {"model": label, **options})
-    with shown_where(experiment):
-        plan = experiment.plan(tokenizer, **own)
+        plan = plan_grid(tokenizer, grid, positions)
+        if experiment.arrange is None:
+            return plan
+        with shown_where(experiment):
+            plan = experiment.arrange(tokenizer, plan, grid.select_cells(cells))
+    else:
+        own = arguments_of(experiment.plan, {"model": label, **options})
+        with shown_where(experiment):
+            plan = experiment.plan(tokenizer, **own)
     for name, variable in experiment.variables.items():
         if plan.variables is not None and name not in plan.variables:
             continue

@@ -1,6 +1,7 @@
 from .attention import Look as Look
 from .attention import look_at as look_at
 from .attention import tell as tell
+from .attention import weights_of as weights_of
 from .averages import AVERAGES as AVERAGES
 from .averages import Average as Average
 from .averages import averages as averages
@@ -10,6 +11,8 @@ from .averages import token_weights as token_weights
 from .batches import Batch as Batch
 from .batches import left_pad as left_pad
 from .batches import similar_rows as similar_rows
+from .budgets import best_first as best_first
+from .budgets import within_budget as within_budget
 from .clean_run import CleanRun as CleanRun
 from .clean_run import force as force
 from .clean_run import run_clean as run_clean

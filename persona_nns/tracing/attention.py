@@ -41,19 +41,19 @@ class Told:
 
 @dataclass(frozen=True)
 class Look:
-    """What an attention module was told, and what it makes of each row's last prompt token.
+    """What an attention module was told, and what it makes of some queries of each row.
 
     Attributes:
         told: what it was told.
-        last: [row, 1], the column of the last prompt token.
-        projected: [row, 1, feature], its queries before they are normalised and rotated; None in
-            a module of an unknown make.
-        mixed: [row, 1, head × d_head], what is mixed for it of the values.
-        weights: [row, head, key], where the module returns them.
+        asking: [row, query], the columns of the queries.
+        projected: [row, query, feature], the queries before they are normalised and rotated; None
+            in a module of an unknown make.
+        mixed: [row, query, head × d_head], what is mixed for them of the values.
+        weights: [row, head, query, key], where the module returns them.
     """
 
     told: Told
-    last: Tensor
+    asking: Tensor
     projected: Tensor | None
     mixed: Tensor
     weights: Tensor | None
@@ -108,12 +108,14 @@ def tell(model: TransformersModel, window: Window) -> Sequence[Told | None]:
     return told  # noqa: RET504 - there only once the trace has run
 
 
-def look_at(attention: Any, last: Tensor, told: Told | None = None) -> tuple[Look, Tensor, Tensor]:
-    """Inside a trace, while a module is run: what `attention_to` is computed from.
+def look_at(
+    attention: Any, asking: Tensor, told: Told | None = None
+) -> tuple[Look, Tensor, Tensor]:
+    """Inside a trace, while a module is run: what its weights are computed from.
 
     Args:
         attention: the module, in a pass that is given a cache.
-        last: [row, 1], the column of the last prompt token.
+        asking: [row, query], the columns whose queries are looked at.
         told: what it is told; by default it is read.
 
     Returns:
@@ -122,18 +124,16 @@ def look_at(attention: Any, last: Tensor, told: Told | None = None) -> tuple[Loo
     """
     told = told or read_told(attention)
     names = [each for each in _PROJECTIONS if hasattr(attention, each)]
-    projected = take(getattr(attention, names[0]).output, last) if names else None
+    projected = take(getattr(attention, names[0]).output, asking) if names else None
     mixed, written = attention.o_proj.input, attention.o_proj.output
     weights = attention.output[1]
     if weights is not None:
-        weights = _of_last(weights, last)
-    return Look(told, last, projected, take(mixed, last), weights), mixed, written
+        weights = _of_queries(weights, asking)
+    return Look(told, asking, projected, take(mixed, asking), weights), mixed, written
 
 
 def attention_to(attention: Any, look: Look, held: Any, identity: Tensor) -> Tensor:
-    """Inside a trace: attention of the last prompt token to the identity, [row, head, column].
-
-    NaN where the module returns no weights and they cannot be computed from its queries and keys.
+    """Inside a trace: attention of the one query to the identity, [row, head, column].
 
     Args:
         attention: the module, which has run.
@@ -141,17 +141,31 @@ def attention_to(attention: Any, look: Look, held: Any, identity: Tensor) -> Ten
         held: its layer of the cache that the pass has put out.
         identity: [row, column of the window].
     """
-    weights, n_window = look.weights, identity.shape[1]
+    weights = weights_of(attention, look, held)[:, :, 0]
+    return weights[..., -identity.shape[1] :] * identity[:, None]
+
+
+def weights_of(attention: Any, look: Look, held: Any) -> Tensor:
+    """Inside a trace: attention weights of the queries, [row, head, query, key].
+
+    NaN where the module returns no weights and they cannot be computed from its queries and keys.
+
+    Args:
+        attention: the module, which has run.
+        look: at it.
+        held: its layer of the cache that the pass has put out.
+    """
+    weights = look.weights
     if weights is None:
         weights = compute_weights(attention, look, held)
     if weights is None:
-        shape = len(identity), attention.config.num_attention_heads, n_window
-        return look.mixed.new_full(shape, torch.nan)
-    return weights[..., -n_window:] * identity[:, None]
+        (n_rows, n_queries), n_heads = look.asking.shape, attention.config.num_attention_heads
+        return look.mixed.new_full((n_rows, n_heads, n_queries, held.keys.shape[2]), torch.nan)
+    return weights
 
 
 def compute_weights(attention: Any, look: Look, held: Any) -> Tensor | None:
-    """Inside a trace: attention weights of the last prompt token, [row, head, key].
+    """Inside a trace: attention weights of the queries, [row, head, query, key].
 
     softmax(scaling × query · key) over the keys that the mask leaves, as ``eager`` computes it.
     Weights are right if they mix the values into what the module has put into its output
@@ -172,54 +186,55 @@ def compute_weights(attention: Any, look: Look, held: Any) -> Tensor | None:
         each.repeat_interleave(n_heads // each.shape[1], dim=1) for each in (held.keys, held.values)
     )
     query = _query(attention, look, look.projected, n_heads)
-    if query.shape[1:] != (n_heads, keys.shape[-1]):
+    if (query.shape[1], query.shape[-1]) != (n_heads, keys.shape[-1]):
         return None
-    scores = (query[:, :, None] * keys).sum(-1).float()
+    scores = (query @ keys.mT).float()
     scores = scores * getattr(attention, "scaling", keys.shape[-1] ** -0.5)
     cap = getattr(attention, "attn_logit_softcapping", None)
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
-    mask = _of_last(look.told.mask.expand(len(scores), -1, -1, -1), look.last)
+    mask = _of_queries(look.told.mask.expand(len(scores), -1, -1, -1), look.asking)
     if mask.dtype is torch.bool:
         mask = torch.where(mask, 0.0, -torch.inf)
     weights = (scores + mask).softmax(-1)
-    right = _mixes_to(look.mixed[:, 0], weights, values)
-    return torch.where(right[:, None, None], weights, torch.nan).to(values.dtype)
+    right = _mixes_to(look.mixed, weights, values)
+    return torch.where(right[:, None, :, None], weights, torch.nan).to(values.dtype)
 
 
 def _mixes_to(mixed: Tensor, weights: Tensor, values: Tensor) -> Tensor:
-    """Whether values are mixed to what a module put into its output projection, [row]."""
-    ours = (weights[..., None] * values.float()).sum(2).flatten(1)
+    """Whether values are mixed to what a module put into its output projection, [row, query]."""
+    ours = (weights @ values.float()).transpose(1, 2).flatten(2)
     tolerance = max(1e-4, 4 * torch.finfo(values.dtype).eps)
     return (ours - mixed.float()).abs().amax(-1) <= tolerance * mixed.float().abs().amax(-1)
 
 
 def _query(attention: Any, look: Look, projected: Tensor, n_heads: int) -> Tensor:
-    """The queries that meet the keys, [row, head, d_head]."""
+    """The queries that meet the keys, [row, head, query, d_head]."""
     width = look.mixed.shape[-1]
     if hasattr(attention, "query_key_value"):
-        query = projected.reshape(len(projected), n_heads, -1)[..., : width // n_heads]
+        query = projected.unflatten(-1, (n_heads, -1))[..., : width // n_heads]
     else:
-        query = projected[:, 0, :width]
+        query = projected[..., :width]
         if hasattr(attention, "q_norm"):
             # OLMo2 normalises all heads as one.
             whole = attention.q_norm.weight.shape[0] == width
             query = attention.q_norm(query if whole else query.unflatten(-1, (n_heads, -1)))
-        query = query.reshape(len(query), n_heads, -1)
+        query = query.reshape(*query.shape[:2], n_heads, -1)
+    query = query.transpose(1, 2)
     rotation = look.told.rotation
     if rotation is None:
         return query
-    cos, sin = (take(each.expand(len(query), -1, -1), look.last) for each in rotation)
+    cos, sin = (take(each.expand(len(query), -1, -1), look.asking)[:, None] for each in rotation)
     turned, rest = query.tensor_split([cos.shape[-1]], dim=-1)
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
     return torch.cat([turned, rest], dim=-1)
 
 
-def _of_last(queries: Tensor, last: Tensor) -> Tensor:
-    """Of [row, head, query, key], what belongs to the last prompt token: [row, head, key]."""
-    index = last[:, :, None, None].expand(-1, queries.shape[1], 1, queries.shape[3])
-    return queries.gather(2, index)[:, :, 0]
+def _of_queries(every: Tensor, asking: Tensor) -> Tensor:
+    """Of [row, head, column, key], what belongs to some columns: [row, head, query, key]."""
+    index = asking[:, None, :, None].expand(-1, every.shape[1], -1, every.shape[3])
+    return every.gather(2, index)
 
 
 def _cache_of(inputs: Any) -> Any:
