@@ -117,11 +117,6 @@ class Deployment:
         """Its name, and the revision that it has to be asked for by, if any."""
         return self.repo_id + (f" (--revision {self.revision})" if self.revision != "main" else "")
 
-    @property
-    def answers(self) -> bool:
-        """Whether a job for it would run now."""
-        return self.state == "RUNNING"
-
 
 def read_deployments(connection: Connection) -> list[Deployment]:
     """The models that a server hosts, those that run first.
