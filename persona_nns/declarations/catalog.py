@@ -18,7 +18,8 @@ holds is given, stored and shown like all others.
 One that runs on a grid, and needs to know more than a cell at a time, has
 ``arrange(tokenizer, plan, cells)``. It gets the grid's `Plan` and the cells that are asked for, and
 returns the plan with more ``axes`` (a label for each token of the longest persona, say), or with
-other units in place of the cells, each with its cell's label and place.
+other units in place of the cells, each with its cell's label and place, or says which variables
+there are. Its keyword arguments are options of `measure`.
 
 Two more functions run where the command runs, whatever machine `measure` runs on.
 ``prepare(model, store, options, *, progress)`` runs what has to be there first and returns the

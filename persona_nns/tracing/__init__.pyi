@@ -2,6 +2,8 @@ from .attention import Look as Look
 from .attention import look_at as look_at
 from .attention import tell as tell
 from .attention import weights_of as weights_of
+from .attribution import Part as Part
+from .attribution import attribute as attribute
 from .averages import AVERAGES as AVERAGES
 from .averages import Average as Average
 from .averages import averages as averages
@@ -54,6 +56,7 @@ from .kv.grafts import grafted_tokens as grafted_tokens
 from .kv.grafts import spans_before_last as spans_before_last
 from .kv.grafts import warn_about_prefixes as warn_about_prefixes
 from .kv.rotation import Rotation as Rotation
+from .kv.rotation import has_rotary_positions as has_rotary_positions
 from .kv.rotation import read_rotation as read_rotation
 from .kv.splice import Piece as Piece
 from .kv.splice import splice as splice

@@ -1,0 +1,581 @@
+"""How few heads bring a persona? Attention heads, patched into a host that has none.
+
+The host is the prompt with the baseline persona and the cell's task (BY), the clean run the prompt
+with the cell's persona (XY); both are followed by what the model says to XY. Behind the persona the
+two are the same tokens, the *places*. There a head's output in the host becomes what it is in the
+clean run, and all that follows is computed anew: one head alone, which is its effect, or the best
+heads of a ranking, as many as a budget allows. All heads together make the host the clean run.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from nnsight import TransformersModel, save
+from pydantic import AfterValidator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from persona_nns.declarations import (
+    Count,
+    ModelRecord,
+    Plan,
+    Variable,
+    agreement,
+    budget_labels,
+    budget_sizes,
+    random_scores,
+    scored_tokens,
+)
+from persona_nns.errors import UsageError
+from persona_nns.prompts import Cell, Prompt, render_cells
+from persona_nns.tracing import (
+    Prefilled,
+    Window,
+    attribute,
+    closure,
+    entry,
+    has_rotary_positions,
+    has_weights,
+    last_columns,
+    log_probabilities,
+    look_at,
+    open_window,
+    prefill,
+    say,
+    share_out,
+    summed_kl,
+    tell,
+    weights_of,
+    within_budget,
+)
+
+protocol_version = 1
+defaults = {"grid": "review"}
+
+RANKINGS = ("effect", "attribution", "attention", "transfer", "random")
+BY_GRADIENT = ("attribution", "transfer")
+#: What is known of single heads only where these rankings are asked for.
+OF_RANKINGS = {
+    "effect": ("effect",),
+    "agreement": ("effect",),
+    "attribution": BY_GRADIENT,
+    "transfer_tasks": ("transfer",),
+}
+
+
+def check_rankings(rankings: str) -> str:
+    """The labels asked for, in one order."""
+    asked = [label.strip() for label in rankings.split(",")]
+    if unknown := [label for label in asked if label not in RANKINGS]:
+        raise ValueError(f"there is no ranking {', '.join(unknown)}; use {', '.join(RANKINGS)}")
+    return ",".join(label for label in RANKINGS if label in asked)
+
+
+def ranking_labels(_: ModelRecord, parameters: Mapping[str, Any]) -> list[str]:
+    """The rankings of a run."""
+    return parameters["rankings"].split(",")
+
+
+_NAN = "NaN where the prompts differ behind the persona."
+_HEADS = {
+    "layer": lambda record, _: range(record.n_layers),
+    "head": lambda record, _: range(record.n_heads),
+}
+_CURVES = {
+    "ranking": ranking_labels,
+    "budget": lambda record, _: budget_labels(record.n_layers * record.n_heads),
+}
+
+variables = {
+    "closure": Variable(
+        "cell ranking budget",
+        "closure",
+        description="Share of the host gap removed by the best heads: 1 − KL / KL(none), in each "
+        f"cell; NaN where there is no gap, or a ranking has no scores. {_NAN}",
+        coords=_CURVES,
+    ),
+    "kl": Variable(
+        "cell ranking budget",
+        "causal KL",
+        units="nat",
+        description="KL(clean XY ‖ patched host) summed over the scored tokens, with the best "
+        f"heads of a ranking patched; NaN where it has no scores. {_NAN}",
+        coords=_CURVES,
+    ),
+    "kl_none": Variable(
+        "cell",
+        "KL(clean ‖ host)",
+        units="nat",
+        description=f"The gap, with no head patched. {_NAN}",
+    ),
+    "effect": Variable(
+        "cell layer head",
+        "effect",
+        units="nat",
+        description=f"KL(none) − KL with this head alone patched. {_NAN}",
+        coords=_HEADS,
+    ),
+    "attribution": Variable(
+        "cell layer head",
+        "attribution",
+        units="nat",
+        description="Effect to first order, from one backward pass: Σ over places of (clean − "
+        f"host) · ∂(−KL)/∂ the head's output at the unpatched host. {_NAN}",
+        coords=_HEADS,
+    ),
+    "attention": Variable(
+        "cell layer head",
+        "attention to the persona",
+        description="Weight on the persona's tokens in the clean run, mean over places; NaN where "
+        f"the model gives no weights. {_NAN}",
+        coords=_HEADS,
+    ),
+    "agreement": Variable(
+        "cell ranking",
+        "agreement with the effect",
+        description="Spearman correlation of a ranking's scores of all heads with their effects.",
+        coords={"ranking": ranking_labels},
+    ),
+    "values": Variable(
+        "cell budget",
+        "patched numbers",
+        description="Numbers patched at each place: heads times the width of one.",
+        kind="int",
+        unmeasured=-1,
+        coords={"budget": _CURVES["budget"]},
+    ),
+    "transfer_tasks": Variable(
+        "cell",
+        "tasks behind the transfer",
+        description="Other tasks of the persona, asked for in the same run, whose attributions the "
+        "ranking 'transfer' averages.",
+        kind="int",
+        unmeasured=-1,
+    ),
+    "n_eval": replace(scored_tokens(), unmeasured=-1),
+}
+
+
+@dataclass(frozen=True)
+class Twins:
+    """The two prompts of a cell.
+
+    Attributes:
+        label: the cell's.
+        clean: token ids of XY.
+        host: token ids of BY.
+        persona: where the persona stands in XY.
+        n_shared: tokens behind the persona; 0 where they are not the same in both.
+    """
+
+    label: str
+    clean: tuple[int, ...]
+    host: tuple[int, ...]
+    persona: range
+    n_shared: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A cell with the other tasks of its persona that are asked for."""
+
+    own: Twins
+    others: tuple[Twins, ...]
+
+    @property
+    def label(self) -> str:
+        """The cell's."""
+        return self.own.label
+
+    @property
+    def place(self) -> dict[str, str]:
+        """The cell's."""
+        return {"cell": self.label}
+
+
+def prepare(
+    model: TransformersModel, store: str | Path, options: dict[str, Any], *, progress: bool
+) -> dict[str, Any]:
+    """See that the model can be patched, and gives the gradients that are asked for."""
+    del store, progress
+    if not has_rotary_positions(model):
+        kind = model.config.get_text_config().model_type
+        raise UsageError(
+            f"The heads of a {kind} model cannot be patched from a prompt of another length: its "
+            "positions are learned, so that the same tokens enter it as something else; use a "
+            "model with rotary positions."
+        )
+    asked = str(options.get("rankings", ",".join(RANKINGS)))
+    if not has_weights(model) and any(label in asked for label in BY_GRADIENT):
+        others = ",".join(label for label in RANKINGS if label not in BY_GRADIENT)
+        raise UsageError(
+            f"The rankings {' and '.join(BY_GRADIENT)} take gradients, which a server does not "
+            f"give; the other rankings run there: --rankings {others}."
+        )
+    return options
+
+
+def prepares(options: Mapping[str, Any]) -> bool:
+    """Nothing is made: any number of processes may look at once."""
+    del options
+    return False
+
+
+def arrange(
+    tokenizer: PreTrainedTokenizerBase, plan: Plan, cells: Sequence[Cell], *, rankings: str
+) -> Plan:
+    """Each cell with its kin among those asked for; all cells of a persona at a time."""
+    every = [unit for unit in plan.units if isinstance(unit, Cell)]
+    rendered = render_cells(tokenizer, every, ("XY", "BY"))
+    twins = {
+        cell.label: twins_of(cell.label, of["XY"], of["BY"])
+        for cell, of in zip(every, rendered, strict=True)
+    }
+    if differing := [cell.label for cell in cells if not twins[cell.label].n_shared]:
+        warnings.warn(
+            "Behind the persona, the prompts with it and without are not the same tokens: NaN in "
+            f"{', '.join(differing)}.",
+            stacklevel=2,
+        )
+    kin = {
+        cell.label: [
+            twins[each.label]
+            for each in cells
+            if each.persona == cell.persona and each.task != cell.task
+        ]
+        for cell in every
+    }
+    return replace(
+        plan,
+        units=[Unit(twins[label], tuple(kin[label])) for label in twins],
+        batch_size=1 + max(map(len, kin.values())),
+        variables=given_by(rankings.split(",")),
+    )
+
+
+def twins_of(label: str, clean: Prompt, host: Prompt) -> Twins:
+    """The prompts XY and BY of a cell."""
+    behind, others = (of.ids[of.spans["persona"].stop :] for of in (clean, host))
+    n_shared = len(behind) if behind == others else 0
+    return Twins(label, clean.ids, host.ids, clean.spans["persona"], n_shared)
+
+
+def given_by(rankings: Sequence[str]) -> list[str]:
+    """The variables that these rankings give."""
+    needed = {name: OF_RANKINGS.get(name, rankings) for name in variables}
+    return [name for name in variables if set(needed[name]) & set(rankings)]
+
+
+def measure(
+    model: TransformersModel,
+    units: list[Unit],
+    *,
+    rankings: Annotated[str, AfterValidator(check_rankings)] = ",".join(RANKINGS),
+    n_eval: Count = 10,
+    seed: int = 0,
+    reuse: bool = True,
+) -> dict[str, Tensor]:
+    """Measure a batch of cells.
+
+    Args:
+        model: from `load_model`.
+        units: the cells, with their kin; the leading axis of every result.
+        rankings: by what heads are ranked: effect (a pass a head), attribution, attention,
+            transfer (attribution on the persona's other tasks), random.
+        n_eval: reference tokens that the KL is summed over.
+        seed: of the ranking ``random``.
+        reuse: run what stands before the places once, and resume at the layer of a patch.
+    """
+    asked = rankings.split(",")
+    needed = {each.label: each for unit in units for each in (unit.own, *unit.others)}
+    if "transfer" not in asked:
+        needed = {unit.label: unit.own for unit in units}
+    pairs = run_pairs(
+        model, [each for each in needed.values() if each.n_shared], n_eval, reuse=reuse
+    )
+    by_gradient = {}
+    if set(asked) & set(BY_GRADIENT):
+        by_gradient = {label: attribute_heads(model, pair) for label, pair in pairs.items()}
+    measured: list[dict[str, Tensor]] = []
+    for unit in units:
+        results = nothing_measured(model, asked)
+        if unit.label in pairs:
+            pair = pairs[unit.label]
+            results |= rank_heads(model, unit, pair, by_gradient, asked, seed)
+            results |= spend(model, pair, results["scores"])
+        measured.append(results)
+    return {name: torch.stack([of[name] for of in measured]) for name in measured[0]}
+
+
+def finish(
+    tokenizer: PreTrainedTokenizerBase,
+    units: Sequence[Unit],
+    measured: dict[str, Any],
+    *,
+    rankings: str,
+) -> dict[str, Any]:
+    """How well the scores of each ranking agree with the effects."""
+    del tokenizer, units
+    pairs = zip(measured["scores"], measured["effect"], strict=True)
+    measured["agreement"] = np.array(
+        [[agreement(scores, effect) for scores in of_cell] for of_cell, effect in pairs]
+    )
+    return {name: measured[name] for name in given_by(rankings.split(","))}
+
+
+def nothing_measured(model: TransformersModel, rankings: Sequence[str]) -> dict[str, Tensor]:
+    """What is returned of a cell in which no heads can be compared."""
+    heads = torch.full((len(model.layers), n_heads(model)), torch.nan)
+    budgets = budget_labels(heads.numel())
+    curves = torch.full((len(rankings), len(budgets)), torch.nan)
+    return {
+        **dict.fromkeys(("effect", "attribution", "attention"), heads),
+        "scores": heads.expand(len(rankings), -1, -1),
+        **dict.fromkeys(("kl", "closure"), curves),
+        "kl_none": torch.tensor(torch.nan),
+        "values": torch.full((len(budgets),), -1),
+        **dict.fromkeys(("transfer_tasks", "n_eval"), torch.tensor(-1)),
+    }
+
+
+def n_heads(model: TransformersModel) -> int:
+    """Attention heads of a block."""
+    return model.config.get_text_config().num_attention_heads
+
+
+@dataclass(frozen=True)
+class Run:
+    """A prompt of a cell, and what follows it, run as it is.
+
+    Attributes:
+        window: what is run behind the prefix.
+        heads: of each block, [1, column, head × d_head], the output projection's input.
+        predicted: log-probabilities, [1, token, vocabulary], of what follows.
+        attention: [layer, head], to the persona, mean over the places.
+    """
+
+    window: Window
+    heads: Sequence[Tensor]
+    predicted: Tensor
+    attention: Tensor
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The two prompts of a cell, each followed by what is said to XY.
+
+    Attributes:
+        clean: XY.
+        host: BY.
+        n_places: last columns, of the same tokens in both.
+    """
+
+    clean: Run
+    host: Run
+    n_places: int
+
+    @property
+    def none(self) -> Tensor:
+        """KL from the clean run with nothing patched."""
+        return self.kl(self.host.predicted)[0]
+
+    def kl(self, predicted: Tensor) -> Tensor:
+        """KL from the clean run, [row], of log-probabilities [row, token, vocabulary]."""
+        clean = self.clean.predicted
+        scored = torch.ones(clean.shape[:2], dtype=torch.bool, device=clean.device)
+        return summed_kl(clean, predicted, scored)
+
+    def patch(self, own: Tensor, layer: int, heads: Tensor) -> Tensor:
+        """A block's heads with some of them as in the clean run, [row, column, head × d_head].
+
+        Args:
+            own: what they are otherwise, of as many rows, or one.
+            layer: of the block.
+            heads: [row, head], which are patched.
+        """
+        width = own.shape[1]
+        is_place = torch.arange(width, device=own.device) >= width - self.n_places
+        feature = heads.repeat_interleave(own.shape[2] // heads.shape[1], dim=1)
+        clean = last_columns(self.clean.heads[layer], width)
+        return torch.where(is_place[:, None] & feature[:, None], clean, own)
+
+
+def run_pairs(
+    model: TransformersModel, twins: Sequence[Twins], n_eval: int, *, reuse: bool
+) -> dict[str, Runs]:
+    """Both runs of every cell, by its label."""
+    if not twins:
+        return {}
+    said = say(model, Prefilled([of.clean for of in twins], None), n_eval)
+    said.warn_if_short([of.label for of in twins], n_eval)
+    rows = [ids for of in twins for ids in (of.clean, of.host)]
+    stops = [-of.n_shared for of in twins for _ in range(2)]
+    before = prefill(
+        model, [ids[:stop] for ids, stop in zip(rows, stops, strict=True)], reuse=reuse
+    )
+    runs: dict[str, Runs] = {}
+    for k, of in enumerate(twins):
+        length = int(said.length[k])  # the end token is predicted, and not run
+        places = of.n_shared + length - 1
+        both: list[Run] = []
+        for row in (2 * k, 2 * k + 1):
+            prefix = before and before.rows(torch.tensor([row], device=model.device))
+            window = open_window([rows[row]], said.ids[k : k + 1, : length - 1], prefix)
+            both.append(run_one(model, window, of.persona, places, length, reuse=reuse))
+        runs[of.label] = Runs(*both, places)
+    return runs
+
+
+def run_one(
+    model: TransformersModel,
+    window: Window,
+    persona: range,
+    n_places: int,
+    n_scored: int,
+    *,
+    reuse: bool,
+) -> Run:
+    """Run a prompt as it is, and keep what its heads put out and look at."""
+    width = window.input_ids.shape[1]
+    asking = torch.arange(width - n_places, width, device=model.device)[None]
+    told = tell(model, window)
+    entering, looks, heads, weights = [], [], [], []
+    with model.trace(window.inputs(cached=True), logits_to_keep=n_scored):
+        for layer, block in enumerate(model.layers):
+            entering.append(entry(model, layer).output)
+            look, mixed, _ = look_at(block.attn, asking, told[layer])
+            looks.append(look)
+            heads.append(mixed)
+        predicted = save(log_probabilities(model.output.logits))
+        cached = model.output.past_key_values.layers
+        for block, look, held in zip(model.layers, looks, cached, strict=True):
+            seen = weights_of(block.attn, look, held)[0, ..., persona.start : persona.stop]
+            weights.append(seen.float().sum(-1).mean(-1))
+        attention = save(torch.stack(weights))
+        save((entering, heads))
+    clean = torch.stack(entering) if reuse else None
+    return Run(replace(window, clean=clean), heads, predicted, attention)
+
+
+def rank_heads(
+    model: TransformersModel,
+    unit: Unit,
+    runs: Runs,
+    by_gradient: Mapping[str, Tensor],
+    rankings: Sequence[str],
+    seed: int,
+) -> dict[str, Tensor]:
+    """The scores of every head by every ranking, and what they come from."""
+    nothing = torch.full_like(runs.clean.attention, torch.nan)
+    kin = [by_gradient[each.label] for each in unit.others if each.label in by_gradient]
+    of_ranking = {
+        "effect": patch_each(model, runs) if "effect" in rankings else nothing,
+        "attribution": by_gradient.get(unit.label, nothing),
+        "attention": runs.clean.attention,
+        "transfer": torch.stack(kin).mean(0) if kin else nothing,
+        "random": torch.from_numpy(random_scores(seed, unit.label, nothing.numel()))
+        .to(nothing)
+        .view_as(nothing),
+    }
+    return {
+        **{name: of_ranking[name] for name in ("effect", "attribution", "attention")},
+        "scores": torch.stack([of_ranking[name] for name in rankings]),
+        "transfer_tasks": torch.tensor(len(kin)),
+    }
+
+
+def attribute_heads(model: TransformersModel, runs: Runs) -> Tensor:
+    """What each head would add to −KL, to first order, [layer, head]."""
+    host = runs.host.window
+    is_place = torch.zeros_like(host.input_ids, dtype=torch.bool)
+    is_place[:, -runs.n_places :] = True
+
+    def nearness(logits: Tensor) -> Tensor:
+        return -runs.kl(log_probabilities(logits))
+
+    n_scored = runs.clean.predicted.shape[1]
+    clean = runs.clean.window
+    return attribute(model, clean, host, nearness, places=is_place, n_logits=n_scored)[0]
+
+
+def patch_each(model: TransformersModel, runs: Runs) -> Tensor:
+    """The effect of each head, [layer, head]: KL(none) − KL with the head alone patched."""
+    every = list(range(n_heads(model)))
+    kl = [
+        patch_alone(model, runs, layer, heads)
+        for layer in range(len(model.layers))
+        for heads in share_out(every, runs.host.window, runs.clean.predicted)
+    ]
+    return runs.none - torch.cat(kl).view(len(model.layers), -1)
+
+
+def patch_alone(model: TransformersModel, runs: Runs, layer: int, heads: Sequence[int]) -> Tensor:
+    """KL with one head of a block patched, [head]: each in a row of its own."""
+    window, n_scored = runs.host.window, runs.clean.predicted.shape[1]
+    alone = torch.eye(n_heads(model), dtype=torch.bool, device=model.device)[list(heads)]
+    first = torch.zeros(len(heads), dtype=torch.long, device=model.device)
+    passed = window.rows(first, layer, window.input_ids.shape[1])
+    with model.trace(passed.inputs(), logits_to_keep=n_scored):
+        passed.resume(model, layer)
+        attention = model.layers[layer].attn
+        if passed.clean is None:
+            own = attention.o_proj.input
+            attention.o_proj.input = runs.patch(own, layer, alone)
+        else:  # below the projection, everything is as it was
+            own = runs.host.heads[layer]
+            attention.skip((attention.o_proj(runs.patch(own, layer, alone)), None))
+        kl = save(runs.kl(log_probabilities(model.output.logits)))
+    return kl  # noqa: RET504 - there only once the trace has run
+
+
+def spend(model: TransformersModel, runs: Runs, scores: Tensor) -> dict[str, Tensor]:
+    """What the best heads of each ranking bring, in budgets of growing size.
+
+    Args:
+        model: from `load_model`.
+        runs: of the cell.
+        scores: [ranking, layer, head]; a ranking without scores brings NaN.
+    """
+    flat = scores.flatten(1)
+    sizes = budget_sizes(budget_labels(flat.shape[1]), flat.shape[1])
+    chosen = within_budget(flat.nan_to_num(), sizes)
+    sets, which = chosen.flatten(0, 1).unique(dim=0, return_inverse=True)
+    brought = runs.none.repeat(len(sets))
+    some = sets.any(1).nonzero()[:, 0].tolist()
+    for part in share_out(some, runs.host.window, runs.clean.predicted):
+        brought[part] = patch_sets(model, runs, sets[part].view(-1, *scores.shape[1:]))
+    kl = torch.where(
+        flat.isnan().any(1, keepdim=True), torch.nan, brought[which].view(len(flat), -1)
+    )
+    d_head = runs.host.heads[0].shape[-1] // scores.shape[-1]
+    return {
+        "kl": kl,
+        "closure": closure(kl, runs.none),
+        "kl_none": runs.none,
+        "values": torch.tensor(sizes) * d_head,
+        "n_eval": torch.tensor(runs.clean.predicted.shape[1]),
+    }
+
+
+def patch_sets(model: TransformersModel, runs: Runs, heads: Tensor) -> Tensor:
+    """KL with sets of heads of all blocks patched at once, [row].
+
+    Args:
+        model: from `load_model`.
+        runs: of the cell.
+        heads: [row, layer, head].
+    """
+    window, n_scored = replace(runs.host.window, clean=None), runs.clean.predicted.shape[1]
+    first = torch.zeros(len(heads), dtype=torch.long, device=model.device)
+    passed = window.rows(first, 0, window.input_ids.shape[1])
+    with model.trace(passed.inputs(), logits_to_keep=n_scored):
+        for layer, block in enumerate(model.layers):
+            own = block.attn.o_proj.input
+            block.attn.o_proj.input = runs.patch(own, layer, heads[:, layer])
+        kl = save(runs.kl(log_probabilities(model.output.logits)))
+    return kl  # noqa: RET504 - there only once the trace has run
