@@ -49,8 +49,14 @@ from .knockout import share_out as share_out
 from .kv.arrays import unlabel_cache as unlabel_cache
 from .kv.cache import KVCache as KVCache
 from .kv.cache import read_cache as read_cache
+from .kv.cartridge import FORMS as FORMS
+from .kv.cartridge import Cartridge as Cartridge
+from .kv.cartridge import Form as Form
+from .kv.gap import HostGap as HostGap
 from .kv.grafts import GraftSources as GraftSources
 from .kv.grafts import Origins as Origins
+from .kv.grafts import Spans as Spans
+from .kv.grafts import fill_sources as fill_sources
 from .kv.grafts import graft_spans as graft_spans
 from .kv.grafts import grafted_tokens as grafted_tokens
 from .kv.grafts import spans_before_last as spans_before_last
@@ -58,6 +64,9 @@ from .kv.grafts import warn_about_prefixes as warn_about_prefixes
 from .kv.rotation import Rotation as Rotation
 from .kv.rotation import has_rotary_positions as has_rotary_positions
 from .kv.rotation import read_rotation as read_rotation
+from .kv.slots import SlottedHosts as SlottedHosts
+from .kv.slots import initial_slots as initial_slots
+from .kv.slots import open_slots as open_slots
 from .kv.splice import Piece as Piece
 from .kv.splice import splice as splice
 from .metrics import closure as closure
