@@ -4,6 +4,8 @@ from .by_layer import lines_by_layer as lines_by_layer
 from .capping import capping_curves as capping_curves
 from .capping import projection_percentiles as projection_percentiles
 from .capping import receipts_figure as receipts_figure
+from .cartridge import cartridge_closure as cartridge_closure
+from .cartridge import cartridge_losses as cartridge_losses
 from .closure import closure_by_band as closure_by_band
 from .closure import closure_by_graft as closure_by_graft
 from .closure import closure_heatmap as closure_heatmap
