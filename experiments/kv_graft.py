@@ -8,6 +8,7 @@ cache. How much of the distance to the source does each graft close?
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -16,9 +17,11 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from persona_nns.declarations import (
+    CONTENT,
     EVERY_BAND,
     LATER,
     Count,
+    FileName,
     ModelRecord,
     Variable,
     bands_of,
@@ -28,16 +31,16 @@ from persona_nns.declarations import (
     scored_tokens,
 )
 from persona_nns.figures import closure_by_band, closure_by_graft, closure_heatmap
+from persona_nns.models import check_cartridges, load_cartridge, record_of
 from persona_nns.prompts import (
-    ROLE_PROMPTS,
     Cell,
     PromptName,
     Span,
     count_each,
-    render_cell,
     warn_without_markers,
 )
 from persona_nns.tracing import (
+    Cartridge,
     GraftSources,
     KVCache,
     Origins,
@@ -46,18 +49,17 @@ from persona_nns.tracing import (
     Window,
     block_keys,
     closure,
-    fill_cache,
+    fill_sources,
     force,
     graft_spans,
     grafted_tokens,
     log_probabilities,
+    open_slots,
     open_window,
-    read_rotation,
     say,
-    spans_before_last,
     splice,
     summed_kl,
-    warn_about_prefixes,
+    take,
 )
 
 protocol_version = 2
@@ -96,11 +98,12 @@ def check_grafts(grafts: str) -> str:
 
 
 def graft_labels(_: ModelRecord, parameters: Mapping[str, Any]) -> list[str]:
-    """The grafts of a run."""
-    return parameters["grafts"].split(",")
+    """The grafts of a run; `cartridge` comes last, where there is one."""
+    return [*parameters["grafts"].split(","), *(["cartridge"] if parameters["cartridge"] else [])]
 
 
 _ONLY_PERSONA = "Bands other than 'all' are measured for the graft 'persona'."
+_OF_PERSONAS = "The graft 'cartridge' is that of the cell's persona; NaN where none is given."
 _ONLY_CONTINUED = f"Measured for the grafts {', '.join(CONTINUED)}."
 _coords = {
     "graft": graft_labels,
@@ -120,7 +123,7 @@ variables = {
         "cell graft layer_band",
         "closure",
         description="Share of the host gap removed: 1 − KL / KL(none), in each cell; "
-        f"NaN where there is no gap. {_ONLY_PERSONA}",
+        f"NaN where there is no gap. {_ONLY_PERSONA} {_OF_PERSONAS}",
         coords=_coords,
     ),
     "cache_bytes": Variable(
@@ -152,12 +155,26 @@ figures = {
 }
 
 
+def prepares(options: Mapping[str, Any]) -> bool:
+    """Whether there are cartridges, which are made for one model."""
+    return bool(options.get("cartridge"))
+
+
+def prepare(
+    model: TransformersModel, _store: str | Path, options: dict[str, Any], **_progress: bool
+) -> dict[str, Any]:
+    """See that the model can be given the cartridges, and each persona one."""
+    check_cartridges(options.get("cartridge") or (), record_of(model))
+    return options
+
+
 def measure(
     model: TransformersModel,
     cells: list[Cell],
     *,
     grafts: Annotated[str, AfterValidator(check_grafts)] = ",".join(LABELS),
     bands: Annotated[str, AfterValidator(check_bands), LATER] = EVERY_BAND,
+    cartridge: Annotated[list[FileName] | None, LATER, CONTENT] = None,
     n_eval: Count = 10,
     n_tokens: Count = 80,
     reuse: bool = True,
@@ -169,18 +186,24 @@ def measure(
         cells: the cells; the leading axis of every result.
         grafts: which grafts, by label; ``none,all`` move no key, whatever the model's positions.
         bands: layers of the graft ``persona``, as ``all,3,0:4`` (the end is not in it).
+        cartridge: file of persona_cartridge, a graft for the cells of its persona; one a persona.
         n_eval: reference tokens that the KL is summed over.
         n_tokens: greedy tokens that markers are looked for in.
         reuse: in a band, go on from the host's residual at its first layer.
     """
     warn_without_markers(cells)
-    sources = fill_sources(model, cells)
+    sources = read_sources(model, cells)
     reference = read_reference(model, cells, sources, n_eval)
     asked, parts = grafts.split(","), bands_of(len(model.layers), bands)
+    asked += ["cartridge"] if cartridge else []
     kl = torch.full((len(cells), len(asked), len(parts)), torch.nan, device=model.device)
     cache_bytes = torch.full(kl.shape, -1)
     text, distinct = [[""] * len(cells) for _ in asked], torch.full((len(asked), len(cells)), -1)
-    for g, graft in enumerate(asked):
+    for given in map(load_cartridge, cartridge or ()):
+        own = [row for row, cell in enumerate(cells) if given.is_of(cell)]
+        kl[own, -1, 0] = score_cartridge(model, sources, reference, given, own)
+        cache_bytes[own, -1, 0] = given.n_bytes
+    for g, graft in enumerate(grafts.split(",")):
         host, layer_bytes = make_graft(sources, graft)
         kl[:, g, 0] = score(model, host.followed_by(reference.forced), reference, {})
         cache_bytes[:, g, 0] = layer_bytes * len(parts[0])
@@ -201,20 +224,14 @@ def measure(
     }
 
 
-def fill_sources(model: TransformersModel, cells: Sequence[Cell]) -> GraftSources:
+def read_sources(model: TransformersModel, cells: Sequence[Cell]) -> GraftSources:
     """Everything before p_last of each prompt, once; and how this model's keys are moved."""
-    prompts = [render_cell(model.tokenizer, cell) for cell in cells]
-    spans = [{name: spans_before_last(prompt[name]) for name in ROLE_PROMPTS} for prompt in prompts]
-    warn_about_prefixes(cells, prompts, spans)
-    caches = {
-        name: fill_cache(model, [prompt[name].ids[:-1] for prompt in prompts])
-        for name in ROLE_PROMPTS
-    }
-    rotation = read_rotation(model, reach=max(cache.width for cache in caches.values()))
-    if rotation.refusal:  # said only if a key has to move
-        hint = f"{rotation.refusal} With --grafts none,all no key moves."
-        rotation = replace(rotation, refusal=hint)
-    return GraftSources(prompts, spans, caches, rotation)
+    sources = fill_sources(model, cells)
+    if not sources.rotation.refusal:
+        return sources
+    # It is said only if a key has to move.
+    hint = f"{sources.rotation.refusal} With --grafts none,all no key moves."
+    return replace(sources, rotation=replace(sources.rotation, refusal=hint))
 
 
 @dataclass(frozen=True)
@@ -267,6 +284,29 @@ def score(
             block_keys(model.layers[layer].attn, None, columns)
         predicted = log_probabilities(model.output.logits)
         kl = save(summed_kl(reference.clean, predicted, reference.scored))
+    return kl  # noqa: RET504 - there only once the trace has run
+
+
+def score_cartridge(
+    model: TransformersModel,
+    sources: GraftSources,
+    reference: Reference,
+    cartridge: Cartridge,
+    rows: Sequence[int],
+) -> Tensor:
+    """KL of some cells with a cartridge where the host's persona stood, [cell].
+
+    Of the form `prefix`, the host's task and tail are run again behind it.
+    """
+    if not rows:
+        return reference.clean.new_empty(0)
+    clean, scored = reference.clean[rows], reference.scored[rows]
+    said, form = reference.forced[rows], cartridge.form
+    hosts = open_slots(sources.some(rows), said, cartridge.slots, form)
+    window = hosts.with_cartridge(cartridge)
+    with model.trace(window.inputs()):
+        model.lm_head.input = take(model.lm_head.input, hosts.predicting)
+        kl = save(summed_kl(clean, log_probabilities(model.output.logits), scored))
     return kl  # noqa: RET504 - there only once the trace has run
 
 

@@ -30,6 +30,7 @@ from persona_nns.figures.tables import result_table
 from persona_nns.prompts.frames import load_frame
 from persona_nns.prompts.grids import Cell, Grid
 from persona_nns.prompts.render import Prompt, render_cell
+from persona_nns.tracing import spans_before_last, warn_about_prefixes
 
 pytestmark = pytest.mark.filterwarnings("ignore:The grid has no markers")
 
@@ -262,7 +263,7 @@ def test_every_graft_and_band_equals_plain_transformers(
         close(kl[c, 9, 0], oracle.additive())
         close(kl[c, 1, 1:], [oracle.band(band) for band in BANDS.values()])
     assert kl[:, [k for k in range(10) if k != 1], 1:].isnan().all()
-    sources = experiment.fill_sources(model, cells)
+    sources = experiment.read_sources(model, cells)
     reference = experiment.read_reference(model, cells, sources, 10)
     ends = [range(0), range(len(model.layers))]
     for reuse in (True, False):
@@ -320,19 +321,19 @@ def test_a_batch_gives_the_numbers_of_single_cells_and_reuse_those_of_none(
 
 
 def test_a_token_across_prefix_and_persona_is_said(
-    random_model: Callable[[str], TransformersModel], experiment: ModuleType, small_grid: Grid
+    random_model: Callable[[str], TransformersModel], small_grid: Grid
 ) -> None:
     model = random_model("qwen2")
     cells = list(small_grid.cells)[:1]
     prompts = [render_cell(model.tokenizer, cell) for cell in cells]
-    spans = [{name: experiment.spans_before_last(p[name]) for name in p} for p in prompts]
+    spans = [{name: spans_before_last(p[name]) for name in p} for p in prompts]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        experiment.warn_about_prefixes(cells, prompts, spans)
+        warn_about_prefixes(cells, prompts, spans)
     host = prompts[0]["BY"]
     joined = replace(host, ids=(host.ids[0] + 1, *host.ids[1:]))
     with pytest.warns(UserWarning, match=f"In {cells[0].label} the tokens before the persona"):
-        experiment.warn_about_prefixes(cells, [{**prompts[0], "BY": joined}], spans)
+        warn_about_prefixes(cells, [{**prompts[0], "BY": joined}], spans)
 
 
 def test_learned_positions_allow_only_what_does_not_move(

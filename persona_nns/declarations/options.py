@@ -3,6 +3,7 @@
 A group is a dataclass that a function takes as one keyword argument; each of its fields is an
 option like any other. An option that says how or where and changes no number, as ``reuse`` does for
 every experiment, is marked: ``output: Annotated[str, EXECUTION]``. It is not in a run's identity.
+Of files that are marked as `CONTENT`, what they hold is.
 """
 
 import inspect
@@ -47,6 +48,21 @@ def is_as_before(option: Parameter | None, value: Any) -> bool:
     """Whether a value is that of before an option was there."""
     marks = getattr(option.annotation, "__metadata__", ()) if option is not None else ()
     return option is not None and LATER in marks and value == option.default
+
+
+class Content:
+    """What marks an option that names files: a run is known by what they hold, not by their paths.
+
+    It may have no value, or a list of paths.
+    """
+
+
+CONTENT = Content()
+
+
+def is_content(option: Parameter) -> bool:
+    """Whether what the files of an option hold belongs to a run's identity, and not their paths."""
+    return CONTENT in getattr(option.annotation, "__metadata__", ())
 
 
 @dataclass(frozen=True)
