@@ -23,6 +23,7 @@ from .options import NotNegative as NotNegative
 from .options import OutputFolder as OutputFolder
 from .options import Positive as Positive
 from .options import Share as Share
+from .options import some_of as some_of
 from .plans import Label as Label
 from .plans import Plan as Plan
 from .plans import Unit as Unit

@@ -7,19 +7,36 @@ Of files that are marked as `CONTENT`, what they hold is.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 # What an option may be, beside plain types: pydantic words what is wrong with a value.
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def some_of(what: str, known: Sequence[str]) -> AfterValidator:
+    """What an option of labels with commas between them may be: some of those known, in one order.
+
+    Args:
+        what: one of them is called.
+        known: all there are.
+    """
+
+    def choose(asked: str) -> str:
+        labels = [label.strip() for label in asked.split(",")]
+        if unknown := [label for label in labels if label not in known]:
+            raise ValueError(f"there is no {what} {', '.join(unknown)!r}; use {', '.join(known)}")
+        return ",".join(label for label in known if label in labels)
+
+    return AfterValidator(choose)
 
 
 class Execution:

@@ -150,7 +150,7 @@ def check_request(
     digest = identity(experiment, record, plan, arguments)
     template = model.tokenizer.chat_template
     variables = {
-        name: v.for_run(record, arguments)
+        name: v.for_run(record, {**arguments, **plan.axes})
         for name, v in experiment.variables.items()
         if plan.variables is None or name in plan.variables
     }
