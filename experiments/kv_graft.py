@@ -7,7 +7,7 @@ cache. How much of the distance to the source does each graft close?
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,16 +46,19 @@ from persona_nns.tracing import (
     Origins,
     Piece,
     Prefilled,
+    Reference,
     Window,
     block_keys,
     closure,
     fill_sources,
-    force,
     graft_spans,
     grafted_tokens,
+    host_with,
     log_probabilities,
+    open_persona_slots,
     open_slots,
-    open_window,
+    read_host,
+    read_reference,
     say,
     splice,
     summed_kl,
@@ -64,12 +67,6 @@ from persona_nns.tracing import (
 
 protocol_version = 2
 defaults = {"grid": "review"}
-
-
-def host_with(**grafted: PromptName) -> Origins:
-    """Which prompt's cache each span is taken from: the host's, but for those that are named."""
-    origins: dict[Span, PromptName] = dict.fromkeys(("prefix", "persona", "task", "tail"), "BY")
-    return {**origins, **grafted}  # type: ignore[dict-item]
 
 
 # Spans of the clean prompt in the host; the prefix is always the host's. `persona_cached` is the
@@ -234,27 +231,6 @@ def read_sources(model: TransformersModel, cells: Sequence[Cell]) -> GraftSource
     return replace(sources, rotation=replace(sources.rotation, refusal=hint))
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What the model says, greedily, to the clean XY prompt."""
-
-    forced: Tensor  # the tokens that follow p_last in every pass, [cell, token]
-    clean: Tensor  # log-probabilities, [cell, token, vocabulary]
-    scored: Tensor  # [cell, token]
-
-
-def read_reference(
-    model: TransformersModel, cells: Sequence[Cell], sources: GraftSources, n_eval: int
-) -> Reference:
-    """What is said to XY, and the distributions it is said from."""
-    xy = Prefilled([prompt["XY"].ids for prompt in sources.prompts], sources.caches["XY"])
-    said = say(model, xy, n_eval)
-    said.warn_if_short([cell.label for cell in cells], n_eval)
-    run = force(model, xy, said.ids[:, :-1])
-    scored = said.scored("p_last", n_eval)
-    return Reference(said.ids[:, :-1], log_probabilities(run.logits), scored)
-
-
 def make_graft(sources: GraftSources, graft: str) -> tuple[Prefilled, Tensor]:
     """The grafted host, every key that moves rotated by its distance.
 
@@ -320,41 +296,21 @@ def score_in_bands(
 ) -> Tensor:
     """KL with the persona in a band of layers and the host in the others, [cell, band].
 
-    The persona's slot is as long as the longer of the two persona spans. Each layer holds the
-    host's prefix and one of the spans, moved together so that the span ends where the slot does,
-    and hides the spare places before them. So no band is the graft `none`, and all layers are
-    `persona`.
+    Each layer holds one of the two persona spans (`PersonaSlots`), so no band is the graft `none`,
+    and all layers are `persona`.
     """
-    slots = [
-        len(of["BY"]["prefix"]) + max(len(of["XY"]["persona"]), len(of["BY"]["persona"]))
-        for of in sources.spans
-    ]
-    (host_rows, host), (persona_rows, persona) = (
-        graft_spans(sources, GRAFTS[graft], slots) for graft in ("none", "persona")
-    )
-    rows = [max(pair, key=len) for pair in zip(host_rows, persona_rows, strict=True)]
-    window = open_window(rows, reference.forced, host)
-    is_taken = window.attention_mask[:, : host.width] > 0
-    host_lacks, persona_lacks = (is_taken & (of.attention_mask == 0) for of in (host, persona))
+    slots = open_persona_slots(sources, reference.forced)
     if reuse:
-        window = replace(window, clean=read_host(model, window, host_lacks))
+        slots = read_host(model, slots)
     kl: list[Tensor] = []
     for band in bands:
-        layers = range(band.start if reuse else 0, len(model.layers))
-        lacks = {layer: persona_lacks if layer in band else host_lacks for layer in layers}
-        window = replace(window, prefix=persona.only_in(band, host))
+        lacks = {
+            layer: slots.persona_lacks if layer in band else slots.host_lacks
+            for layer in range(band.start if reuse else 0, len(model.layers))
+        }
+        window = replace(slots.window, prefix=slots.persona.only_in(band, slots.host))
         kl.append(score(model, window, reference, lacks))
     return torch.stack(kl, dim=1)
-
-
-def read_host(model: TransformersModel, window: Window, lacks: Tensor) -> Tensor:
-    """The host's residuals at the input of every block: what a band goes on from."""
-    with model.trace(window.inputs(), logits_to_keep=1):
-        residual = save([])
-        for block in model.layers:
-            residual.append(block.input)
-            block_keys(block.attn, None, lacks)
-    return torch.stack(residual)
 
 
 def add_persona(sources: GraftSources) -> tuple[KVCache, list[int]]:

@@ -14,6 +14,8 @@ from .batches import Batch as Batch
 from .batches import left_pad as left_pad
 from .batches import similar_rows as similar_rows
 from .budgets import best_first as best_first
+from .budgets import each_once as each_once
+from .budgets import spend as spend
 from .budgets import within_budget as within_budget
 from .clean_run import CleanRun as CleanRun
 from .clean_run import force as force
@@ -40,6 +42,10 @@ from .dialogues import converse as converse
 from .dialogues import open_answers as open_answers
 from .given import Given as Given
 from .given import read_given as read_given
+from .hosts import Hosts as Hosts
+from .hosts import Reference as Reference
+from .hosts import open_hosts as open_hosts
+from .hosts import read_reference as read_reference
 from .knockout import BLOCKED as BLOCKED
 from .knockout import Blocked as Blocked
 from .knockout import block_keys as block_keys
@@ -59,8 +65,15 @@ from .kv.grafts import Spans as Spans
 from .kv.grafts import fill_sources as fill_sources
 from .kv.grafts import graft_spans as graft_spans
 from .kv.grafts import grafted_tokens as grafted_tokens
+from .kv.grafts import host_with as host_with
 from .kv.grafts import spans_before_last as spans_before_last
 from .kv.grafts import warn_about_prefixes as warn_about_prefixes
+from .kv.parts import GraftedTokens as GraftedTokens
+from .kv.parts import PersonaSlots as PersonaSlots
+from .kv.parts import open_persona_slots as open_persona_slots
+from .kv.parts import open_tokens as open_tokens
+from .kv.parts import read_host as read_host
+from .kv.parts import weigh_parts as weigh_parts
 from .kv.rotation import Rotation as Rotation
 from .kv.rotation import has_rotary_positions as has_rotary_positions
 from .kv.rotation import read_rotation as read_rotation

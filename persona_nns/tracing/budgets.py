@@ -1,6 +1,6 @@
 """Which parts of a network a budget keeps. Runs inside tracing contexts: torch only."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,3 +20,42 @@ def within_budget(scores: Tensor, sizes: Sequence[int]) -> Tensor:
     """
     place = best_first(scores).argsort(dim=-1)
     return place[..., None, :] < torch.tensor(sizes, device=scores.device)[:, None]
+
+
+def each_once(measure: Callable[[Tensor], Tensor], kept: Tensor) -> Tensor:
+    """What is measured of every choice of parts; those that are the same are measured once.
+
+    Args:
+        measure: gives [choice, cell] of [choice, cell, part].
+        kept: [choice, cell, part], truth values.
+
+    Returns:
+        [choice, cell].
+    """
+    distinct, place = kept.unique(dim=0, return_inverse=True)
+    return measure(distinct)[place]
+
+
+def spend(
+    measure: Callable[[Tensor], Tensor],
+    scores: Tensor,
+    exists: Tensor,
+    sizes: Sequence[Sequence[int]],
+) -> Tensor:
+    """What is measured with the best parts of every ranking, within every budget.
+
+    Args:
+        measure: gives [choice, cell] of the parts that are kept, [choice, cell, part].
+        scores: [cell, ranking, part].
+        exists: [cell, part].
+        sizes: of each cell, how many parts each budget keeps.
+
+    Returns:
+        [cell, ranking, budget]; NaN where the score of a part is not known.
+    """
+    known = (scores.isfinite() | ~exists[:, None]).all(-1)
+    ranked = scores.nan_to_num(0.0).where(exists[:, None], -torch.inf)
+    each = zip(ranked, sizes, strict=True)
+    kept = torch.stack([within_budget(of, size) for of, size in each], dim=2)
+    measured = each_once(measure, kept.flatten(0, 1)).unflatten(0, kept.shape[:2])
+    return measured.movedim(2, 0).where(known[..., None], torch.nan)

@@ -160,6 +160,23 @@ class KVCache:
             positions,
         )
 
+    def mixed_with(self, other: "KVCache", mine: Tensor) -> "KVCache":
+        """This cache in some of the heads of each row, another one of the same columns elsewhere.
+
+        Args:
+            other: for the other heads.
+            mine: [row, layer, kv_head], True where a head's keys and values are this cache's.
+        """
+        check_alike([self, other])
+        if not torch.equal(self.attention_mask, other.attention_mask):
+            raise PersonaError("Only caches that hold the same columns can be mixed head by head.")
+        own = mine[..., None, None].unbind(1)
+        return replace(
+            self,
+            keys=tuple(map(torch.where, own, self.keys, other.keys)),
+            values=tuple(map(torch.where, own, self.values, other.values)),
+        )
+
     def plus(self, more: "KVCache", less: "KVCache") -> "KVCache":
         """This cache + more − less, in float32: what differs between two others, added.
 

@@ -47,6 +47,12 @@ class GraftSources:
         )
 
 
+def host_with(**grafted: PromptName) -> Origins:
+    """Which prompt's cache each span is taken from: the host's, but for those that are named."""
+    origins: dict[Span, PromptName] = dict.fromkeys(("prefix", "persona", "task", "tail"), "BY")
+    return {**origins, **grafted}  # type: ignore[dict-item]
+
+
 def spans_before_last(prompt: Prompt) -> dict[Span, range]:
     """The spans of a prompt without p_last."""
     last = len(prompt) - 1
