@@ -275,7 +275,9 @@ def cut_heads(model: TransformersModel, hosts: Hosts, _: int, *, reuse: bool) ->
     def effects() -> Tensor:
         """What each does alone; it changes nothing below its layer."""
         of_layers = alone[:, None].expand(-1, n_cells, -1).split(n_heads)
-        kl = [score_heads(model, hosts, slots, of, layer) for layer, of in enumerate(of_layers)]
+        lowest = range(n_layers) if reuse else [0] * n_layers
+        each = zip(of_layers, lowest, strict=True)
+        kl = [score_heads(model, hosts, slots, of, layer) for of, layer in each]
         return (hosts.kl - torch.cat(kl)).T
 
     return Parts(
@@ -297,7 +299,7 @@ def score_heads(
         hosts: of the batch.
         slots: theirs.
         kept: [choice, cell, head], the heads of all layers, those of the first one first.
-        lowest: no head below this layer is kept.
+        lowest: the layer to go on from, below which no head is kept.
     """
     reference, kl = hosts.reference, list[Tensor]()
     for some in share_out(list(kept), slots.window, reference.clean):

@@ -18,6 +18,8 @@ ON_A_GRID = [
 ]
 #: They train, or take their gradients, where the weights are.
 HERE_ONLY = ("trait_distillation",)
+#: Refused where a prompt is longer than the model's sliding window.
+WITHIN_WINDOW = ("kv_budget",)
 CELLS = "yoda/haiku,marx/policy,marx/haiku"
 _TALK = {"max_new_tokens": 4, "judge": "none"}  # a random model's answers, which nobody can judge
 _GIVEN = {"responses": "cheerful.jsonl", "judge": "none"}

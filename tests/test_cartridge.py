@@ -9,8 +9,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from nnsight import TransformersModel
+from plain_grafts import Oracle, Place, rotated, run_on
 from random_models import crossed
-from test_kv_graft import ROTARY, Oracle, Place, close, odd, rotated, run_on
+from test_kv_graft import ROTARY, close, odd
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 import xarray as xr
 from nnsight import TransformersModel
+from plain_grafts import Oracle
 from safetensors.torch import save_file
 from test_cartridge import experiment, grafting, plain_kl  # noqa: F401 - fixtures
-from test_kv_graft import Oracle, close
+from test_kv_graft import close
 from transformers import PreTrainedModel
 
 import persona_nns as pn

@@ -16,6 +16,7 @@ TELLING = (
     "behavioral_markers",
     "host_injection",
     "injection_controls",
+    "kv_budget",
     "persona_patching",
     "trait_steering-generated",
     "persona_drift-generated",
