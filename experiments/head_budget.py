@@ -39,6 +39,7 @@ from persona_nns.tracing import (
     attribute,
     closure,
     entry,
+    finish_last_columns,
     has_rotary_positions,
     has_weights,
     last_columns,
@@ -516,10 +517,8 @@ def patch_each(model: TransformersModel, runs: Runs) -> Tensor:
 
 def patch_alone(model: TransformersModel, runs: Runs, layer: int, heads: Sequence[int]) -> Tensor:
     """KL with one head of a block patched, [head]: each in a row of its own."""
-    window, n_scored = runs.host.window, runs.clean.predicted.shape[1]
+    passed, n_scored = runs.host.window.times(len(heads)), runs.clean.predicted.shape[1]
     alone = torch.eye(n_heads(model), dtype=torch.bool, device=model.device)[list(heads)]
-    first = torch.zeros(len(heads), dtype=torch.long, device=model.device)
-    passed = window.rows(first, layer, window.input_ids.shape[1])
     with model.trace(passed.inputs(), logits_to_keep=n_scored):
         passed.resume(model, layer)
         attention = model.layers[layer].attn
@@ -529,6 +528,7 @@ def patch_alone(model: TransformersModel, runs: Runs, layer: int, heads: Sequenc
         else:  # below the projection, everything is as it was
             own = runs.host.heads[layer]
             attention.skip((attention.o_proj(runs.patch(own, layer, alone)), None))
+            finish_last_columns(model, n_scored, attention_too=layer + 1 < len(model.layers))
         kl = save(runs.kl(log_probabilities(model.output.logits)))
     return kl  # noqa: RET504 - there only once the trace has run
 
@@ -570,12 +570,12 @@ def patch_sets(model: TransformersModel, runs: Runs, heads: Tensor) -> Tensor:
         runs: of the cell.
         heads: [row, layer, head].
     """
-    window, n_scored = replace(runs.host.window, clean=None), runs.clean.predicted.shape[1]
-    first = torch.zeros(len(heads), dtype=torch.long, device=model.device)
-    passed = window.rows(first, 0, window.input_ids.shape[1])
+    passed, n_scored = runs.host.window.times(len(heads)), runs.clean.predicted.shape[1]
     with model.trace(passed.inputs(), logits_to_keep=n_scored):
         for layer, block in enumerate(model.layers):
             own = block.attn.o_proj.input
             block.attn.o_proj.input = runs.patch(own, layer, heads[:, layer])
+        if passed.clean is not None:
+            finish_last_columns(model, n_scored, attention_too=False)
         kl = save(runs.kl(log_probabilities(model.output.logits)))
     return kl  # noqa: RET504 - there only once the trace has run

@@ -87,6 +87,7 @@ from .metrics import log_probabilities as log_probabilities
 from .metrics import summed_kl as summed_kl
 from .operations import Operation as Operation
 from .operations import OperationName as OperationName
+from .patch_speed import finish_last_columns as finish_last_columns
 from .patch_speed import finish_last_token as finish_last_token
 from .patch_speed import patch_common as patch_common
 from .patching import PATCHED_POSITIONS as PATCHED_POSITIONS

@@ -106,6 +106,15 @@ class KVCache:
             self.position_ids[index][:, first:],
         )
 
+    def times(self, n_rows: int) -> "KVCache":
+        """Its one row so many times; views."""
+        return KVCache(
+            tuple(keys.expand(n_rows, -1, -1, -1) for keys in self.keys),
+            tuple(values.expand(n_rows, -1, -1, -1) for values in self.values),
+            self.attention_mask.expand(n_rows, -1),
+            self.position_ids.expand(n_rows, -1),
+        )
+
     def begin(self, index: Tensor, length: Tensor) -> "KVCache":
         """The first tokens of some of the rows, right-aligned.
 
