@@ -9,7 +9,7 @@ heads of a ranking, as many as a budget allows. All heads together make the host
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,26 +32,17 @@ from persona_nns.declarations import (
     scored_tokens,
 )
 from persona_nns.errors import UsageError
-from persona_nns.prompts import Cell, Prompt, render_cells
+from persona_nns.prompts import Cell, TwinCell, find_twins
 from persona_nns.tracing import (
-    Prefilled,
-    Window,
+    TwinRuns,
     attribute,
     closure,
-    entry,
     finish_last_columns,
     has_rotary_positions,
     has_weights,
-    last_columns,
     log_probabilities,
-    look_at,
-    open_window,
-    prefill,
-    say,
+    run_twins,
     share_out,
-    summed_kl,
-    tell,
-    weights_of,
     within_budget,
 )
 
@@ -162,43 +153,6 @@ variables = {
 }
 
 
-@dataclass(frozen=True)
-class Twins:
-    """The two prompts of a cell.
-
-    Attributes:
-        label: the cell's.
-        clean: token ids of XY.
-        host: token ids of BY.
-        persona: where the persona stands in XY.
-        n_shared: tokens behind the persona; 0 where they are not the same in both.
-    """
-
-    label: str
-    clean: tuple[int, ...]
-    host: tuple[int, ...]
-    persona: range
-    n_shared: int
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A cell with the other tasks of its persona that are asked for."""
-
-    own: Twins
-    others: tuple[Twins, ...]
-
-    @property
-    def label(self) -> str:
-        """The cell's."""
-        return self.own.label
-
-    @property
-    def place(self) -> dict[str, str]:
-        """The cell's."""
-        return {"cell": self.label}
-
-
 def prepare(
     model: TransformersModel, store: str | Path, options: dict[str, Any], *, progress: bool
 ) -> dict[str, Any]:
@@ -221,9 +175,8 @@ def prepare(
     return options
 
 
-def prepares(options: Mapping[str, Any]) -> bool:
-    """Nothing is made: any number of processes may look at once."""
-    del options
+def prepares(_: Mapping[str, Any]) -> bool:
+    """Whether something has to be made first: nothing has."""
     return False
 
 
@@ -232,11 +185,7 @@ def arrange(
 ) -> Plan:
     """Each cell with its kin among those asked for; all cells of a persona at a time."""
     every = [unit for unit in plan.units if isinstance(unit, Cell)]
-    rendered = render_cells(tokenizer, every, ("XY", "BY"))
-    twins = {
-        cell.label: twins_of(cell.label, of["XY"], of["BY"])
-        for cell, of in zip(every, rendered, strict=True)
-    }
+    twins = find_twins(tokenizer, every)
     if differing := [cell.label for cell in cells if not twins[cell.label].n_shared]:
         warnings.warn(
             "Behind the persona, the prompts with it and without are not the same tokens: NaN in "
@@ -253,17 +202,10 @@ def arrange(
     }
     return replace(
         plan,
-        units=[Unit(twins[label], tuple(kin[label])) for label in twins],
+        units=[TwinCell(twins[label], tuple(kin[label])) for label in twins],
         batch_size=1 + max(map(len, kin.values())),
         variables=given_by(rankings.split(",")),
     )
-
-
-def twins_of(label: str, clean: Prompt, host: Prompt) -> Twins:
-    """The prompts XY and BY of a cell."""
-    behind, others = (of.ids[of.spans["persona"].stop :] for of in (clean, host))
-    n_shared = len(behind) if behind == others else 0
-    return Twins(label, clean.ids, host.ids, clean.spans["persona"], n_shared)
 
 
 def given_by(rankings: Sequence[str]) -> list[str]:
@@ -274,7 +216,7 @@ def given_by(rankings: Sequence[str]) -> list[str]:
 
 def measure(
     model: TransformersModel,
-    units: list[Unit],
+    units: list[TwinCell],
     *,
     rankings: Annotated[str, AfterValidator(check_rankings)] = ",".join(RANKINGS),
     n_eval: Count = 10,
@@ -296,7 +238,7 @@ def measure(
     needed = {each.label: each for unit in units for each in (unit.own, *unit.others)}
     if "transfer" not in asked:
         needed = {unit.label: unit.own for unit in units}
-    pairs = run_pairs(
+    pairs = run_twins(
         model, [each for each in needed.values() if each.n_shared], n_eval, reuse=reuse
     )
     by_gradient = {}
@@ -315,7 +257,7 @@ def measure(
 
 def finish(
     tokenizer: PreTrainedTokenizerBase,
-    units: Sequence[Unit],
+    units: Sequence[TwinCell],
     measured: dict[str, Any],
     *,
     rankings: str,
@@ -331,7 +273,8 @@ def finish(
 
 def nothing_measured(model: TransformersModel, rankings: Sequence[str]) -> dict[str, Tensor]:
     """What is returned of a cell in which no heads can be compared."""
-    heads = torch.full((len(model.layers), n_heads(model)), torch.nan)
+    n_heads = model.config.get_text_config().num_attention_heads
+    heads = torch.full((len(model.layers), n_heads), torch.nan)
     budgets = budget_labels(heads.numel())
     curves = torch.full((len(rankings), len(budgets)), torch.nan)
     return {
@@ -344,129 +287,10 @@ def nothing_measured(model: TransformersModel, rankings: Sequence[str]) -> dict[
     }
 
 
-def n_heads(model: TransformersModel) -> int:
-    """Attention heads of a block."""
-    return model.config.get_text_config().num_attention_heads
-
-
-@dataclass(frozen=True)
-class Run:
-    """A prompt of a cell, and what follows it, run as it is.
-
-    Attributes:
-        window: what is run behind the prefix.
-        heads: of each block, [1, column, head × d_head], the output projection's input.
-        predicted: log-probabilities, [1, token, vocabulary], of what follows.
-        attention: [layer, head], to the persona, mean over the places.
-    """
-
-    window: Window
-    heads: Sequence[Tensor]
-    predicted: Tensor
-    attention: Tensor
-
-
-@dataclass(frozen=True)
-class Runs:
-    """The two prompts of a cell, each followed by what is said to XY.
-
-    Attributes:
-        clean: XY.
-        host: BY.
-        n_places: last columns, of the same tokens in both.
-    """
-
-    clean: Run
-    host: Run
-    n_places: int
-
-    @property
-    def none(self) -> Tensor:
-        """KL from the clean run with nothing patched."""
-        return self.kl(self.host.predicted)[0]
-
-    def kl(self, predicted: Tensor) -> Tensor:
-        """KL from the clean run, [row], of log-probabilities [row, token, vocabulary]."""
-        clean = self.clean.predicted
-        scored = torch.ones(clean.shape[:2], dtype=torch.bool, device=clean.device)
-        return summed_kl(clean, predicted, scored)
-
-    def patch(self, own: Tensor, layer: int, heads: Tensor) -> Tensor:
-        """A block's heads with some of them as in the clean run, [row, column, head × d_head].
-
-        Args:
-            own: what they are otherwise, of as many rows, or one.
-            layer: of the block.
-            heads: [row, head], which are patched.
-        """
-        width = own.shape[1]
-        is_place = torch.arange(width, device=own.device) >= width - self.n_places
-        feature = heads.repeat_interleave(own.shape[2] // heads.shape[1], dim=1)
-        clean = last_columns(self.clean.heads[layer], width)
-        return torch.where(is_place[:, None] & feature[:, None], clean, own)
-
-
-def run_pairs(
-    model: TransformersModel, twins: Sequence[Twins], n_eval: int, *, reuse: bool
-) -> dict[str, Runs]:
-    """Both runs of every cell, by its label."""
-    if not twins:
-        return {}
-    said = say(model, Prefilled([of.clean for of in twins], None), n_eval)
-    said.warn_if_short([of.label for of in twins], n_eval)
-    rows = [ids for of in twins for ids in (of.clean, of.host)]
-    stops = [-of.n_shared for of in twins for _ in range(2)]
-    before = prefill(
-        model, [ids[:stop] for ids, stop in zip(rows, stops, strict=True)], reuse=reuse
-    )
-    runs: dict[str, Runs] = {}
-    for k, of in enumerate(twins):
-        length = int(said.length[k])  # the end token is predicted, and not run
-        places = of.n_shared + length - 1
-        both: list[Run] = []
-        for row in (2 * k, 2 * k + 1):
-            prefix = before and before.rows(torch.tensor([row], device=model.device))
-            window = open_window([rows[row]], said.ids[k : k + 1, : length - 1], prefix)
-            both.append(run_one(model, window, of.persona, places, length, reuse=reuse))
-        runs[of.label] = Runs(*both, places)
-    return runs
-
-
-def run_one(
-    model: TransformersModel,
-    window: Window,
-    persona: range,
-    n_places: int,
-    n_scored: int,
-    *,
-    reuse: bool,
-) -> Run:
-    """Run a prompt as it is, and keep what its heads put out and look at."""
-    width = window.input_ids.shape[1]
-    asking = torch.arange(width - n_places, width, device=model.device)[None]
-    told = tell(model, window)
-    entering, looks, heads, weights = [], [], [], []
-    with model.trace(window.inputs(cached=True), logits_to_keep=n_scored):
-        for layer, block in enumerate(model.layers):
-            entering.append(entry(model, layer).output)
-            look, mixed, _ = look_at(block.attn, asking, told[layer])
-            looks.append(look)
-            heads.append(mixed)
-        predicted = save(log_probabilities(model.output.logits))
-        cached = model.output.past_key_values.layers
-        for block, look, held in zip(model.layers, looks, cached, strict=True):
-            seen = weights_of(block.attn, look, held)[0, ..., persona.start : persona.stop]
-            weights.append(seen.float().sum(-1).mean(-1))
-        attention = save(torch.stack(weights))
-        save((entering, heads))
-    clean = torch.stack(entering) if reuse else None
-    return Run(replace(window, clean=clean), heads, predicted, attention)
-
-
 def rank_heads(
     model: TransformersModel,
-    unit: Unit,
-    runs: Runs,
+    unit: TwinCell,
+    runs: TwinRuns,
     by_gradient: Mapping[str, Tensor],
     rankings: Sequence[str],
     seed: int,
@@ -490,7 +314,7 @@ def rank_heads(
     }
 
 
-def attribute_heads(model: TransformersModel, runs: Runs) -> Tensor:
+def attribute_heads(model: TransformersModel, runs: TwinRuns) -> Tensor:
     """What each head would add to −KL, to first order, [layer, head]."""
     host = runs.host.window
     is_place = torch.zeros_like(host.input_ids, dtype=torch.bool)
@@ -504,9 +328,9 @@ def attribute_heads(model: TransformersModel, runs: Runs) -> Tensor:
     return attribute(model, clean, host, nearness, places=is_place, n_logits=n_scored)[0]
 
 
-def patch_each(model: TransformersModel, runs: Runs) -> Tensor:
+def patch_each(model: TransformersModel, runs: TwinRuns) -> Tensor:
     """The effect of each head, [layer, head]: KL(none) − KL with the head alone patched."""
-    every = list(range(n_heads(model)))
+    every = list(range(runs.n_heads))
     kl = [
         patch_alone(model, runs, layer, heads)
         for layer in range(len(model.layers))
@@ -515,10 +339,12 @@ def patch_each(model: TransformersModel, runs: Runs) -> Tensor:
     return runs.none - torch.cat(kl).view(len(model.layers), -1)
 
 
-def patch_alone(model: TransformersModel, runs: Runs, layer: int, heads: Sequence[int]) -> Tensor:
+def patch_alone(
+    model: TransformersModel, runs: TwinRuns, layer: int, heads: Sequence[int]
+) -> Tensor:
     """KL with one head of a block patched, [head]: each in a row of its own."""
     passed, n_scored = runs.host.window.times(len(heads)), runs.clean.predicted.shape[1]
-    alone = torch.eye(n_heads(model), dtype=torch.bool, device=model.device)[list(heads)]
+    alone = torch.eye(runs.n_heads, dtype=torch.bool, device=model.device)[list(heads)]
     with model.trace(passed.inputs(), logits_to_keep=n_scored):
         passed.resume(model, layer)
         attention = model.layers[layer].attn
@@ -533,7 +359,7 @@ def patch_alone(model: TransformersModel, runs: Runs, layer: int, heads: Sequenc
     return kl  # noqa: RET504 - there only once the trace has run
 
 
-def spend(model: TransformersModel, runs: Runs, scores: Tensor) -> dict[str, Tensor]:
+def spend(model: TransformersModel, runs: TwinRuns, scores: Tensor) -> dict[str, Tensor]:
     """What the best heads of each ranking bring, in budgets of growing size.
 
     Args:
@@ -562,7 +388,7 @@ def spend(model: TransformersModel, runs: Runs, scores: Tensor) -> dict[str, Ten
     }
 
 
-def patch_sets(model: TransformersModel, runs: Runs, heads: Tensor) -> Tensor:
+def patch_sets(model: TransformersModel, runs: TwinRuns, heads: Tensor) -> Tensor:
     """KL with sets of heads of all blocks patched at once, [row].
 
     Args:

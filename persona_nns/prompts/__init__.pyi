@@ -71,3 +71,6 @@ from .turns import RenderedChat as RenderedChat
 from .turns import check_same_turns as check_same_turns
 from .turns import render_talks as render_talks
 from .turns import render_turns as render_turns
+from .twins import TwinCell as TwinCell
+from .twins import Twins as Twins
+from .twins import find_twins as find_twins

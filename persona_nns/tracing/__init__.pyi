@@ -42,6 +42,9 @@ from .dialogues import converse as converse
 from .dialogues import open_answers as open_answers
 from .given import Given as Given
 from .given import read_given as read_given
+from .heads import TwinRun as TwinRun
+from .heads import TwinRuns as TwinRuns
+from .heads import run_twins as run_twins
 from .hosts import Hosts as Hosts
 from .hosts import Reference as Reference
 from .hosts import open_hosts as open_hosts
