@@ -31,7 +31,7 @@ from persona_nns.declarations import (
     scored_tokens,
 )
 from persona_nns.figures import closure_by_band, closure_by_graft, closure_heatmap
-from persona_nns.models import check_cartridges, load_cartridge, record_of
+from persona_nns.models import check_cartridges
 from persona_nns.prompts import (
     Cell,
     PromptName,
@@ -161,7 +161,7 @@ def prepare(
     model: TransformersModel, _store: str | Path, options: dict[str, Any], **_progress: bool
 ) -> dict[str, Any]:
     """See that the model can be given the cartridges, and each persona one."""
-    check_cartridges(options.get("cartridge") or (), record_of(model))
+    check_cartridges(options.get("cartridge") or (), model)
     return options
 
 
@@ -196,10 +196,10 @@ def measure(
     kl = torch.full((len(cells), len(asked), len(parts)), torch.nan, device=model.device)
     cache_bytes = torch.full(kl.shape, -1)
     text, distinct = [[""] * len(cells) for _ in asked], torch.full((len(asked), len(cells)), -1)
-    for given in map(load_cartridge, cartridge or ()):
-        own = [row for row, cell in enumerate(cells) if given.is_of(cell)]
-        kl[own, -1, 0] = score_cartridge(model, sources, reference, given, own)
-        cache_bytes[own, -1, 0] = given.n_bytes
+    for given in read_cartridges(cartridge or ()):
+        if own := [row for row, cell in enumerate(cells) if given.is_of(cell)]:
+            kl[own, -1, 0] = score_cartridge(model, sources, reference, given, own)
+            cache_bytes[own, -1, 0] = given.n_bytes
     for g, graft in enumerate(grafts.split(",")):
         host, layer_bytes = make_graft(sources, graft)
         kl[:, g, 0] = score(model, host.followed_by(reference.forced), reference, {})
@@ -224,10 +224,8 @@ def measure(
 def read_sources(model: TransformersModel, cells: Sequence[Cell]) -> GraftSources:
     """Everything before p_last of each prompt, once; and how this model's keys are moved."""
     sources = fill_sources(model, cells)
-    if not sources.rotation.refusal:
-        return sources
-    # It is said only if a key has to move.
-    hint = f"{sources.rotation.refusal} With --grafts none,all no key moves."
+    refusal = sources.rotation.refusal  # said only if a key has to move
+    hint = refusal and f"{refusal} With --grafts none,all no key moves."
     return replace(sources, rotation=replace(sources.rotation, refusal=hint))
 
 
@@ -263,6 +261,15 @@ def score(
     return kl  # noqa: RET504 - there only once the trace has run
 
 
+def read_cartridges(files: Sequence[str]) -> list[Cartridge]:
+    """The cartridges of these files, which `prepare` has checked."""
+    if not files:  # on a server, say, which has no such package
+        return []
+    from persona_nns.models import load_cartridge
+
+    return [load_cartridge(file) for file in files]
+
+
 def score_cartridge(
     model: TransformersModel,
     sources: GraftSources,
@@ -274,11 +281,8 @@ def score_cartridge(
 
     Of the form `prefix`, the host's task and tail are run again behind it.
     """
-    if not rows:
-        return reference.clean.new_empty(0)
     clean, scored = reference.clean[rows], reference.scored[rows]
-    said, form = reference.forced[rows], cartridge.form
-    hosts = open_slots(sources.some(rows), said, cartridge.slots, form)
+    hosts = open_slots(sources.some(rows), reference.forced[rows], cartridge.slots, cartridge.form)
     window = hosts.with_cartridge(cartridge)
     with model.trace(window.inputs()):
         model.lm_head.input = take(model.lm_head.input, hosts.predicting)

@@ -8,7 +8,7 @@ moved (`graft`), or both are run again (`prefix`). Cartridges are saved: `kv_gra
 grafts them, and so may a trace of one's own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,11 @@ variables = {
     "n_eval": scored_tokens("persona task"),
 }
 figures = {"closure": cartridge_closure, "losses": cartridge_losses}
+
+
+def prepares(_options: Mapping[str, Any]) -> bool:
+    """Whether there is anything to be made first: `prepare` only looks at the model."""
+    return False
 
 
 def prepare(

@@ -17,7 +17,7 @@ ON_A_GRID = [
     name for name, file in bundled_experiments().items() if "\ndef plan(" not in file.read_text()
 ]
 #: They train, or take their gradients, where the weights are.
-HERE_ONLY = ("trait_distillation",)
+HERE_ONLY = ("trait_distillation", "persona_cartridge")
 #: Refused where a prompt is longer than the model's sliding window.
 WITHIN_WINDOW = ("kv_budget",)
 CELLS = "yoda/haiku,marx/policy,marx/haiku"

@@ -143,8 +143,8 @@ OWN_INPUTS: dict[str, dict[str, Any]] = {
     "persona_drift": {"direction": ["v.npy"], "conversations": "talks.jsonl"},
     "steering_memory": {"vector": "v.npy", "conversations": "talks.jsonl", "alphas": "2"},
 }
-# The one that trains: it runs where the model is, and says so when asked for a server.
-LOCAL_ONLY = {"trait_distillation"}
+# Those that train: they run where the model is, and say so when asked for a server.
+LOCAL_ONLY = {"trait_distillation", "persona_cartridge"}
 ELSEWHERE = [name for name in bundled_experiments() if name not in LOCAL_ONLY]
 
 

@@ -7,11 +7,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from nnsight import TransformersModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from persona_nns.declarations.record import ModelRecord
 from persona_nns.errors import UsageError, one_line
+from persona_nns.models.hosting import hosted
+from persona_nns.models.records import record_of
 from persona_nns.tracing.kv.cartridge import FORMS, Cartridge
 
 _TENSORS = ("keys", "values")
@@ -84,15 +87,21 @@ def load_cartridge(file: str | Path, record: ModelRecord | None = None) -> Cartr
     return cartridge
 
 
-def check_cartridges(files: Sequence[str], record: ModelRecord) -> None:
+def check_cartridges(files: Sequence[str], model: TransformersModel) -> None:
     """See that a model can be given some cartridges, and each persona one.
 
     Raises:
-        UsageError: a file cannot be read, is for another model, or a second one of a persona.
+        UsageError: the model is on a server; or a file cannot be read, is for another model, or a
+            second one of a persona.
     """
+    if files and hosted(model) is not None:
+        raise UsageError(
+            f"The cartridge {str(files[0])!r} goes with weights that are on this machine; use the "
+            "backend 'local'."
+        )
     read: dict[str, str] = {}
     for file in files:
-        persona = load_cartridge(file, record).persona
+        persona = load_cartridge(file, record_of(model)).persona
         if persona in read:
             raise UsageError(
                 f"The cartridges {read[persona]!r} and {str(file)!r} are both of the persona "
