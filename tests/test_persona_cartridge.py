@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from nnsight import TransformersModel
+from nnsight import TransformersModel, save
 from plain_grafts import Oracle
 from safetensors.torch import save_file
 from test_cartridge import experiment, grafting, plain_kl  # noqa: F401 - fixtures
@@ -24,7 +24,17 @@ from persona_nns.figures.drawing import draw
 from persona_nns.models.cartridges import load_cartridge, save_cartridge
 from persona_nns.models.load import load_model, record_of
 from persona_nns.prompts.grids import load_grid
+from persona_nns.prompts.render import render_cell
 from persona_nns.runs import plan_run, verify_store
+from persona_nns.tracing import (
+    Piece,
+    Prefilled,
+    fill_cache,
+    read_rotation,
+    say,
+    splice,
+    summed_kl,
+)
 from persona_nns.traits.cartridges import CartridgeTraining, Slots, train_slots
 
 pytestmark = pytest.mark.filterwarnings("ignore:The grid has no markers")
@@ -259,6 +269,31 @@ def test_a_cartridge_comes_back_from_its_file(folder: Path) -> None:
     row = again.row()
     assert row.position_ids.tolist() == [[again.start, again.start + 1]]
     assert torch.equal(row.keys[1][0], again.keys[1])
+
+
+def test_a_trace_of_ones_own_goes_on_from_a_cartridge(
+    results: xr.Dataset, model: TransformersModel, folder: Path
+) -> None:
+    given = load_cartridge(files_of(folder)["yoda", "prefix", 3], record_of(model))
+    (cell,) = load_grid("short").select_cells("yoda/recommend")
+    host = render_cell(model.tokenizer, cell)["BY"]
+    n, behind = host.spans["persona"].start, list(host.ids[host.spans["persona"].stop :])
+    before = Piece(fill_cache(model, [host.ids[:n]]), [range(n)])
+    slots = Piece(given.row(), [range(given.slots)])
+    held = splice([before, slots], read_rotation(model, reach=50))
+    clean = say(model, Prefilled([render_cell(model.tokenizer, cell)["XY"].ids], None), 10)
+    tokens = torch.tensor([[*behind, *clean.ids[0, :-1].tolist()]])
+    position = n + given.slots + torch.arange(tokens.shape[1])[None]
+    with model.trace(
+        {"input_ids": tokens}, position_ids=position, past_key_values=held.cache(), use_cache=True
+    ):
+        logits = save(model.output.logits[:, -10:])
+    xy = [*render_cell(model.tokenizer, cell)["XY"].ids, *clean.ids[0, :-1].tolist()]
+    with torch.no_grad():
+        expected = model._module(torch.tensor([xy])).logits[:, -10:].log_softmax(-1)
+    kl = summed_kl(expected, logits.log_softmax(-1), clean.scored("p_last", 10))
+    at = {"persona": "yoda", "task": "recommend", "form": "prefix", "slots": 3}
+    close(kl, results.kl.sel({**at, "split": "held_out"}))
 
 
 @pytest.mark.usefixtures("results")
