@@ -227,14 +227,14 @@ def test_a_grafted_file_is_known_by_what_it_holds(
 ) -> None:
     files = files_of(folder)
     first, other = files["yoda", "graft", 2], files["marx", "prefix", 3]
-    elsewhere = shutil.copy(first, tmp_path / "mine.safetensors")
-    asked = {"grafts": "none", "bands": "all", "n_tokens": 1, "progress": False}
+    elsewhere = Path(shutil.copy(first, tmp_path / "mine.safetensors"))
+    asked: dict[str, Any] = {"grafts": "none", "bands": "all", "n_tokens": 1, "progress": False}
 
     def identity(*cartridges: Path) -> str:
-        options = {"cartridge": [*map(str, cartridges)]} if cartridges else {}
-        planned = plan_run(
-            "kv_graft", model, "short", store=tmp_path / "k.zarr", **asked, **options
-        )
+        options = dict(asked)
+        if cartridges:
+            options["cartridge"] = [*map(str, cartridges)]
+        planned = plan_run("kv_graft", model, "short", store=tmp_path / "k.zarr", **options)
         return planned.request.block.attrs["identity"]
 
     assert identity(first, other) == identity(other, elsewhere)
@@ -363,7 +363,24 @@ def test_models_that_cannot_have_one_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_its_figures_are_drawn(results: xr.Dataset, tmp_path: Path) -> None:
-    for name, figure in draw(results, "persona_cartridge").items():
-        figure.savefig(tmp_path / f"{name}.png")
-    assert {file.stem for file in tmp_path.iterdir()} == {"closure", "losses"}
+def test_its_figures_show_medians(results: xr.Dataset) -> None:
+    drawn = draw(results, "persona_cartridge")
+    assert set(drawn) == {"closure", "losses"}
+    panels = drawn["closure"].axes
+    for form, panel in zip(FORMS, panels, strict=True):
+        lines = {str(line.get_label()): line.get_ydata() for line in panel.lines}
+        of_form = results.isel(model=0).sel(form=form)
+        for label, name, split in (
+            ("held-out tasks", "closure", "held_out"),
+            ("trained tasks", "closure", "train"),
+            ("untrained, held-out tasks", "closure_untrained", "held_out"),
+            ("another persona's, held-out tasks", "closure_control", "held_out"),
+        ):
+            close(lines[label], of_form[name].sel(split=split).median(("persona", "task")))
+        held_out = results.closure_full_graft.isel(model=0).sel(task="recommend").median()
+        (whole,) = (each for each in lines if each.startswith("the whole persona"))
+        close(lines[whole], [held_out] * 2)
+        losses = drawn["losses"].axes[FORMS.index(form)].lines
+        close(losses[0].get_ydata(), of_form.loss.sel(slots=2).median("persona"))
+    alone = results.sel(persona=["yoda"]).drop_vars("closure_control")
+    assert len(draw(alone, "persona_cartridge")) == 2

@@ -86,11 +86,11 @@ def cartridge_losses(results: xr.Dataset) -> Figure:
 
 def _lines(results: xr.Dataset) -> pd.DataFrame:
     """Closures of one model and form by what is drawn, in the order of the legend."""
-    frames = [
+    frame = pd.concat(
         long_form(results[name].sel(split=split)).assign(what=what)
         for what, (name, split) in _LINES.items()
-    ]
-    frame = pd.concat([each[["slots", "value", "what"]] for each in frames])
+        if name in results
+    )
     frame["what"] = pd.Categorical(frame["what"], list(_LINES), ordered=True)
     return frame
 
