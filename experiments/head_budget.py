@@ -8,6 +8,7 @@ heads of a ranking, as many as a budget allows. All heads together make the host
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -144,8 +145,8 @@ variables = {
     "transfer_tasks": Variable(
         "cell",
         "tasks behind the transfer",
-        description="Other tasks of the persona, asked for in the same run, whose attributions the "
-        "ranking 'transfer' averages.",
+        description="Other tasks of the persona in the grid, asked for or not, whose attributions "
+        "the ranking 'transfer' averages.",
         kind="int",
         unmeasured=-1,
     ),
@@ -183,7 +184,7 @@ def prepares(_: Mapping[str, Any]) -> bool:
 def arrange(
     tokenizer: PreTrainedTokenizerBase, plan: Plan, cells: Sequence[Cell], *, rankings: str
 ) -> Plan:
-    """Each cell with its kin among those asked for; all cells of a persona at a time."""
+    """Each cell with its kin, whichever are asked for; all of a persona that are, at a time."""
     every = [unit for unit in plan.units if isinstance(unit, Cell)]
     twins = find_twins(tokenizer, every)
     if differing := [cell.label for cell in cells if not twins[cell.label].n_shared]:
@@ -193,17 +194,15 @@ def arrange(
             stacklevel=2,
         )
     kin = {
-        cell.label: [
-            twins[each.label]
-            for each in cells
-            if each.persona == cell.persona and each.task != cell.task
-        ]
-        for cell in every
+        cell: [of for of in every if of.persona == cell.persona and of != cell] for cell in every
     }
     return replace(
         plan,
-        units=[TwinCell(twins[label], tuple(kin[label])) for label in twins],
-        batch_size=1 + max(map(len, kin.values())),
+        units=[
+            TwinCell(twins[cell.label], tuple(twins[of.label] for of in others))
+            for cell, others in kin.items()
+        ],
+        batch_size=max(Counter(cell.persona for cell in cells).values()),
         variables=given_by(rankings.split(",")),
     )
 
@@ -229,7 +228,7 @@ def measure(
         model: from `load_model`.
         units: the cells, with their kin; the leading axis of every result.
         rankings: by what heads are ranked: effect (a pass a head), attribution, attention,
-            transfer (attribution on the persona's other tasks), random.
+            transfer (attribution on the grid's other tasks of the persona), random.
         n_eval: reference tokens that the KL is summed over.
         seed: of the ranking ``random``.
         reuse: run what stands before the places once, and resume at the layer of a patch.
@@ -238,9 +237,7 @@ def measure(
     needed = {each.label: each for unit in units for each in (unit.own, *unit.others)}
     if "transfer" not in asked:
         needed = {unit.label: unit.own for unit in units}
-    pairs = run_twins(
-        model, [each for each in needed.values() if each.n_shared], n_eval, reuse=reuse
-    )
+    pairs = run_twins(model, list(needed.values()), n_eval, reuse=reuse)
     by_gradient = {}
     if set(asked) & set(BY_GRADIENT):
         by_gradient = {label: attribute_heads(model, pair) for label, pair in pairs.items()}
@@ -298,14 +295,13 @@ def rank_heads(
     """The scores of every head by every ranking, and what they come from."""
     nothing = torch.full_like(runs.clean.attention, torch.nan)
     kin = [by_gradient[each.label] for each in unit.others if each.label in by_gradient]
+    by_chance = torch.from_numpy(random_scores(seed, unit.label, nothing.numel()))
     of_ranking = {
         "effect": patch_each(model, runs) if "effect" in rankings else nothing,
         "attribution": by_gradient.get(unit.label, nothing),
         "attention": runs.clean.attention,
         "transfer": torch.stack(kin).mean(0) if kin else nothing,
-        "random": torch.from_numpy(random_scores(seed, unit.label, nothing.numel()))
-        .to(nothing)
-        .view_as(nothing),
+        "random": by_chance.to(nothing).view_as(nothing),
     }
     return {
         **{name: of_ranking[name] for name in ("effect", "attribution", "attention")},
@@ -375,9 +371,8 @@ def spend(model: TransformersModel, runs: TwinRuns, scores: Tensor) -> dict[str,
     some = sets.any(1).nonzero()[:, 0].tolist()
     for part in share_out(some, runs.host.window, runs.clean.predicted):
         brought[part] = patch_sets(model, runs, sets[part].view(-1, *scores.shape[1:]))
-    kl = torch.where(
-        flat.isnan().any(1, keepdim=True), torch.nan, brought[which].view(len(flat), -1)
-    )
+    unknown = flat.isnan().any(1, keepdim=True)
+    kl = torch.where(unknown, torch.nan, brought[which].view(len(flat), -1))
     d_head = runs.host.heads[0].shape[-1] // scores.shape[-1]
     return {
         "kl": kl,

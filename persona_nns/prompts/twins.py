@@ -30,7 +30,7 @@ class Twins:
 
 @dataclass(frozen=True)
 class TwinCell:
-    """A cell with the other tasks of its persona that are asked for: what is measured at once."""
+    """A cell with the other tasks of its persona in the grid."""
 
     own: Twins
     others: tuple[Twins, ...]

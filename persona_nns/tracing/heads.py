@@ -1,4 +1,4 @@
-"""Attention heads of two prompts that are alike behind the persona, and one's in place of the other's.
+"""Attention heads of prompts that are alike behind the persona, one's in place of the other's.
 
 The passes that patch stand in `experiments/head_budget.py`. A cell is run at a time, so that no row
 is padded: its prompts differ in length before the places, and are equally long in them.
@@ -86,7 +86,15 @@ class TwinRuns:
 def run_twins(
     model: TransformersModel, twins: Sequence[Twins], n_eval: int, *, reuse: bool
 ) -> dict[str, TwinRuns]:
-    """Both runs of every cell, by its label."""
+    """Both runs of every cell, by its label; of one without places none.
+
+    Args:
+        model: from `load_model`.
+        twins: the prompts of the cells.
+        n_eval: tokens that are said to XY.
+        reuse: run what stands before the places once; False runs whole rows.
+    """
+    twins = [of for of in twins if of.n_shared]
     if not twins:
         return {}
     said = say(model, Prefilled([of.clean for of in twins], None), n_eval)
@@ -118,7 +126,7 @@ def _run_one(
     *,
     reuse: bool,
 ) -> TwinRun:
-    """TwinRun a prompt as it is, and keep what its heads put out and look at."""
+    """Run a prompt as it is, and keep what its heads put out and look at."""
     width = window.input_ids.shape[1]
     asking = torch.arange(width - n_places, width, device=model.device)[None]
     told = tell(model, window)
