@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_nns.declarations import (
     Count,
+    Kind,
     ModelRecord,
     Plan,
     Variable,
@@ -74,81 +75,72 @@ def ranking_labels(_: ModelRecord, parameters: Mapping[str, Any]) -> list[str]:
     return parameters["rankings"].split(",")
 
 
-_NAN = "NaN where the prompts differ behind the persona."
-_HEADS = {
+_LABELS: dict[str, Any] = {
     "layer": lambda record, _: range(record.n_layers),
     "head": lambda record, _: range(record.n_heads),
-}
-_CURVES = {
     "ranking": ranking_labels,
     "budget": lambda record, _: budget_labels(record.n_layers * record.n_heads),
 }
 
+
+def _array(
+    dims: str, long_name: str, description: str, units: str = "1", kind: Kind = "float"
+) -> Variable:
+    """A variable with the labels of its own dimensions; nothing where prompts differ."""
+    said = f"{description} Nothing is measured where the prompts differ behind the persona."
+    labels = {axis: _LABELS[axis] for axis in dims.split() if axis in _LABELS}
+    unmeasured = -1 if kind == "int" else None
+    return Variable(dims, long_name, units, said, kind, unmeasured=unmeasured, coords=labels)
+
+
 variables = {
-    "closure": Variable(
+    "closure": _array(
         "cell ranking budget",
         "closure",
-        description="Share of the host gap removed by the best heads: 1 − KL / KL(none), in each "
-        f"cell; NaN where there is no gap, or a ranking has no scores. {_NAN}",
-        coords=_CURVES,
+        "Share of the host gap removed by the best heads of a ranking: 1 − KL / KL(none), in each "
+        "cell; NaN where there is no gap, or the ranking has no scores.",
     ),
-    "kl": Variable(
+    "kl": _array(
         "cell ranking budget",
         "causal KL",
-        units="nat",
-        description="KL(clean XY ‖ patched host) summed over the scored tokens, with the best "
-        f"heads of a ranking patched; NaN where it has no scores. {_NAN}",
-        coords=_CURVES,
+        "KL(clean XY ‖ patched host) summed over the scored tokens of the clean greedy "
+        "continuation, with the best heads of a ranking patched; NaN where it has no scores.",
+        "nat",
     ),
-    "kl_none": Variable(
-        "cell",
-        "KL(clean ‖ host)",
-        units="nat",
-        description=f"The gap, with no head patched. {_NAN}",
+    "kl_none": _array("cell", "KL(clean ‖ host)", "The gap, with no head patched.", "nat"),
+    "effect": _array(
+        "cell layer head", "effect", "KL(none) − KL with this head alone patched.", "nat"
     ),
-    "effect": Variable(
-        "cell layer head",
-        "effect",
-        units="nat",
-        description=f"KL(none) − KL with this head alone patched. {_NAN}",
-        coords=_HEADS,
-    ),
-    "attribution": Variable(
+    "attribution": _array(
         "cell layer head",
         "attribution",
-        units="nat",
-        description="Effect to first order, from one backward pass: Σ over places of (clean − "
-        f"host) · ∂(−KL)/∂ the head's output at the unpatched host. {_NAN}",
-        coords=_HEADS,
+        "Effect to first order, from one backward pass: Σ over places of (clean − host) · ∂(−KL)/∂ "
+        "the head's output at the unpatched host.",
+        "nat",
     ),
-    "attention": Variable(
+    "attention": _array(
         "cell layer head",
         "attention to the persona",
-        description="Weight on the persona's tokens in the clean run, mean over places; NaN where "
-        f"the model gives no weights. {_NAN}",
-        coords=_HEADS,
+        "Weight on the persona's tokens in the clean run, mean over places; NaN where the model "
+        "gives no weights.",
     ),
-    "agreement": Variable(
+    "agreement": _array(
         "cell ranking",
         "agreement with the effect",
-        description="Spearman correlation of a ranking's scores of all heads with their effects.",
-        coords={"ranking": ranking_labels},
+        "Spearman correlation of a ranking's scores of all heads with their effects.",
     ),
-    "values": Variable(
+    "values": _array(
         "cell budget",
         "patched numbers",
-        description="Numbers patched at each place: heads times the width of one.",
+        "Numbers patched at each place: heads times the width of one.",
         kind="int",
-        unmeasured=-1,
-        coords={"budget": _CURVES["budget"]},
     ),
-    "transfer_tasks": Variable(
+    "transfer_tasks": _array(
         "cell",
         "tasks behind the transfer",
-        description="Other tasks of the persona in the grid, asked for or not, whose attributions "
-        "the ranking 'transfer' averages.",
+        "Other tasks of the persona in the grid, asked for or not, whose attributions the ranking "
+        "'transfer' averages.",
         kind="int",
-        unmeasured=-1,
     ),
     "n_eval": replace(scored_tokens(), unmeasured=-1),
 }

@@ -129,6 +129,8 @@ def on_grid(name: str, frame: str = "role") -> dict[str, Any]:
     experiment = load_experiment(name)
     chosen: dict[str, Any] = {"cells": CELLS, "batch_size": 2}
     chosen |= dict.fromkeys({"n_tokens", "n_eval"} & set(experiment.options), 4)
+    if name == "head_budget":  # the others take gradients
+        chosen["rankings"] = "effect,attention,random"
     if experiment.keeps_residuals:
         chosen["keep_residuals"] = True
     grid = load_grid("short", frame)

@@ -14,6 +14,7 @@ import persona_nns as pn
 TELLING = (
     "attention_knockout",
     "behavioral_markers",
+    "head_budget",
     "host_injection",
     "injection_controls",
     "kv_budget",
