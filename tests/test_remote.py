@@ -101,6 +101,12 @@ def test_every_experiment_gives_the_same_numbers_there(
         np.testing.assert_allclose(*arrays, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_are_asked_of_no_server(simulated: TransformersModel, tmp_path: Path) -> None:
+    with pytest.raises(pn.UsageError, match="run there: --rankings effect,attention,random"):
+        pn.run("head_budget", simulated, "short", store=tmp_path / "s.zarr")
+    assert not (tmp_path / "s.zarr").exists()
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_experiments_with_inputs_of_their_own_give_the_same_numbers_there(
     case: Case,
