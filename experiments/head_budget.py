@@ -24,7 +24,6 @@ from transformers import PreTrainedTokenizerBase
 from persona_nns.declarations import (
     Count,
     Kind,
-    ModelRecord,
     Plan,
     Variable,
     agreement,
@@ -34,6 +33,7 @@ from persona_nns.declarations import (
     scored_tokens,
 )
 from persona_nns.errors import UsageError
+from persona_nns.figures import closure_by_budget, head_maps, needed_by_persona
 from persona_nns.prompts import Cell, TwinCell, find_twins
 from persona_nns.tracing import (
     TwinRuns,
@@ -53,7 +53,7 @@ defaults = {"grid": "review"}
 
 RANKINGS = ("effect", "attribution", "attention", "transfer", "random")
 BY_GRADIENT = ("attribution", "transfer")
-#: What is known of single heads only where these rankings are asked for.
+#: What is there only where one of these rankings is asked for.
 OF_RANKINGS = {
     "effect": ("effect",),
     "agreement": ("effect",),
@@ -70,15 +70,10 @@ def check_rankings(rankings: str) -> str:
     return ",".join(label for label in RANKINGS if label in asked)
 
 
-def ranking_labels(_: ModelRecord, parameters: Mapping[str, Any]) -> list[str]:
-    """The rankings of a run."""
-    return parameters["rankings"].split(",")
-
-
 _LABELS: dict[str, Any] = {
     "layer": lambda record, _: range(record.n_layers),
     "head": lambda record, _: range(record.n_heads),
-    "ranking": ranking_labels,
+    "ranking": lambda _, asked: asked["rankings"].split(","),
     "budget": lambda record, _: budget_labels(record.n_layers * record.n_heads),
 }
 
@@ -145,6 +140,12 @@ variables = {
     "n_eval": replace(scored_tokens(), unmeasured=-1),
 }
 
+figures = {
+    "closure_by_budget": closure_by_budget,
+    "needed_by_persona": needed_by_persona,
+    "head_maps": lambda ds: head_maps(ds) if "attribution" in ds or "effect" in ds else None,
+}
+
 
 def prepare(
     model: TransformersModel, store: str | Path, options: dict[str, Any], *, progress: bool
@@ -169,7 +170,7 @@ def prepare(
 
 
 def prepares(_: Mapping[str, Any]) -> bool:
-    """Whether something has to be made first: nothing has."""
+    """Nothing has to be there first."""
     return False
 
 
@@ -188,12 +189,18 @@ def arrange(
     kin = {
         cell: [of for of in every if of.persona == cell.persona and of != cell] for cell in every
     }
+    content = {
+        cell.label: {**plan.content[cell.label], "others": [of.task_text for of in others]}
+        for cell, others in kin.items()
+    }
     return replace(
         plan,
         units=[
             TwinCell(twins[cell.label], tuple(twins[of.label] for of in others))
             for cell, others in kin.items()
         ],
+        # Grids share what they measure of a cell, if it does not hang on the others.
+        content=content if "transfer" in rankings else plan.content,
         batch_size=max(Counter(cell.persona for cell in cells).values()),
         variables=given_by(rankings.split(",")),
     )
@@ -244,19 +251,11 @@ def measure(
     return {name: torch.stack([of[name] for of in measured]) for name in measured[0]}
 
 
-def finish(
-    tokenizer: PreTrainedTokenizerBase,
-    units: Sequence[TwinCell],
-    measured: dict[str, Any],
-    *,
-    rankings: str,
-) -> dict[str, Any]:
+def finish(_: Any, __: Any, measured: dict[str, Any], *, rankings: str) -> dict[str, Any]:
     """How well the scores of each ranking agree with the effects."""
-    del tokenizer, units
     pairs = zip(measured["scores"], measured["effect"], strict=True)
-    measured["agreement"] = np.array(
-        [[agreement(scores, effect) for scores in of_cell] for of_cell, effect in pairs]
-    )
+    agreements = [[agreement(scores, effect) for scores in of_cell] for of_cell, effect in pairs]
+    measured["agreement"] = np.array(agreements)
     return {name: measured[name] for name in given_by(rankings.split(","))}
 
 
@@ -311,9 +310,10 @@ def attribute_heads(model: TransformersModel, runs: TwinRuns) -> Tensor:
     def nearness(logits: Tensor) -> Tensor:
         return -runs.kl(log_probabilities(logits))
 
-    n_scored = runs.clean.predicted.shape[1]
+    width, n_scored = host.input_ids.shape[1], runs.clean.predicted.shape[1]
+    scored = torch.arange(width - n_scored, width, device=model.device)[None]
     clean = runs.clean.window
-    return attribute(model, clean, host, nearness, places=is_place, n_logits=n_scored)[0]
+    return attribute(model, clean, host, nearness, places=is_place, asked=scored)[0]
 
 
 def patch_each(model: TransformersModel, runs: TwinRuns) -> Tensor:

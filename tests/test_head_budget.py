@@ -288,6 +288,16 @@ def test_numbers_do_not_depend_on_the_cells_asked_for(
     assert_same(whole, results("gemma2"))
 
 
+def test_another_grid_with_the_same_cell_has_a_transfer_of_its_own(
+    random_model: Callable[[str], TransformersModel], grid: Grid, tmp_path: Path
+) -> None:
+    more = replace(grid, tasks={**grid.tasks, "plan": "Plan a day by the sea."})
+    store, model, label = tmp_path / "s.zarr", random_model("llama"), grid.cells[0].label
+    for of, number in ((grid, 1), (more, 2)):
+        ours = measure(model, of, store, cells=label, rankings="transfer,random")
+        assert ours.transfer_tasks.sel(cell=label).item() == number
+
+
 def test_sdpa_gives_the_attention_of_eager(
     random_folder: Callable[[str], Path],
     results: Callable[[str], xr.Dataset],

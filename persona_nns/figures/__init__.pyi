@@ -1,3 +1,6 @@
+from .budgets import closure_by_budget as closure_by_budget
+from .budgets import head_maps as head_maps
+from .budgets import needed_by_persona as needed_by_persona
 from .by_layer import cells_heatmap as cells_heatmap
 from .by_layer import compare_by_layer as compare_by_layer
 from .by_layer import lines_by_layer as lines_by_layer

@@ -42,7 +42,7 @@ def attribute(
     *,
     places: Tensor | None = None,
     source: Tensor | None = None,
-    n_logits: int = 0,
+    asked: Tensor | None = None,
 ) -> Tensor:
     """What the clean run's output of each part would add to a metric of the host's run.
 
@@ -61,7 +61,8 @@ def attribute(
             places at once if there are dimensions in front; by default everywhere.
         source: [row, column of the host], the column of the clean window that each takes its value
             from; by default columns are aligned from the end, and those without one left out.
-        n_logits: last columns whose logits the metric is given; 0 is all.
+        asked: [row, column], the columns of the host whose logits the metric is given; by default
+            all, which takes the room of as many distributions.
 
     Returns:
         [..., row, layer, head], [..., row, layer] or [..., row, layer, neuron], in float32.
@@ -77,7 +78,7 @@ def attribute(
     if places is None:
         places = (source >= 0) & (host.attention_mask[:, host.start :] > 0)
     outputs = [take(each, source.clamp(min=0)) for each in outputs]
-    held, slopes = _differentiate(model, host, outputs, metric, part, n_logits)
+    held, slopes = _differentiate(model, host, outputs, metric, part, asked)
     scores: list[Tensor] = []
     for output, own, slope in zip(outputs, held, slopes, strict=True):
         each = (output - own).float() * slope.float()
@@ -122,7 +123,7 @@ def _differentiate(
     like: Sequence[Tensor],
     metric: Callable[[Tensor], Tensor],
     part: Part,
-    n_logits: int,
+    asked: Tensor | None,
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
     """Of each block, what its parts put out, and the metric's derivative with respect to it.
 
@@ -131,12 +132,14 @@ def _differentiate(
     """
     with torch.inference_mode(mode=False), torch.enable_grad():
         nothing = [torch.zeros_like(each, requires_grad=True) for each in like]
-        with model.trace(window.inputs(), logits_to_keep=n_logits):
+        with model.trace(window.inputs()):
             held = save([])
             for block, added in zip(model.layers, nothing, strict=True):
                 output = _output_of(block, part)
                 held.append(output)
                 _put_out(block, part, output + added)
+            if asked is not None:
+                model.lm_head.input = take(model.lm_head.input, asked)
             logits = save(model.output.logits)
         value = metric(logits).sum()
         if not value.requires_grad:

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,16 +54,13 @@ def main() -> None:
         spent = {0: 0.0, 1: 0.0, "ours": 0.0}
         error = 0.0
         for layer in range(len(model.layers)):
-            ours, seconds = timed(
-                lambda layer=layer: module.patch_alone(model, runs, layer, range(runs.n_heads))
-            )
+            patch = partial(module.patch_alone, model, runs, layer, range(runs.n_heads))
+            of_layer[layer], seconds = timed(patch)
             spent["ours"] += seconds
-            of_layer[layer] = ours
             for at in sample[layer * share : (layer + 1) * share]:
                 for keep in (0, 1):
-                    taken[at], seconds = timed(
-                        lambda at=at, keep=keep: forward(model, runs, twins, *at, keep=bool(keep))
-                    )
+                    once = partial(forward, model, runs, twins, *at, keep=bool(keep))
+                    taken[at], seconds = timed(once)
                     spent[keep] += seconds
         for (layer, head), kl in taken.items():
             error = max(error, abs(float(of_layer[layer][head]) - kl))
