@@ -23,6 +23,10 @@ from .estimates import host_markers as host_markers
 from .estimates import shares_heatmap as shares_heatmap
 from .knockout import kl_by_band as kl_by_band
 from .knockout import markers_by_blocked as markers_by_blocked
+from .kv_budgets import closure_by_bytes as closure_by_bytes
+from .kv_budgets import head_maps as head_maps
+from .kv_budgets import persona_tokens as persona_tokens
+from .methods import methods_by_bytes as methods_by_bytes
 from .patching import accuracy_by_persona as accuracy_by_persona
 from .patching import attention_before_and_after as attention_before_and_after
 from .patching import head_ranking as head_ranking
