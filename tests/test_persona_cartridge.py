@@ -252,6 +252,7 @@ def test_a_grafted_file_is_known_by_what_it_holds(
         persona, task = cell.split("/")
         at = {"persona": persona, "task": task, "form": form, "slots": slots, "split": "held_out"}
         close(kl.sel(cell=cell), ours.sel(at))
+    assert set(draw(found, "kv_graft")) >= {"closure_heatmap", "closure_by_graft"}
     (verdict,) = verify_store(store)
     assert (verdict.state, verdict.n_recomputed) == ("right", 2)
 

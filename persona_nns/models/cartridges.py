@@ -65,7 +65,7 @@ def load_cartridge(file: str | Path, record: ModelRecord | None = None) -> Cartr
             f"The file {str(file)!r} is not a cartridge: it says nothing of {error.args[0]!r}; use "
             "one that persona_cartridge has written."
         ) from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise UsageError(
             f"The cartridge {str(file)!r} cannot be read: {one_line(error)} Use a file that "
             "persona_cartridge has written."

@@ -15,6 +15,7 @@ from persona_nns.declarations.catalog import Experiment
 from persona_nns.declarations.options import changes_numbers, is_as_before, is_content
 from persona_nns.declarations.plans import Plan, content_digest
 from persona_nns.declarations.record import ModelRecord
+from persona_nns.errors import UsageError
 
 _PACKAGES = ("persona-nns", "nnsight", "torch", "transformers", "tokenizers", "xarray", "zarr")
 
@@ -97,12 +98,21 @@ def _determining(experiment: Experiment, parameters: Mapping[str, Any]) -> dict[
 
 
 def _held(files: Sequence[str] | None) -> list[str] | None:
-    """Digests of what files hold, in an order that their names do not change."""
+    """Digests of what files hold, in an order that their names do not change.
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
     if files is None:
         return None
-    return sorted(
-        hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest() for file in files
-    )
+    digests: list[str] = []
+    for file in files:
+        try:
+            held = Path(file).expanduser().read_bytes()
+        except OSError as error:
+            raise UsageError(f"The file {file!r} cannot be read: {error.strerror}.") from error
+        digests.append(hashlib.sha256(held).hexdigest())
+    return sorted(digests)
 
 
 def _is_digest(version: str) -> bool:
