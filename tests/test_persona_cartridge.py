@@ -228,7 +228,7 @@ def test_a_grafted_file_is_known_by_what_it_holds(
     files = files_of(folder)
     first, other = files["yoda", "graft", 2], files["marx", "prefix", 3]
     elsewhere = Path(shutil.copy(first, tmp_path / "mine.safetensors"))
-    asked: dict[str, Any] = {"grafts": "none", "bands": "all", "n_tokens": 1, "progress": False}
+    asked: dict[str, Any] = {"grafts": "none,persona", "bands": "all", "n_tokens": 1, "progress": False}
 
     def identity(*cartridges: Path) -> str:
         options = dict(asked)
@@ -245,7 +245,7 @@ def test_a_grafted_file_is_known_by_what_it_holds(
     cells, given = "yoda/haiku,yoda/recommend,marx/recommend", [str(first), str(other)]
     store = tmp_path / "k.zarr"
     found = pn.run("kv_graft", model, "short", store=store, cells=cells, cartridge=given, **asked)
-    assert found.graft.values.tolist() == ["none", "cartridge"]
+    assert found.graft.values.tolist() == ["none", "persona", "cartridge"]
     kl = found.kl.isel(model=0).sel(graft="cartridge", layer_band="all")
     ours = results.kl.isel(model=0)
     for cell, form, slots in (("yoda/recommend", "graft", 2), ("marx/recommend", "prefix", 3)):
