@@ -228,7 +228,12 @@ def test_a_grafted_file_is_known_by_what_it_holds(
     files = files_of(folder)
     first, other = files["yoda", "graft", 2], files["marx", "prefix", 3]
     elsewhere = Path(shutil.copy(first, tmp_path / "mine.safetensors"))
-    asked: dict[str, Any] = {"grafts": "none,persona", "bands": "all", "n_tokens": 1, "progress": False}
+    asked: dict[str, Any] = {
+        "grafts": "none,persona",
+        "bands": "all",
+        "n_tokens": 1,
+        "progress": False,
+    }
 
     def identity(*cartridges: Path) -> str:
         options = dict(asked)

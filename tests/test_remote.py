@@ -129,11 +129,16 @@ def test_no_experiment_is_left_out() -> None:
     assert tried == {*bundled_experiments()}
 
 
-def test_the_one_that_trains_stays_here(simulated: TransformersModel, tmp_path: Path) -> None:
+def test_those_that_train_stay_here(simulated: TransformersModel, tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.ones((len(simulated.layers) + 1, simulated.config.hidden_size)))
     options = {"vector": str(tmp_path / "v.npy"), "layer": 2}
     with pytest.raises(pn.UsageError, match="trained on this machine; use the backend 'local'"):
         pn.run("trait_distillation", simulated, store=tmp_path / "s.zarr", **options)
+    with pytest.raises(pn.UsageError, match="trained on this machine; use the backend 'local'"):
+        pn.run("persona_cartridge", simulated, "short", store=tmp_path / "s.zarr")
+    with pytest.raises(pn.UsageError, match=r"'c.safetensors' goes with weights .* 'local'"):
+        given = {"cartridge": ["c.safetensors"], "store": tmp_path / "s.zarr"}
+        pn.run("kv_graft", simulated, "short", **given)
     assert not (tmp_path / "s.zarr").exists()
 
 
