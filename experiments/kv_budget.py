@@ -31,7 +31,7 @@ from persona_nns.declarations import (
     scored_tokens,
     some_of,
 )
-from persona_nns.figures import closure_by_bytes, head_maps, persona_tokens
+from persona_nns.figures import closure_by_bytes, kv_head_maps, persona_tokens
 from persona_nns.prompts import Cell, PersonaCell, label_tokens
 from persona_nns.tracing import (
     GraftedTokens,
@@ -159,7 +159,7 @@ _OF_EFFECTS = {"effect", "token_effect", "agreement"}
 figures = {
     "closure_by_bytes": closure_by_bytes,
     "persona_tokens": persona_tokens,
-    "heads": head_maps,
+    "heads": kv_head_maps,
 }
 
 

@@ -136,8 +136,8 @@ def test_those_that_train_stay_here(simulated: TransformersModel, tmp_path: Path
         pn.run("trait_distillation", simulated, store=tmp_path / "s.zarr", **options)
     with pytest.raises(pn.UsageError, match="trained on this machine; use the backend 'local'"):
         pn.run("persona_cartridge", simulated, "short", store=tmp_path / "s.zarr")
+    given = {"cartridge": ["c.safetensors"], "store": tmp_path / "s.zarr"}
     with pytest.raises(pn.UsageError, match=r"'c.safetensors' goes with weights .* 'local'"):
-        given = {"cartridge": ["c.safetensors"], "store": tmp_path / "s.zarr"}
         pn.run("kv_graft", simulated, "short", **given)
     assert not (tmp_path / "s.zarr").exists()
 

@@ -24,7 +24,7 @@ from .estimates import shares_heatmap as shares_heatmap
 from .knockout import kl_by_band as kl_by_band
 from .knockout import markers_by_blocked as markers_by_blocked
 from .kv_budgets import closure_by_bytes as closure_by_bytes
-from .kv_budgets import head_maps as head_maps
+from .kv_budgets import kv_head_maps as kv_head_maps
 from .kv_budgets import persona_tokens as persona_tokens
 from .methods import methods_by_bytes as methods_by_bytes
 from .patching import accuracy_by_persona as accuracy_by_persona

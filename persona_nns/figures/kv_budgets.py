@@ -108,7 +108,7 @@ def by_bytes(results: xr.Dataset) -> pd.DataFrame:
     return frame[frame["budget"].isin(first) & (frame["bytes"] > 0)]
 
 
-def head_maps(results: xr.Dataset) -> Figure | None:
+def kv_head_maps(results: xr.Dataset) -> Figure | None:
     """Layers × key-value heads: what each does alone, and how much looks at the persona through it.
 
     Args:
