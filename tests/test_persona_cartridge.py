@@ -277,6 +277,19 @@ def test_a_cartridge_comes_back_from_its_file(folder: Path) -> None:
     assert torch.equal(row.keys[1][0], again.keys[1])
 
 
+def test_a_cartridge_has_the_precision_of_its_model(
+    random_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = load_model(random_folder("qwen2"), dtype="bfloat16")
+    one = {**SMALL, "personas": "yoda", "slots": "2", "store": tmp_path / "s.zarr"}
+    ds = pn.run("persona_cartridge", model, output=str(tmp_path / "out"), **one)
+    given = load_cartridge(files_of(tmp_path)["yoda", "graft", 2], record_of(model))
+    assert given.keys.dtype == given.values.dtype == torch.bfloat16
+    assert int(ds.cache_bytes.squeeze()) == given.n_bytes == 2 * 5 * 2 * 2 * 8 * 2
+    assert (ds.loss.isel(step=-1) < ds.loss.isel(step=0)).all()
+    assert ds.closure.sel(split="held_out", task="recommend").notnull().all()
+
+
 def test_a_trace_of_ones_own_goes_on_from_a_cartridge(
     results: xr.Dataset, model: TransformersModel, folder: Path
 ) -> None:
