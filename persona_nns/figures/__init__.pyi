@@ -1,3 +1,6 @@
+from .attribution import attribution_agreement as attribution_agreement
+from .attribution import attribution_of_patches as attribution_of_patches
+from .attribution import patch_effects as patch_effects
 from .budgets import closure_by_budget as closure_by_budget
 from .budgets import head_maps as head_maps
 from .budgets import needed_by_persona as needed_by_persona

@@ -4,6 +4,7 @@ from .attention import tell as tell
 from .attention import weights_of as weights_of
 from .attribution import Part as Part
 from .attribution import attribute as attribute
+from .attribution import check_attributable as check_attributable
 from .averages import AVERAGES as AVERAGES
 from .averages import Average as Average
 from .averages import averages as averages
@@ -90,6 +91,7 @@ from .metrics import log_probabilities as log_probabilities
 from .metrics import summed_kl as summed_kl
 from .operations import Operation as Operation
 from .operations import OperationName as OperationName
+from .patch_attribution import attribute_pair as attribute_pair
 from .patch_speed import finish_last_columns as finish_last_columns
 from .patch_speed import finish_last_token as finish_last_token
 from .patch_speed import patch_common as patch_common
@@ -103,6 +105,7 @@ from .patching import logit_difference as logit_difference
 from .patching import open_pair as open_pair
 from .patching import open_patches as open_patches
 from .patching import read_looks as read_looks
+from .patching import run_unpatched as run_unpatched
 from .prefixes import Prefilled as Prefilled
 from .prefixes import fill_cache as fill_cache
 from .prefixes import prefill as prefill
