@@ -122,6 +122,7 @@ FEW: dict[str, dict[str, Any]] = {
     "host_injection": {"n_tokens": 8},
     "kv_graft": {"n_tokens": 8, "bands": "2,0:3"},
     "attention_knockout": {"n_tokens": 8, "bands": "2,0:3"},
+    "head_budget": {"rankings": "effect,attention,random"},
 }
 TALK = {"max_new_tokens": 4, "temperature": 0}
 OWN_INPUTS: dict[str, dict[str, Any]] = {

@@ -63,7 +63,7 @@ def closure_by_budget(results: xr.Dataset) -> Figure:
                 axis.axhline(share, **DOTTED)
             axis.axhline(0, **ZERO)
             axis.set(title=_titled(results, model, unit), ylabel=axis_label(closure))
-            axis.set_xlabel(f"{unit or 'part'}s, best first".replace("_", " "))
+            axis.set_xlabel(f"{_noun(results, unit)}, best first")
             axis.xaxis.set_major_locator(FixedLocator(range(len(labels))))
             axis.set_xticks(range(len(labels)), labels)
             axis.set_ylim(max(axis.get_ylim()[0], -1.0), 1.05)
@@ -89,9 +89,11 @@ def needed_by_persona(results: xr.Dataset) -> Figure:
     closure, models = _ordered(results.closure), results.model.values.tolist()
     units, rankings = _units(closure), closure.ranking.values.tolist()
     columns = [(model, unit) for model in models for unit in units]
-    personas = list(dict.fromkeys(results.persona.values.tolist()))
+    measured = closure.dropna("cell", how="all")
+    personas = list(dict.fromkeys(measured.persona.values.tolist()))
     colours = sns.color_palette("colorblind", len(rankings))
     size = (2.4 + (1.4 + 0.45 * len(personas)) * len(columns), 1.6 + 2.5 * len(SHARES))
+    named: set[str] = set()  # in the legend, once
     with panels(size, SHARES, columns, sharey="col") as drawn:
         for share, (model, unit), axis in drawn:
             panel = _at(closure, unit).sel(model=model).dropna("budget", how="all")
@@ -102,11 +104,13 @@ def needed_by_persona(results: xr.Dataset) -> Figure:
                 of_persona = long_form(needed.sel(ranking=ranking))
                 for persona, rows in groups(of_persona, "persona"):
                     at = personas.index(persona[0]) + dodge(k, len(rankings), 0.7)
-                    look = {"color": colours[k], "marker": MARKERS[k], "label": ranking}
+                    look = {"color": colours[k], "marker": MARKERS[k]}
+                    look |= {"label": ranking} if ranking not in named else {}
+                    named.add(ranking)
                     _draw_needed(axis, at, rows["value"].to_numpy(), **look)
             axis.set_xticks(range(len(personas)), personas, rotation=30, ha="right")
             axis.set(title=_titled(results, model, unit), xlim=(-0.5, len(personas) - 0.5))
-            axis.set_ylabel(f"{unit or 'part'}s for closure {share}".replace("_", " "))
+            axis.set_ylabel(f"{_noun(results, unit)} for closure {share}")
             axis.set_yscale("symlog", base=2, linthresh=1)
             labels = [label for label in panel.budget.values.tolist() if label != ALL]
             axis.yaxis.set_major_locator(FixedLocator([float(label) for label in labels][::2]))
@@ -157,6 +161,11 @@ def _units(closure: xr.DataArray) -> Sequence[str | None]:
 
 def _at(values: xr.DataArray, unit: str | None) -> xr.DataArray:
     return values if unit is None else values.sel(unit=unit)
+
+
+def _noun(results: xr.Dataset, unit: str | None) -> str:
+    """What parts are called."""
+    return f"{unit or ('head' if 'head' in results.dims else 'part')}s".replace("_", " ")
 
 
 def _titled(results: xr.Dataset, model: str, unit: str | None) -> str:
