@@ -63,7 +63,8 @@ def test_a_line_a_ranking_over_labelled_budgets() -> None:
     (axis,) = closure_by_budget(mixed).axes
     assert [label.get_text() for label in axis.get_xticklabels()] == BUDGETS
     best = next(line for line in axis.get_lines() if line.get_label() == "best")
-    np.testing.assert_allclose(best.get_ydata(), np.median(list(CURVES.values()), axis=0))
+    drawn = np.asarray(best.get_ydata(), dtype=float)
+    np.testing.assert_allclose(drawn, np.median(list(CURVES.values()), axis=0))
     assert axis.get_xlabel() == "parts, best first"
 
 
@@ -78,8 +79,9 @@ def test_the_fewest_parts_by_persona() -> None:
     found: list[dict[str, list[float]]] = []
     for axis in figure.axes:
         points = {"best": [], "other": []}
-        for container in axis.containers:
-            (line,) = [container.lines[0]]
+        containers: list[Any] = list(axis.containers)
+        for container in containers:
+            line = container.lines[0]
             x, y = float(line.get_xdata()[0]), float(line.get_ydata()[0])
             points["best" if x - round(x) < 0 else "other"].append(y)
         found.append(points)
@@ -103,7 +105,7 @@ def test_heads_by_layer(names: tuple[str, ...]) -> None:
     )
     figure = head_maps(ds.assign_coords(layer=range(3), head=range(2)))
     assert titled(figure)[: len(names)] == [f"m\n{name}" for name in names]
-    drawn = figure.axes[0].collections[0].get_array()
+    drawn: Any = figure.axes[0].collections[0].get_array()
     np.testing.assert_allclose(np.ravel(drawn), np.median(of_heads[0] - 9, axis=0).ravel())
     closed = closure_by_budget(ds.assign_coords(layer=range(3), head=range(2)))
     assert closed.axes[0].get_xlabel() == "heads, best first"
