@@ -27,7 +27,7 @@ from persona_nns.declarations import (
     label_layer_set,
     scored_tokens,
 )
-from persona_nns.errors import PersonaError, UsageError
+from persona_nns.errors import PersonaError
 from persona_nns.figures import cartridge_closure, cartridge_losses
 from persona_nns.models import record_of
 from persona_nns.prompts import Cell, PromptName, render_cell
@@ -47,11 +47,13 @@ from persona_nns.tracing import (
     grafted_tokens,
     initial_slots,
     log_probabilities,
+    look_at,
     open_slots,
     say,
     substitute,
     summed_kl,
     take,
+    weights_of,
 )
 from persona_nns.traits import (
     CartridgeOptions,
@@ -147,13 +149,8 @@ def prepares(_options: Mapping[str, Any]) -> bool:
 def prepare(
     model: TransformersModel, _store: str | Path, options: dict[str, Any], **_progress: bool
 ) -> dict[str, Any]:
-    """See that the model is here, and says where it looks."""
+    """See that the model is here."""
     check_trains_slots(model)
-    if record_of(model).attn_implementation != "eager":
-        raise UsageError(
-            "A cartridge begins as the tokens that are looked at most, which "
-            f"{record_of(model).attn_implementation!r} does not tell; use --attention eager."
-        )
     return options
 
 
@@ -265,14 +262,15 @@ def look_at_persona(
     personas = [of["XY"]["persona"] for of in spans]
     first = window.padding + torch.tensor([of.start for of in personas], device=scored.device)
     columns = first[:, None] + torch.arange(min(map(len, personas)), device=scored.device)
-    queries = scored[:, None, :, None] / scored.sum(1)[:, None, None, None]
+    asking = torch.arange(scored.shape[1], device=scored.device).expand(len(scored), -1)
+    counts = scored[:, None, :, None]
     with model.trace(window.inputs(), logits_to_keep=scored.shape[1]):
-        looked = save([])
-        for block in model.layers:
-            weights = (block.attn.output[1] * queries).sum(2).mean(1)  # [task, key]
-            looked.append(weights.gather(1, columns))
+        looks = [look_at(block.attn, asking)[0] for block in model.layers]
         clean = save(log_probabilities(model.output.logits))
-    return clean, torch.stack(looked).mean(0)
+        each = zip(model.layers, looks, model.output.past_key_values.layers, strict=True)
+        weights = [weights_of(block.attn, look, held).float() for block, look, held in each]
+        looked = save(torch.stack([of.where(counts, 0.0).sum(2).mean(1) for of in weights]).mean(0))
+    return clean, looked.gather(1, columns) / scored.sum(1, keepdim=True)
 
 
 def measure_others(
