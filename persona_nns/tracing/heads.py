@@ -113,7 +113,7 @@ def run_twins(
             prefix = before and before.rows(torch.tensor([row], device=model.device))
             window = open_window([rows[row]], said.ids[k : k + 1, : length - 1], prefix)
             both.append(_run_one(model, window, of.persona, places, length, reuse=reuse))
-        runs[of.label] = TwinRuns(*both, places)
+        runs[of.label] = TwinRuns(both[0], both[1], places)
     return runs
 
 
