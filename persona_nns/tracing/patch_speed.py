@@ -48,9 +48,9 @@ def finish_last_columns(model: TransformersModel, n: int, *, attention_too: bool
         attention_too: not where its output projection has been given something already.
     """
     block = model.layers[-1]
+    # Rows of a slice do not lie side by side: multiplied as they are, each is multiplied alone.
     for module in (block.attn.o_proj, block.mlp) if attention_too else (block.mlp,):
         width = module.input.shape[1]
-        module.input = last_columns(module.input, n)
+        module.input = last_columns(module.input, n).contiguous()
         module.output = last_columns(module.output, width)
-    # Rows of a slice do not lie side by side: multiplied as they are, each is multiplied alone.
     model.lm_head.input = model.lm_head.input.contiguous()
