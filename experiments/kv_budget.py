@@ -27,21 +27,26 @@ from persona_nns.declarations import (
     agreement,
     budget_labels,
     budget_sizes,
-    random_scores,
     scored_tokens,
     some_of,
 )
-from persona_nns.figures import closure_by_bytes, kv_head_maps, persona_tokens
+from persona_nns.figures import (
+    closure_by_budget,
+    closure_by_bytes,
+    kv_head_maps,
+    needed_by_persona,
+    persona_tokens,
+)
 from persona_nns.prompts import Cell, PersonaCell, label_tokens
 from persona_nns.tracing import (
     GraftedTokens,
     Hosts,
     PersonaSlots,
     Prefilled,
-    best_first,
     block_keys,
     closure,
     each_once,
+    first_texts,
     log_probabilities,
     look_at,
     open_hosts,
@@ -49,6 +54,7 @@ from persona_nns.tracing import (
     open_tokens,
     read_host,
     share_out,
+    shuffled,
     spend,
     summed_kl,
     tell,
@@ -157,8 +163,10 @@ _OF_EFFECTS = {"effect", "token_effect", "agreement"}
 
 
 figures = {
-    "closure_by_bytes": closure_by_bytes,
     "persona_tokens": persona_tokens,
+    "closure": closure_by_budget,
+    "closure_by_bytes": closure_by_bytes,
+    "needed": needed_by_persona,
     "heads": kv_head_maps,
 }
 
@@ -210,7 +218,7 @@ def measure(
         known = {**weights[unit], **({"effect": parts.effects()} if "effect" in asked else {})}
         known = {name: of.where(parts.exists, torch.nan) for name, of in known.items()}
         measured |= parts.named(known)
-        scores = known | {"random": parts.shuffled(seed, cells)}
+        scores = known | {"random": shuffled(seed, [cell.label for cell in cells], parts.exists)}
         measured[f"{unit}_scores"] = torch.stack([scores[name] for name in asked], dim=1)
         sizes = [budget_sizes(labels, count) for count in parts.exists.sum(1).tolist()]
         kl = spend(parts.score, measured[f"{unit}_scores"], parts.exists, sizes)
@@ -242,13 +250,6 @@ class Parts:
         """Scores as they are stored."""
         prefix = "token_" if len(self.shape) == 1 else ""
         return {f"{prefix}{name}": of.unflatten(1, self.shape) for name, of in scores.items()}
-
-    def shuffled(self, seed: int, cells: Sequence[PersonaCell]) -> Tensor:
-        """Scores that rank the parts of each cell at random, [cell, part]."""
-        scores = torch.full(self.exists.shape, torch.nan)
-        for row, count in enumerate(self.exists.sum(1).tolist()):
-            scores[row, :count] = torch.from_numpy(random_scores(seed, cells[row].label, count))
-        return scores.to(self.exists.device)
 
 
 def look_at_all(model: TransformersModel, hosts: Hosts) -> Tensor:
@@ -384,19 +385,9 @@ def finish(
     if "token" in units.split(","):
         texts = [[str(tokenizer.decode(token)) for token in cell.tokens] for cell in cells]
         ranked = zip(texts, scores[-1], strict=True)
-        measured["token_text"] = [_filled(of, cells[0].n_longest) for of in texts]
+        empty = [""] * cells[0].n_longest
+        measured["token_text"] = [[*of, *empty[len(of) :]] for of in texts]
         measured["top_tokens"] = [
-            [_filled(_in_order(of, some), N_TOP) for some in ranks] for of, ranks in ranked
+            [first_texts(of, by, N_TOP) for by in some] for of, some in ranked
         ]
     return measured
-
-
-def _in_order(texts: Sequence[str], scores: Tensor) -> list[str]:
-    """Texts of tokens, those with the highest scores first; none where one is not known."""
-    known = scores[: len(texts)]
-    return [] if bool(known.isnan().any()) else [texts[k] for k in best_first(known).tolist()]
-
-
-def _filled(texts: Sequence[str], length: int) -> list[str]:
-    """So many of the texts, or nothing in the place of missing ones."""
-    return [*texts[:length], *[""] * (length - len(texts))]

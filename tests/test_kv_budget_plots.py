@@ -77,9 +77,10 @@ def test_what_was_not_asked_for_is_not_drawn(
 ) -> None:
     model, asked = random_model("qwen2"), {"cells": "yoda/haiku", "store": tmp_path / "s.zarr"}
     tokens = pn.run("kv_budget", model, small_grid, units="token", rankings="random", **asked)
-    assert set(draw(tokens, "kv_budget")) == {"closure_by_bytes"}
+    curves = {"closure", "closure_by_bytes", "needed"}
+    assert set(draw(tokens, "kv_budget")) == curves
     heads = pn.run("kv_budget", model, small_grid, units="layer_head", **asked)
-    assert set(draw(heads, "kv_budget")) == {"closure_by_bytes", "heads"}
+    assert set(draw(heads, "kv_budget")) == {*curves, "heads"}
 
 
 def test_every_method_is_on_one_axis(store: Path) -> None:

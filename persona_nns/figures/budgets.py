@@ -110,7 +110,8 @@ def needed_by_persona(results: xr.Dataset) -> Figure:
                     _draw_needed(axis, at, rows["value"].to_numpy(), **look)
             axis.set_xticks(range(len(personas)), personas, rotation=30, ha="right")
             axis.set(title=_titled(results, model, unit), xlim=(-0.5, len(personas) - 0.5))
-            axis.set_ylabel(f"{_noun(results, unit)} for closure {share}")
+            named_unit = unit if len(units) == 1 else None  # it stands at the left of all columns
+            axis.set_ylabel(f"{_noun(results, named_unit)} for closure {share}")
             axis.set_yscale("symlog", base=2, linthresh=1)
             labels = [label for label in panel.budget.values.tolist() if label != ALL]
             axis.yaxis.set_major_locator(FixedLocator([float(label) for label in labels][::2]))

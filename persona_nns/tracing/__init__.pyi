@@ -16,6 +16,8 @@ from .batches import left_pad as left_pad
 from .batches import similar_rows as similar_rows
 from .budgets import best_first as best_first
 from .budgets import each_once as each_once
+from .budgets import first_texts as first_texts
+from .budgets import shuffled as shuffled
 from .budgets import spend as spend
 from .budgets import within_budget as within_budget
 from .clean_run import CleanRun as CleanRun

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from persona_nns.declarations.budgets import random_scores
+
 
 def best_first(scores: Tensor) -> Tensor:
     """Parts from the largest score to the smallest, equal ones by their place, [..., part]."""
@@ -59,3 +61,30 @@ def spend(
     kept = torch.stack([within_budget(of, size) for of, size in each], dim=2)
     measured = each_once(measure, kept.flatten(0, 1)).unflatten(0, kept.shape[:2])
     return measured.movedim(2, 0).where(known[..., None], torch.nan)
+
+
+def shuffled(seed: int, labels: Sequence[str], exists: Tensor) -> Tensor:
+    """Scores that rank the parts of each cell at random, [cell, part]; NaN of those it lacks.
+
+    Args:
+        seed: of the run.
+        labels: of the cells; each has an order of its own.
+        exists: [cell, part], the first ones of a cell.
+    """
+    scores = torch.full(exists.shape, torch.nan)
+    for row, (label, count) in enumerate(zip(labels, exists.sum(1).tolist(), strict=True)):
+        scores[row, :count] = torch.from_numpy(random_scores(seed, label, count))
+    return scores.to(exists.device)
+
+
+def first_texts(texts: Sequence[str], scores: Tensor, count: int) -> list[str]:
+    """Texts of the parts with the largest scores, best first, and nothing in place of missing ones.
+
+    Args:
+        texts: of each part that there is.
+        scores: [part], of at least these; where one is not known, there is no text.
+        count: how many.
+    """
+    known = scores[: len(texts)]
+    best = [] if bool(known.isnan().any()) else best_first(known).tolist()[:count]
+    return [*(texts[part] for part in best), *[""] * (count - len(best))]
