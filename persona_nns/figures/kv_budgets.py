@@ -101,11 +101,12 @@ def by_bytes(results: xr.Dataset) -> pd.DataFrame:
     A budget that no cell has parts for, beyond the one that is all of them, is left out.
     """
     kept = medians(results.cache_bytes.astype(float).where(results.completed), "cell")
-    frame = long_form(results.closure, "ranking")
-    sizes = kept.to_series()
-    frame["bytes"] = frame["budget"].map(sizes).astype(float)
-    first = sizes.reset_index().drop_duplicates("cache_bytes", keep="last")["budget"]
-    return frame[frame["budget"].isin(first) & (frame["bytes"] > 0)]
+    sizes = dict(zip(kept.budget.values.tolist(), kept.values.tolist(), strict=True))
+    last = {size: budget for budget, size in sizes.items() if size > 0}
+    shown = results.closure.sel(budget=[budget for budget in sizes if budget in last.values()])
+    frame = long_form(shown, "ranking")
+    frame["bytes"] = [sizes[budget] for budget in frame["budget"]]
+    return frame
 
 
 def kv_head_maps(results: xr.Dataset) -> Figure | None:
@@ -182,7 +183,7 @@ def _write(
         axis.text(0, top + 0.5, persona, va="center", fontsize="small", fontweight="bold")
         for (line, column, shown), value in zip(_places(tokens), values, strict=True):
             y, width = top + 1 + line, len(shown)
-            colour = scale.to_rgba(value)
+            colour = scale.to_rgba(np.array([value]))[0]
             box: dict[str, Any] = {"facecolor": colour, "edgecolor": "white", "lw": 0.8}
             axis.add_patch(Rectangle((column, y + 0.06), width, 0.88, **box))
             dark = np.dot(colour[:3], (0.3, 0.59, 0.11)) < 0.5

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from persona_nns.declarations.plans import Label, Plan
+from persona_nns.prompts.grids import Cell
 from persona_nns.prompts.render import RenderedCell, render_cells
 
 
@@ -43,12 +44,9 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Plan:
 
     Its units are `PersonaCell`.
     """
-    cells = [
-        RenderedCell(**vars(cell), prompts=prompts)
-        for cell, prompts in zip(
-            plan.units, render_cells(tokenizer, plan.units, ("XY", "BY")), strict=True
-        )
-    ]
+    own = [unit for unit in plan.units if isinstance(unit, Cell)]
+    prompts = render_cells(tokenizer, own, ("XY", "BY"))
+    cells = [RenderedCell(**vars(cell), prompts=of) for cell, of in zip(own, prompts, strict=True)]
     n_longest = max(len(cell.prompts["XY"].spans["persona"]) for cell in cells)
     return replace(
         plan,

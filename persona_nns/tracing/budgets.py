@@ -86,5 +86,6 @@ def first_texts(texts: Sequence[str], scores: Tensor, count: int) -> list[str]:
         count: how many.
     """
     known = scores[: len(texts)]
-    best = [] if bool(known.isnan().any()) else best_first(known).tolist()[:count]
-    return [*(texts[part] for part in best), *[""] * (count - len(best))]
+    order = [] if bool(known.isnan().any()) else best_first(known).tolist()
+    best = [texts[part] for part in order[:count]]
+    return best + [""] * (count - len(best))
