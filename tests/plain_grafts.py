@@ -203,6 +203,6 @@ class Oracle:
         forced = [self.prompts["BY"].ids[-1], *self.said[:-1]]
         return self.kl(run_on(self.plain, [places] * len(layers), caches, forced))
 
-    def kl_of(self, layout: list[list[Place]]) -> float:
+    def kl_of(self, layout: Layout) -> float:
         forced = [self.prompts["BY"].ids[-1], *self.said[:-1]]
         return self.kl(run_on(self.plain, layout, self.caches, forced))

@@ -223,8 +223,8 @@ def test_parts_equal_plain_transformers(
             [min(k, n_pairs) * n_tokens * 2 * d_head * 4 for k in counts],
             [min(k, n_tokens) * N_LAYERS * of.n_heads * 2 * d_head * 4 for k in counts],
         ]
-        agreement = spearmanr(found["attention"][c].flatten(), effect).statistic
-        close(found["agreement"][c, 0, :2], [1, agreement])
+        ranks: Any = spearmanr(found["attention"][c].flatten(), effect)
+        close(found["agreement"][c, 0, :2], [1, ranks.statistic])
 
 
 @pytest.mark.parametrize("name", crossed("qwen2", "gemma3", among=ROTARY))
@@ -316,7 +316,7 @@ def test_what_is_not_asked_for_is_left_out_and_the_rest_resumed(
     loaded: Callable[[str], TransformersModel], small_grid: Grid, tmp_path: Path
 ) -> None:
     model, store = loaded("qwen2"), tmp_path / "s.zarr"
-    asked = {"units": "token", "rankings": "random,attention"}
+    asked: dict[str, Any] = {"units": "token", "rankings": "random,attention"}
     pn.run("kv_budget", model, small_grid, store=store, cells="chef/haiku", **asked)
     ds = pn.run("kv_budget", model, small_grid, store=store, **asked)
     assert bool(ds.completed.all())
@@ -337,7 +337,7 @@ def test_what_is_not_asked_for_is_left_out_and_the_rest_resumed(
     assert beyond
     np.testing.assert_array_equal(yoda[beyond], yoda[-1])
     assert float(yoda[0]) != float(yoda[-1])
-    others = {"units": "layer_head", "rankings": "attention"}
+    others: dict[str, Any] = {"units": "layer_head", "rankings": "attention"}
     heads = pn.run("kv_budget", model, small_grid, store=store, **others)
     assert set(heads.data_vars) & {"effect", "token_attention", "top_tokens", "agreement"} == set()
     assert heads.attention.dims == ("model", "cell", "layer", "kv_head")
@@ -351,7 +351,7 @@ def test_another_grid_takes_over_what_is_there(
 ) -> None:
     model, store = loaded("qwen2"), tmp_path / "s.zarr"
     few = replace(small_grid, name="few", tasks=dict(list(small_grid.tasks.items())[:2]))
-    asked = {"units": "layer_head", "store": store}
+    asked: dict[str, Any] = {"units": "layer_head", "store": store}
     known = pn.run("kv_budget", model, few, **asked)
     whole = pn.run("kv_budget", model, small_grid, cells="chef/haiku", **asked)
     for name in ("effect", "kl"):

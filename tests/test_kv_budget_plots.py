@@ -75,7 +75,8 @@ def test_closure_stands_at_the_bytes_that_are_kept(results: xr.Dataset) -> None:
 def test_what_was_not_asked_for_is_not_drawn(
     random_model: Callable[[str], TransformersModel], small_grid: Grid, tmp_path: Path
 ) -> None:
-    model, asked = random_model("qwen2"), {"cells": "yoda/haiku", "store": tmp_path / "s.zarr"}
+    model = random_model("qwen2")
+    asked: dict[str, Any] = {"cells": "yoda/haiku", "store": tmp_path / "s.zarr"}
     tokens = pn.run("kv_budget", model, small_grid, units="token", rankings="random", **asked)
     curves = {"closure", "closure_by_bytes", "needed"}
     assert set(draw(tokens, "kv_budget")) == curves
