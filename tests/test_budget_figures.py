@@ -71,7 +71,7 @@ def test_a_line_a_ranking_over_labelled_budgets() -> None:
 def test_a_row_a_unit() -> None:
     figure = closure_by_budget(results(layer_head=1.0, token=0.5))
     assert titled(figure) == ["m (3 layers)\nlayer head", "m (3 layers)\ntoken"]
-    assert [axis.get_xlabel() for axis in figure.axes][1] == "tokens, best first"
+    assert [axis.get_xlabel() for axis in figure.axes][1] == "parts, best first"
 
 
 def test_the_fewest_parts_by_persona() -> None:

@@ -63,7 +63,7 @@ def closure_by_budget(results: xr.Dataset) -> Figure:
                 axis.axhline(share, **DOTTED)
             axis.axhline(0, **ZERO)
             axis.set(title=_titled(results, model, unit), ylabel=axis_label(closure))
-            axis.set_xlabel(f"{_noun(results, unit)}, best first")
+            axis.set_xlabel(f"{_noun(results, units)}, best first")
             axis.xaxis.set_major_locator(FixedLocator(range(len(labels))))
             axis.set_xticks(range(len(labels)), labels)
             axis.set_ylim(max(axis.get_ylim()[0], -1.0), 1.05)
@@ -110,8 +110,7 @@ def needed_by_persona(results: xr.Dataset) -> Figure:
                     _draw_needed(axis, at, rows["value"].to_numpy(), **look)
             axis.set_xticks(range(len(personas)), personas, rotation=30, ha="right")
             axis.set(title=_titled(results, model, unit), xlim=(-0.5, len(personas) - 0.5))
-            named_unit = unit if len(units) == 1 else None  # it stands at the left of all columns
-            axis.set_ylabel(f"{_noun(results, named_unit)} for closure {share}")
+            axis.set_ylabel(f"{_noun(results, units)} for closure {share}")
             axis.set_yscale("symlog", base=2, linthresh=1)
             labels = [label for label in panel.budget.values.tolist() if label != ALL]
             axis.yaxis.set_major_locator(FixedLocator([float(label) for label in labels][::2]))
@@ -164,8 +163,9 @@ def _at(values: xr.DataArray, unit: str | None) -> xr.DataArray:
     return values if unit is None else values.sel(unit=unit)
 
 
-def _noun(results: xr.Dataset, unit: str | None) -> str:
-    """What parts are called."""
+def _noun(results: xr.Dataset, units: Sequence[str | None]) -> str:
+    """What parts are called at an axis that stands for all units."""
+    unit = units[0] if len(units) == 1 else "part"
     return f"{unit or ('head' if 'head' in results.dims else 'part')}s".replace("_", " ")
 
 
