@@ -86,6 +86,6 @@ def first_texts(texts: Sequence[str], scores: Tensor, count: int) -> list[str]:
         count: how many.
     """
     known = scores[: len(texts)]
-    order = [] if bool(known.isnan().any()) else best_first(known).tolist()
+    order: list[int] = [] if bool(known.isnan().any()) else best_first(known).tolist()
     best = [texts[part] for part in order[:count]]
     return best + [""] * (count - len(best))
