@@ -24,12 +24,7 @@ def heads(store: str) -> Iterator[Row]:
         at = results.sel(ranking=ranking)
         yield {
             "ranking": ranking,
-            **{
-                f"best {budget}" if budget != "all" else "all": quartiles(
-                    at.closure.sel(budget=budget)
-                )
-                for budget in BUDGETS
-            },
+            **closures(at, HEADS),
             **{f"for {share}": counted(heads_for(at, share)) for share in SHARES},
             "agreement with the effect": quartiles(at.agreement),
         }
@@ -55,12 +50,7 @@ def parts(store: str) -> Iterator[Row]:
             yield {
                 "unit": unit,
                 "ranking": ranking,
-                **{
-                    f"best {budget}" if budget != "all" else "all": quartiles(
-                        at.closure.sel(budget=budget)
-                    )
-                    for budget in ("1", "4", "16", "all")
-                },
+                **closures(at, PARTS),
                 **{f"kB for {share}": counted(kilobytes_for(at, share)) for share in SHARES},
                 "agreement with the effect": quartiles(at.agreement),
             }
