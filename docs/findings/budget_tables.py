@@ -52,6 +52,7 @@ def parts(store: str) -> Iterator[Row]:
                 "ranking": ranking,
                 **closures(at, PARTS),
                 **{f"kB for {share}": counted(kilobytes_for(at, share)) for share in SHARES},
+                "fewer are better": f"{surpassed(at.closure)} of {at.sizes['cell']}",
                 "agreement with the effect": quartiles(at.agreement),
             }
 
@@ -71,6 +72,8 @@ def parts_by_persona(store: str) -> Iterator[Row]:
             row |= {
                 f"{unit}, kB for {share}": counted(kilobytes_for(at, share)) for share in SHARES
             }
+        alone = cells.closure.sel(unit="token", ranking="effect", budget="1")
+        row["one token closes"] = in_range(alone)
         top = cells.top_tokens.sel(ranking="effect").isel(place=slice(N_TOP))
         row["tokens with the largest effect, by task"] = "; ".join(
             " ".join(f"‘{text.strip() or '␣'}’" for text in of_cell)
@@ -134,6 +137,11 @@ def enough(closure: xr.DataArray) -> str:
 def of_tasks(held_out: xr.Dataset, name: str) -> xr.DataArray:
     """Something that does not depend on cartridges, on the held-out tasks."""
     return held_out[name].where(held_out.closure.notnull())
+
+
+def surpassed(closure: xr.DataArray) -> int:
+    """In how many cells some of the parts close more than all, by more than a hundredth."""
+    return int((closure.max("budget") > closure.sel(budget="all") + 0.01).sum())
 
 
 def closures(at: xr.Dataset, budgets: Sequence[str]) -> Row:
