@@ -85,42 +85,50 @@ def parts_by_persona(store: str) -> Iterator[Row]:
 def cartridges(store: str) -> Iterator[Row]:
     """What trained slots close on tasks that they were not trained on, beside what else does."""
     budgets = open_one(store, "kv_budget", "long")
-    for results in open_all(store, "persona_cartridge"):
-        for form in results.form.values:
-            for slots in results.slots.values:
-                at = results.sel(form=form, slots=slots)
-                held_out = at.sel(split="held_out")
-                size = float(at.cache_bytes.median())
-                yield {
-                    "behind the slots": form,
-                    "slots": int(slots),
-                    "kB": f"{size / 1000:.0f}",
-                    "tasks trained on": quartiles(at.closure.sel(split="train")),
-                    "held out": quartiles(held_out.closure),
-                    "personas ≥ 0.5 held out": enough(held_out.closure),
-                    "untrained": quartiles(held_out.closure_untrained),
-                    "another persona's": quartiles(held_out.closure_control),
-                    "its own keys and values": quartiles(best_within(budgets, size)),
-                    "whole persona": quartiles(of_tasks(held_out, "closure_full_graft")),
-                    "residual": quartiles(of_tasks(held_out, "closure_oracle")),
-                }
+    for kind, at in cartridges_of_each_kind(store):
+        held_out = at.sel(split="held_out")
+        size = float(at.cache_bytes.median())
+        yield {
+            **kind,
+            "kB": f"{size / 1000:.0f}",
+            "tasks trained on": quartiles(at.closure.sel(split="train")),
+            "held out": quartiles(held_out.closure),
+            "personas ≥ 0.5 held out": enough(held_out.closure),
+            "untrained": quartiles(held_out.closure_untrained),
+            "another persona's": quartiles(held_out.closure_control),
+            "its own keys and values": quartiles(best_within(budgets, size)),
+            "whole persona": quartiles(of_tasks(held_out, "closure_full_graft")),
+            "residual": quartiles(of_tasks(held_out, "closure_oracle")),
+        }
 
 
 def cartridges_by_persona(store: str) -> Iterator[Row]:
     """Each persona's cartridges on their held-out tasks: median and range."""
-    results = next(open_all(store, "persona_cartridge"))
-    for persona in results.persona.values:
-        of_persona = results.sel(persona=persona)
-        held_out = of_persona.sel(split="held_out")
+    kinds = list(cartridges_of_each_kind(store))
+    for persona in kinds[0][1].persona.values:
         row: Row = {"persona": persona}
-        for form in results.form.values:
-            for slots in results.slots.values:
-                at = held_out.sel(form=form, slots=slots)
-                row[f"{form}, {slots} slots"] = in_range(at.closure)
-                row[f"{form}, {slots} slots, another persona's"] = in_range(at.closure_control)
+        for kind, at in kinds:
+            name = f"{kind['behind the slots']}, {kind['slots']} slots"
+            held_out = at.sel(persona=persona, split="held_out")
+            row[name] = in_range(held_out.closure)
+            row[f"{name}, another persona's"] = in_range(held_out.closure_control)
+        held_out = kinds[0][1].sel(persona=persona, split="held_out")
         row["whole persona"] = in_range(of_tasks(held_out, "closure_full_graft"))
-        row["its kB"] = f"{float(of_persona.cache_bytes_full_graft.median()) / 1000:.0f}"
+        row["its kB"] = f"{float(held_out.cache_bytes_full_graft.median()) / 1000:.0f}"
         yield row
+
+
+def cartridges_of_each_kind(store: str) -> Iterator[tuple[Row, xr.Dataset]]:
+    """Cartridges of a form, a size and a training, and what they are called."""
+    runs = [
+        pn.open_results(store, "persona_cartridge", run=info.run).isel(model=0)
+        for info in pn.list_runs(store, "persona_cartridge")
+    ]
+    for results in sorted(runs, key=lambda results: results.slots.values.tolist()):
+        for form in results.form.values.tolist():
+            for slots in results.slots.values.tolist():
+                kind = {"behind the slots": form, "slots": slots, "steps": results.sizes["step"]}
+                yield kind, results.sel(form=form, slots=slots)
 
 
 def best_within(budgets: xr.Dataset, size: float) -> xr.DataArray:
@@ -167,15 +175,6 @@ def open_one(store: str, experiment: str, grid: str = "review") -> xr.Dataset:
     """The results of an experiment's one run on a grid, of the one model."""
     runs = [i.run for i in pn.list_runs(store, experiment) if i.attrs["grid"] == grid]
     return pn.open_results(store, experiment, run=runs).isel(model=0)
-
-
-def open_all(store: str, experiment: str) -> Iterator[xr.Dataset]:
-    """The results of each of an experiment's runs, the largest first."""
-    opened = [
-        pn.open_results(store, experiment, run=info.run).isel(model=0)
-        for info in pn.list_runs(store, experiment)
-    ]
-    yield from sorted(opened, key=lambda results: -results.closure.size)
 
 
 def counted(needed: xr.DataArray) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 
 import xarray as xr
@@ -40,11 +41,12 @@ def opened(store: str, experiment: str, grid: str | None = None) -> xr.Dataset:
 
 def methods(store: str) -> Figure:
     """Every way to bring a persona to the host, against its bytes."""
-    names = ("kv_budget", "kv_graft", "host_injection", "persona_cartridge")
-    grids = {"persona_cartridge": "long"}
-    return methods_by_bytes(
-        {name: opened(store, name, grids.get(name, "review")) for name in names}
-    )
+    on_review = ("kv_budget", "kv_graft", "host_injection")
+    each = {name: opened(store, name, "review") for name in on_review}
+    runs = pn.list_runs(store, "persona_cartridge")
+    kinds = [pn.open_results(store, "persona_cartridge", run=info.run) for info in runs]
+    every = reduce(lambda one, other: one.combine_first(other), kinds)
+    return methods_by_bytes({**each, "persona_cartridge": every})
 
 
 FIGURES: dict[str, Callable[[str], Figure | None]] = {

@@ -38,11 +38,11 @@ run attention_knockout $real --bands "$bands"
 run attention_knockout $toys
 
 # And how few numbers? Heads, keys and values, and slots that are trained for it, which are kept in
-# files of their own (14 MB, and an hour and a half of CPU time).
+# files of their own (8 MB, and 40 minutes of CPU time).
 run head_budget $real
 run kv_budget $real
 run persona_cartridge $real --slots 4
-run persona_cartridge $real --forms graft
+run persona_cartridge $real --forms prefix --slots 8 --steps 30
 # On the tasks that the slots were not trained on.
 held_out=
 for persona in engineer counselor founder teacher journalist doctor lawyer chef; do
