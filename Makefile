@@ -16,6 +16,7 @@ findings: $(VENV)/ready
 	test -d stores/findings.zarr || $(PYTHON) -m tarfile -e stores/findings.tar.xz stores/findings.zarr
 	docs/findings/measure.sh stores/findings.zarr
 	$(BIN)/python docs/findings/tables.py stores/findings.zarr docs/findings
+	$(BIN)/python docs/findings/draw.py stores/findings.zarr docs/findings/figures
 
 # Side by side: types take as long on one core as a third of the tests does on two.
 test: $(VENV)/ready

@@ -7,7 +7,8 @@ cache. How much of the distance to the source does each graft close?
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -16,9 +17,11 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from persona_nns.declarations import (
+    CONTENT,
     EVERY_BAND,
     LATER,
     Count,
+    FileName,
     ModelRecord,
     Variable,
     bands_of,
@@ -28,46 +31,42 @@ from persona_nns.declarations import (
     scored_tokens,
 )
 from persona_nns.figures import closure_by_band, closure_by_graft, closure_heatmap
+from persona_nns.models import check_cartridges
 from persona_nns.prompts import (
-    ROLE_PROMPTS,
     Cell,
     PromptName,
     Span,
     count_each,
-    render_cell,
     warn_without_markers,
 )
 from persona_nns.tracing import (
+    Cartridge,
     GraftSources,
     KVCache,
     Origins,
     Piece,
     Prefilled,
+    Reference,
     Window,
     block_keys,
     closure,
-    fill_cache,
-    force,
+    fill_sources,
     graft_spans,
     grafted_tokens,
+    host_with,
     log_probabilities,
-    open_window,
-    read_rotation,
+    open_persona_slots,
+    open_slots,
+    read_host,
+    read_reference,
     say,
-    spans_before_last,
     splice,
     summed_kl,
-    warn_about_prefixes,
+    take,
 )
 
 protocol_version = 2
 defaults = {"grid": "review"}
-
-
-def host_with(**grafted: PromptName) -> Origins:
-    """Which prompt's cache each span is taken from: the host's, but for those that are named."""
-    origins: dict[Span, PromptName] = dict.fromkeys(("prefix", "persona", "task", "tail"), "BY")
-    return {**origins, **grafted}  # type: ignore[dict-item]
 
 
 # Spans of the clean prompt in the host; the prefix is always the host's. `persona_cached` is the
@@ -96,11 +95,12 @@ def check_grafts(grafts: str) -> str:
 
 
 def graft_labels(_: ModelRecord, parameters: Mapping[str, Any]) -> list[str]:
-    """The grafts of a run."""
-    return parameters["grafts"].split(",")
+    """The grafts of a run; `cartridge` comes last, where there is one."""
+    return [*parameters["grafts"].split(","), *(["cartridge"] if parameters["cartridge"] else [])]
 
 
 _ONLY_PERSONA = "Bands other than 'all' are measured for the graft 'persona'."
+_OF_PERSONAS = "The graft 'cartridge' is that of the cell's persona; NaN where none is given."
 _ONLY_CONTINUED = f"Measured for the grafts {', '.join(CONTINUED)}."
 _coords = {
     "graft": graft_labels,
@@ -120,7 +120,7 @@ variables = {
         "cell graft layer_band",
         "closure",
         description="Share of the host gap removed: 1 − KL / KL(none), in each cell; "
-        f"NaN where there is no gap. {_ONLY_PERSONA}",
+        f"NaN where there is no gap. {_ONLY_PERSONA} {_OF_PERSONAS}",
         coords=_coords,
     ),
     "cache_bytes": Variable(
@@ -152,12 +152,26 @@ figures = {
 }
 
 
+def prepares(options: Mapping[str, Any]) -> bool:
+    """Whether there are cartridges, which are made for one model."""
+    return bool(options.get("cartridge"))
+
+
+def prepare(
+    model: TransformersModel, _store: str | Path, options: dict[str, Any], **_progress: bool
+) -> dict[str, Any]:
+    """See that the model can be given the cartridges, and each persona one."""
+    check_cartridges(options.get("cartridge") or (), model)
+    return options
+
+
 def measure(
     model: TransformersModel,
     cells: list[Cell],
     *,
     grafts: Annotated[str, AfterValidator(check_grafts)] = ",".join(LABELS),
     bands: Annotated[str, AfterValidator(check_bands), LATER] = EVERY_BAND,
+    cartridge: Annotated[list[FileName] | None, LATER, CONTENT] = None,
     n_eval: Count = 10,
     n_tokens: Count = 80,
     reuse: bool = True,
@@ -169,18 +183,24 @@ def measure(
         cells: the cells; the leading axis of every result.
         grafts: which grafts, by label; ``none,all`` move no key, whatever the model's positions.
         bands: layers of the graft ``persona``, as ``all,3,0:4`` (the end is not in it).
+        cartridge: file of persona_cartridge, a graft for the cells of its persona; one a persona.
         n_eval: reference tokens that the KL is summed over.
         n_tokens: greedy tokens that markers are looked for in.
         reuse: in a band, go on from the host's residual at its first layer.
     """
     warn_without_markers(cells)
-    sources = fill_sources(model, cells)
+    sources = read_sources(model, cells)
     reference = read_reference(model, cells, sources, n_eval)
     asked, parts = grafts.split(","), bands_of(len(model.layers), bands)
+    asked += ["cartridge"] if cartridge else []
     kl = torch.full((len(cells), len(asked), len(parts)), torch.nan, device=model.device)
     cache_bytes = torch.full(kl.shape, -1)
     text, distinct = [[""] * len(cells) for _ in asked], torch.full((len(asked), len(cells)), -1)
-    for g, graft in enumerate(asked):
+    for given in read_cartridges(cartridge or ()):
+        if own := [row for row, cell in enumerate(cells) if given.is_of(cell)]:
+            kl[own, -1, 0] = score_cartridge(model, sources, reference, given, own)
+            cache_bytes[own, -1, 0] = given.n_bytes
+    for g, graft in enumerate(grafts.split(",")):
         host, layer_bytes = make_graft(sources, graft)
         kl[:, g, 0] = score(model, host.followed_by(reference.forced), reference, {})
         cache_bytes[:, g, 0] = layer_bytes * len(parts[0])
@@ -201,41 +221,12 @@ def measure(
     }
 
 
-def fill_sources(model: TransformersModel, cells: Sequence[Cell]) -> GraftSources:
+def read_sources(model: TransformersModel, cells: Sequence[Cell]) -> GraftSources:
     """Everything before p_last of each prompt, once; and how this model's keys are moved."""
-    prompts = [render_cell(model.tokenizer, cell) for cell in cells]
-    spans = [{name: spans_before_last(prompt[name]) for name in ROLE_PROMPTS} for prompt in prompts]
-    warn_about_prefixes(cells, prompts, spans)
-    caches = {
-        name: fill_cache(model, [prompt[name].ids[:-1] for prompt in prompts])
-        for name in ROLE_PROMPTS
-    }
-    rotation = read_rotation(model, reach=max(cache.width for cache in caches.values()))
-    if rotation.refusal:  # said only if a key has to move
-        hint = f"{rotation.refusal} With --grafts none,all no key moves."
-        rotation = replace(rotation, refusal=hint)
-    return GraftSources(prompts, spans, caches, rotation)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the model says, greedily, to the clean XY prompt."""
-
-    forced: Tensor  # the tokens that follow p_last in every pass, [cell, token]
-    clean: Tensor  # log-probabilities, [cell, token, vocabulary]
-    scored: Tensor  # [cell, token]
-
-
-def read_reference(
-    model: TransformersModel, cells: Sequence[Cell], sources: GraftSources, n_eval: int
-) -> Reference:
-    """What is said to XY, and the distributions it is said from."""
-    xy = Prefilled([prompt["XY"].ids for prompt in sources.prompts], sources.caches["XY"])
-    said = say(model, xy, n_eval)
-    said.warn_if_short([cell.label for cell in cells], n_eval)
-    run = force(model, xy, said.ids[:, :-1])
-    scored = said.scored("p_last", n_eval)
-    return Reference(said.ids[:, :-1], log_probabilities(run.logits), scored)
+    sources = fill_sources(model, cells)
+    refusal = sources.rotation.refusal  # said only if a key has to move
+    hint = refusal and f"{refusal} With --grafts none,all no key moves."
+    return replace(sources, rotation=replace(sources.rotation, refusal=hint))
 
 
 def make_graft(sources: GraftSources, graft: str) -> tuple[Prefilled, Tensor]:
@@ -270,6 +261,35 @@ def score(
     return kl  # noqa: RET504 - there only once the trace has run
 
 
+def read_cartridges(files: Sequence[str]) -> list[Cartridge]:
+    """The cartridges of these files, which `prepare` has checked."""
+    if not files:  # on a server, say, which has no such package
+        return []
+    from persona_nns.models import load_cartridge
+
+    return [load_cartridge(file) for file in files]
+
+
+def score_cartridge(
+    model: TransformersModel,
+    sources: GraftSources,
+    reference: Reference,
+    cartridge: Cartridge,
+    rows: Sequence[int],
+) -> Tensor:
+    """KL of some cells with a cartridge where the host's persona stood, [cell].
+
+    Of the form `prefix`, the host's task and tail are run again behind it.
+    """
+    clean, scored = reference.clean[rows], reference.scored[rows]
+    hosts = open_slots(sources.some(rows), reference.forced[rows], cartridge.slots, cartridge.form)
+    window = hosts.with_cartridge(cartridge)
+    with model.trace(window.inputs()):
+        model.lm_head.input = take(model.lm_head.input, hosts.predicting)
+        kl = save(summed_kl(clean, log_probabilities(model.output.logits), scored))
+    return kl  # noqa: RET504 - there only once the trace has run
+
+
 def score_in_bands(
     model: TransformersModel,
     sources: GraftSources,
@@ -280,41 +300,21 @@ def score_in_bands(
 ) -> Tensor:
     """KL with the persona in a band of layers and the host in the others, [cell, band].
 
-    The persona's slot is as long as the longer of the two persona spans. Each layer holds the
-    host's prefix and one of the spans, moved together so that the span ends where the slot does,
-    and hides the spare places before them. So no band is the graft `none`, and all layers are
-    `persona`.
+    Each layer holds one of the two persona spans (`PersonaSlots`), so no band is the graft `none`,
+    and all layers are `persona`.
     """
-    slots = [
-        len(of["BY"]["prefix"]) + max(len(of["XY"]["persona"]), len(of["BY"]["persona"]))
-        for of in sources.spans
-    ]
-    (host_rows, host), (persona_rows, persona) = (
-        graft_spans(sources, GRAFTS[graft], slots) for graft in ("none", "persona")
-    )
-    rows = [max(pair, key=len) for pair in zip(host_rows, persona_rows, strict=True)]
-    window = open_window(rows, reference.forced, host)
-    is_taken = window.attention_mask[:, : host.width] > 0
-    host_lacks, persona_lacks = (is_taken & (of.attention_mask == 0) for of in (host, persona))
+    slots = open_persona_slots(sources, reference.forced)
     if reuse:
-        window = replace(window, clean=read_host(model, window, host_lacks))
+        slots = read_host(model, slots)
     kl: list[Tensor] = []
     for band in bands:
-        layers = range(band.start if reuse else 0, len(model.layers))
-        lacks = {layer: persona_lacks if layer in band else host_lacks for layer in layers}
-        window = replace(window, prefix=persona.only_in(band, host))
+        lacks = {
+            layer: slots.persona_lacks if layer in band else slots.host_lacks
+            for layer in range(band.start if reuse else 0, len(model.layers))
+        }
+        window = replace(slots.window, prefix=slots.persona.only_in(band, slots.host))
         kl.append(score(model, window, reference, lacks))
     return torch.stack(kl, dim=1)
-
-
-def read_host(model: TransformersModel, window: Window, lacks: Tensor) -> Tensor:
-    """The host's residuals at the input of every block: what a band goes on from."""
-    with model.trace(window.inputs(), logits_to_keep=1):
-        residual = save([])
-        for block in model.layers:
-            residual.append(block.input)
-            block_keys(block.attn, None, lacks)
-    return torch.stack(residual)
 
 
 def add_persona(sources: GraftSources) -> tuple[KVCache, list[int]]:

@@ -8,7 +8,6 @@ And which heads look at the identity, before and after?
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +22,7 @@ from persona_nns.declarations import LATER, FileName, NamesFile, Plan, Variable,
 from persona_nns.figures import (
     accuracy_by_persona,
     attention_before_and_after,
+    attribution_of_patches,
     head_ranking,
     recovery_by_head,
     recovery_by_pair,
@@ -43,17 +43,18 @@ from persona_nns.runs import run
 from persona_nns.tracing import (
     PATCHED_POSITIONS,
     Unpatched,
+    attribute_pair,
+    check_attributable,
     chunk_questions,
     compare_answers,
     cut_passes,
-    entry,
     finish_last_token,
     join_chunks,
     look_at,
-    open_pair,
     open_patches,
     patch_common,
     read_looks,
+    run_unpatched,
     take,
     tell,
 )
@@ -108,6 +109,16 @@ variables = {
         "recovery",
         "As recovery, with the clean output of one attention head: its slice of the input of the "
         "output projection.",
+    ),
+    "attribution": _array(
+        _PATCH,
+        "attribution",
+        "Estimate of LD_patched − LD_corrupt of a patch, to first order: Σ (clean − corrupt) · "
+        "∂LD/∂ the component's output, from one backward pass of the corrupt run.",
+        "logit",
+    ),
+    "head_attribution": _array(
+        _HEAD, "attribution", "As attribution, of the output of one attention head.", "logit"
     ),
     "accuracy": _array(
         "persona",
@@ -168,12 +179,13 @@ variables = {
 }
 
 _OF_HEADS = ("head_recovery", "head_logits_patched")  # of patching one head at a time
-
+_OF_ATTRIBUTION = ("attribution", "head_attribution")
 figures = {
     "recovery_all": lambda ds: recovery_by_pair(ds, "all"),
     "recovery_identity": lambda ds: recovery_by_pair(ds, "identity"),
     "heads_all": lambda ds: recovery_by_head(ds, "all") if _OF_HEADS[0] in ds else None,
     "heads_identity": lambda ds: recovery_by_head(ds, "identity") if _OF_HEADS[0] in ds else None,
+    "attribution": attribution_of_patches,
     "accuracy": accuracy_by_persona,
     "head_ranking": lambda ds: head_ranking(ds) if _OF_HEADS[0] in ds else None,
     "attention": attention_before_and_after,
@@ -190,6 +202,8 @@ def prepare(
     model: TransformersModel, store: str | Path, options: dict[str, Any], *, progress: bool
 ) -> dict[str, Any]:
     """Ask the control persona, where only what it solves is wanted; stored, and asked once."""
+    if options.get("attribution"):
+        check_attributable(model, "head")
     if not prepares(options):
         return options
     names = ("questions", "n_questions", "persona", "control")
@@ -211,6 +225,7 @@ def plan(
     persona: str = PERSONA,
     control: str = "average",
     heads: Annotated[bool, LATER] = True,
+    attribution: Annotated[bool, LATER] = False,
 ) -> Plan:
     """Ask every question as every persona, and pair the personas.
 
@@ -224,6 +239,7 @@ def plan(
         persona: the persona, with {identity} where the identity goes.
         control: the word that heads' attention to an identity is compared with.
         heads: patch single heads too, which takes most of the time.
+        attribution: estimate every patch too, from a backward pass.
     """
     check_persona(persona)
     names = load_identities(identities)
@@ -265,7 +281,11 @@ def plan(
         },
         attrs={"inputs": {"questions": questions, "identities": identities, **content}},
         batch_size=1,
-        variables=None if heads else [name for name in variables if name not in _OF_HEADS],
+        variables=[
+            name
+            for name in variables
+            if (heads or name not in _OF_HEADS) and (attribution or name not in _OF_ATTRIBUTION)
+        ],
     )
 
 
@@ -276,6 +296,7 @@ def measure(
     layers: list[int],
     threshold: Annotated[float, Field(ge=0)] = 0.05,
     heads: Annotated[bool, LATER] = True,
+    attribution: Annotated[bool, LATER] = False,
     reuse: bool = True,
 ) -> dict[str, Tensor]:
     """Measure pairs of personas.
@@ -286,6 +307,7 @@ def measure(
         layers: the blocks whose components are patched and whose attention is read.
         threshold: recovery is NaN where the two runs' logit differences are closer than this.
         heads: patch single heads too, which takes most of the time.
+        attribution: estimate every patch too, from a backward pass.
         reuse: run the shared prefix once and resume at the block of the patch.
     """
     measured: list[dict[str, Tensor]] = []
@@ -293,38 +315,16 @@ def measure(
         chunks = list(chunk_questions(model, pair))
         parts: list[dict[str, Tensor]] = []
         for chunk in chunks:
-            run = _run_unpatched(model, pair.only(chunk), reuse=reuse)
+            run = run_unpatched(model, pair.only(chunk), reuse=reuse)
             parts.append({**run.results(layers), **_patch_components(model, run, layers)})
             if heads:
                 parts[-1]["head_logits_patched"] = _patch_heads(model, run, layers)
+            if attribution:
+                parts[-1] |= attribute_pair(model, run, pair.only(chunk), layers)
         results = join_chunks(chunks, parts)
         measured.append(results | compare_answers(results, pair, threshold))
     names = [name for name in variables if name in measured[0]]
     return {name: torch.stack([result[name] for result in measured]) for name in names}
-
-
-def _run_unpatched(model: TransformersModel, pair: Pair, *, reuse: bool) -> Unpatched:
-    """Run every prompt as it is, and keep what its components put out."""
-    rows = open_pair(model, pair, reuse=reuse)
-    told = tell(model, rows.window)
-    entering, heads, attn, looks, mlp = [], [], [], [], []
-    with model.trace(rows.window.inputs(cached=True)):
-        for layer, block in enumerate(model.layers):
-            entering.append(entry(model, layer).output)
-            look, mixed, put_out = look_at(block.attn, rows.last, told[layer])
-            looks.append(look)
-            heads.append(mixed)
-            attn.append(put_out)
-            mlp.append(block.mlp.output)
-        model.lm_head.input = take(model.lm_head.input, rows.last)
-        logits = save(model.output.logits[:, -1].gather(1, rows.letters).float())
-        looked, written = read_looks(model.layers, looks, model.output, rows.identity)
-        save((entering, heads, attn, mlp))
-        attention = save(torch.stack(looked, dim=1))
-        attention_value = save(torch.stack(written, dim=1))
-    clean = torch.stack(entering) if reuse else None
-    rows = replace(rows, window=replace(rows.window, clean=clean))
-    return Unpatched(rows, mlp, attn, heads, logits, attention, attention_value)
 
 
 def _patch_components(

@@ -17,7 +17,9 @@ ON_A_GRID = [
     name for name, file in bundled_experiments().items() if "\ndef plan(" not in file.read_text()
 ]
 #: They train, or take their gradients, where the weights are.
-HERE_ONLY = ("trait_distillation",)
+HERE_ONLY = ("trait_distillation", "persona_cartridge")
+#: Refused where a prompt is longer than the model's sliding window.
+WITHIN_WINDOW = ("kv_budget",)
 CELLS = "yoda/haiku,marx/policy,marx/haiku"
 _TALK = {"max_new_tokens": 4, "judge": "none"}  # a random model's answers, which nobody can judge
 _GIVEN = {"responses": "cheerful.jsonl", "judge": "none"}
@@ -127,6 +129,8 @@ def on_grid(name: str, frame: str = "role") -> dict[str, Any]:
     experiment = load_experiment(name)
     chosen: dict[str, Any] = {"cells": CELLS, "batch_size": 2}
     chosen |= dict.fromkeys({"n_tokens", "n_eval"} & set(experiment.options), 4)
+    if name == "head_budget":  # the others take gradients
+        chosen["rankings"] = "effect,attention,random"
     if experiment.keeps_residuals:
         chosen["keep_residuals"] = True
     grid = load_grid("short", frame)

@@ -1,5 +1,6 @@
 """Several processes on one store: nothing lost, hardly anything twice, readers never misled."""
 
+import os
 import random
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from store_writer import block_of, cells_of, values_are_right, values_of, write_
 
 import persona_nns as pn
 from persona_nns.results.claims import Claims
+from persona_nns.results.locations import location_of
 from persona_nns.results.reading import list_runs, open_results
 from persona_nns.runs.queue import Queue
 
@@ -121,3 +123,21 @@ def test_each_process_has_an_order_of_its_own_and_batches_keep_neighbours(
     batches = queue._batches
     in_order = sorted(batches, key=lambda batch: batch[0].label)
     assert in_order == [cells[:2], cells[2:4], cells[4:]]
+
+
+def test_an_unfinished_file_may_be_put_in_place_while_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = (tmp_path / "e" / "run" / f"c.0.{name}.partial" for name in ("old", "new"))
+    for file in (old, new):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"1")
+    os.utime(old, (0, 0))
+
+    def put_in_place() -> float:  # what another process does between the listing and the look
+        new.unlink(missing_ok=True)
+        return 1e9
+
+    monkeypatch.setattr("persona_nns.results.locations.time.time", put_in_place)
+    location_of(tmp_path).discard_damaged_metadata("e/run")
+    assert not list(old.parent.iterdir())

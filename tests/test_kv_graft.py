@@ -1,14 +1,8 @@
-"""Grafts against plain transformers: one cell at a time, no padding, caches edited in loops.
+"""Grafts against plain transformers (`plain_grafts`), and what is stored of them."""
 
-The oracle shares nothing with the library but the rendered prompts. It rotates keys by formula
-from the configuration, and gives every attention module a mask of its own, computed from the
-positions of queries and keys.
-"""
-
-import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from nnsight import TransformersModel
+from plain_grafts import Oracle, cut
 from random_models import crossed
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 import persona_nns as pn
 from persona_nns.declarations.catalog import load_experiment
@@ -29,7 +23,8 @@ from persona_nns.figures.drawing import draw
 from persona_nns.figures.tables import result_table
 from persona_nns.prompts.frames import load_frame
 from persona_nns.prompts.grids import Cell, Grid
-from persona_nns.prompts.render import Prompt, render_cell
+from persona_nns.prompts.render import render_cell
+from persona_nns.tracing import spans_before_last, warn_about_prefixes
 
 pytestmark = pytest.mark.filterwarnings("ignore:The grid has no markers")
 
@@ -45,181 +40,6 @@ BANDS = {
 @pytest.fixture(scope="module")
 def experiment() -> ModuleType:
     return sys.modules[load_experiment("kv_graft").measure.__module__]
-
-
-def blocks_of(plain: Any) -> list[Any]:
-    """The attention modules."""
-    if hasattr(plain, "gpt_neox"):
-        return [block.attention for block in plain.gpt_neox.layers]
-    if hasattr(plain, "transformer"):
-        return [block.attn for block in plain.transformer.h]
-    return [block.self_attn for block in plain.model.layers]
-
-
-def window_of(plain: Any, layer: int) -> float:
-    """How many positions back a layer sees."""
-    types = getattr(plain.config, "layer_types", None)
-    if types is not None and types[layer] != "sliding_attention":
-        return math.inf
-    return getattr(plain.config, "sliding_window", None) or math.inf
-
-
-def rotated(plain: Any, key: Tensor, distance: int, layer: int) -> Tensor:
-    """A key [kv_head, d_head] moved by a distance, pair by pair, by the formula of RoPE."""
-    if distance == 0:
-        return key
-    rope = plain.config.rope_parameters
-    rope = rope if "rope_theta" in rope else rope[plain.config.layer_types[layer]]
-    n_rotary = int(key.shape[-1] * rope.get("partial_rotary_factor", 1.0))
-    half = n_rotary // 2
-    angle = torch.tensor(
-        [distance * rope["rope_theta"] ** (-2 * i / n_rotary) for i in range(half)]
-    )
-    moved = key.clone()
-    moved[:, :half] = key[:, :half] * angle.cos() - key[:, half:n_rotary] * angle.sin()
-    moved[:, half:n_rotary] = key[:, half:n_rotary] * angle.cos() + key[:, :half] * angle.sin()
-    return moved
-
-
-def filled(plain: Any, ids: Sequence[int]) -> Any:
-    cache = DynamicCache()
-    plain(torch.tensor([list(ids)]), past_key_values=cache)
-    return cache.layers
-
-
-# A place in a layer's cache: the prompt and token it is taken from, or None for a spare place.
-Place = tuple[str, int] | None
-
-
-def run_on(plain: Any, layout: list[list[Place]], caches: Any, forced: list[int]) -> Tensor:
-    """Log-probabilities [token, vocabulary] of forced tokens on the cache that is laid out."""
-    pairs = []
-    for layer, places in enumerate(layout):
-        template = caches["XY"][layer].keys[0]
-        keys, values = torch.zeros(2, template.shape[0], len(places), template.shape[2])
-        for position, place in enumerate(places):
-            if place is not None:
-                held = caches[place[0]][layer]
-                distance = position - place[1]
-                keys[:, position] = rotated(plain, held.keys[0, :, place[1]], distance, layer)
-                values[:, position] = held.values[0, :, place[1]]
-        pairs.append((keys[None], values[None]))
-
-    n_cached = len(layout[0])
-    position = torch.arange(n_cached, n_cached + len(forced))
-
-    def masked(layer: int) -> Any:
-        key = torch.arange(n_cached + len(forced))
-        distance = position[:, None] - key
-        seen = (distance >= 0) & (distance < window_of(plain, layer))
-        for spare, place in enumerate(layout[layer]):
-            if place is None:
-                seen[:, spare] = False
-        mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
-
-        def replace(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            assert "attention_mask" in kwargs
-            return args, {**kwargs, "attention_mask": mask}
-
-        return replace
-
-    handles = [
-        attention.register_forward_pre_hook(masked(layer), with_kwargs=True)
-        for layer, attention in enumerate(blocks_of(plain))
-    ]
-    try:
-        logits = plain(
-            torch.tensor([forced]),
-            past_key_values=DynamicCache(pairs),
-            position_ids=position[None],
-        ).logits[0]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.log_softmax(logits.float(), dim=-1)
-
-
-def cut(prompt: Prompt) -> dict[str, list[int]]:
-    """Tokens of each span before p_last."""
-    last = len(prompt) - 1
-    return {name: [k for k in span if k < last] for name, span in prompt.spans.items()}
-
-
-class Oracle:
-    """One cell of one model."""
-
-    def __init__(self, plain: PreTrainedModel, tokenizer: Any, cell: Cell) -> None:
-        self.plain = plain
-        self.prompts = render_cell(tokenizer, cell)
-        self.caches = {
-            name: filled(plain, prompt.ids[:-1]) for name, prompt in self.prompts.items()
-        }
-        self.spans = {name: cut(prompt) for name, prompt in self.prompts.items()}
-        ids = list(self.prompts["XY"].ids)
-        for _ in range(10):
-            logits = plain(torch.tensor([ids]), use_cache=False).logits[0, -1]  # type: ignore[operator]
-            ids.append(int(logits.argmax()))
-        self.said = ids[-10:]
-        self.clean = self.uncached("XY")
-
-    def uncached(self, name: str) -> Tensor:
-        """A prompt's own distributions over the reference tokens, without any cache."""
-        ids = [*self.prompts[name].ids, *self.said[:-1]]  # type: ignore[index]
-        logits = self.plain(torch.tensor([ids]), use_cache=False).logits[0, -10:]  # type: ignore[operator]
-        return torch.log_softmax(logits.float(), dim=-1)
-
-    def kl(self, distribution: Tensor) -> float:
-        ended = [k for k, token in enumerate(self.said) if token == 2]
-        stop = ended[0] + 1 if ended else 10
-        return float((self.clean.exp() * (self.clean - distribution)).sum(-1)[:stop].sum())
-
-    def graft(self, grafted: str, cached: str = "XY") -> float:
-        places: list[Place] = []
-        for span in ("prefix", "persona", "task", "tail"):
-            mine = span != "prefix" and (grafted == "all" or span in grafted.split("+"))
-            name = cached if mine else "BY"
-            places += [(name, token) for token in self.spans[name][span]]
-        return self._kl_of([places] * len(self.caches["XY"]))
-
-    def band(self, band: range) -> float:
-        slot = max(len(self.spans[name]["persona"]) for name in ("XY", "BY"))
-        layout = []
-        for layer in range(len(self.caches["XY"])):
-            name = "XY" if layer in band else "BY"
-            persona: list[Place] = [(name, token) for token in self.spans[name]["persona"]]
-            spare: list[Place] = [None] * (slot - len(persona))
-            before: list[Place] = [("BY", token) for token in self.spans["BY"]["prefix"]]
-            after: list[Place] = [
-                ("BY", token) for span in ("task", "tail") for token in self.spans["BY"][span]
-            ]
-            layout.append([*spare, *before, *persona, *after])
-        return self._kl_of(layout)
-
-    def additive(self) -> float:
-        """Keys and values of the host plus what the persona changes, from the end of each span."""
-        host = [self.prompts["BY"].ids[k] for k in range(len(self.prompts["BY"]) - 1)]
-        layers = []
-        for layer, own in enumerate(self.caches["BY"]):
-            keys, values = own.keys.clone(), own.values.clone()
-            for span in ("task", "tail"):
-                aligned = min(len(self.spans[name][span]) for name in ("BB", "XB", "BY"))
-                for back in range(1, aligned + 1):
-                    at = self.spans["BY"][span][-back]
-                    for name, sign in (("XB", 1.0), ("BB", -1.0)):
-                        token = self.spans[name][span][-back]
-                        held = self.caches[name][layer]
-                        key = rotated(self.plain, held.keys[0, :, token], at - token, layer)
-                        keys[0, :, at] += sign * key
-                        values[0, :, at] += sign * held.values[0, :, token]
-            layers.append(type("Layer", (), {"keys": keys, "values": values}))
-        places: list[Place] = [("sum", k) for k in range(len(host))]
-        caches = {**self.caches, "sum": layers}
-        forced = [self.prompts["BY"].ids[-1], *self.said[:-1]]
-        return self.kl(run_on(self.plain, [places] * len(layers), caches, forced))
-
-    def _kl_of(self, layout: list[list[Place]]) -> float:
-        forced = [self.prompts["BY"].ids[-1], *self.said[:-1]]
-        return self.kl(run_on(self.plain, layout, self.caches, forced))
 
 
 def odd(grid: Grid) -> list[Cell]:
@@ -262,7 +82,7 @@ def test_every_graft_and_band_equals_plain_transformers(
         close(kl[c, 9, 0], oracle.additive())
         close(kl[c, 1, 1:], [oracle.band(band) for band in BANDS.values()])
     assert kl[:, [k for k in range(10) if k != 1], 1:].isnan().all()
-    sources = experiment.fill_sources(model, cells)
+    sources = experiment.read_sources(model, cells)
     reference = experiment.read_reference(model, cells, sources, 10)
     ends = [range(0), range(len(model.layers))]
     for reuse in (True, False):
@@ -320,19 +140,19 @@ def test_a_batch_gives_the_numbers_of_single_cells_and_reuse_those_of_none(
 
 
 def test_a_token_across_prefix_and_persona_is_said(
-    random_model: Callable[[str], TransformersModel], experiment: ModuleType, small_grid: Grid
+    random_model: Callable[[str], TransformersModel], small_grid: Grid
 ) -> None:
     model = random_model("qwen2")
     cells = list(small_grid.cells)[:1]
     prompts = [render_cell(model.tokenizer, cell) for cell in cells]
-    spans = [{name: experiment.spans_before_last(p[name]) for name in p} for p in prompts]
+    spans = [{name: spans_before_last(p[name]) for name in p} for p in prompts]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        experiment.warn_about_prefixes(cells, prompts, spans)
+        warn_about_prefixes(cells, prompts, spans)
     host = prompts[0]["BY"]
     joined = replace(host, ids=(host.ids[0] + 1, *host.ids[1:]))
     with pytest.warns(UserWarning, match=f"In {cells[0].label} the tokens before the persona"):
-        experiment.warn_about_prefixes(cells, [{**prompts[0], "BY": joined}], spans)
+        warn_about_prefixes(cells, [{**prompts[0], "BY": joined}], spans)
 
 
 def test_learned_positions_allow_only_what_does_not_move(

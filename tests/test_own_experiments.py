@@ -8,7 +8,7 @@ import pytest
 from nnsight import TransformersModel
 
 import persona_nns as pn
-from persona_nns.errors import PersonaError
+from persona_nns.errors import PersonaError, UsageError
 
 OWN = '''
 """Numbers of layers."""
@@ -105,3 +105,22 @@ def test_what_a_variable_cannot_be_is_told_before_anything_is_measured(
 ) -> None:
     with pytest.raises(PersonaError, match=message):
         measured(old, new)
+
+
+def test_a_file_that_is_known_by_what_it_holds_has_to_be_there(
+    model: TransformersModel, small_grid: pn.Grid, tmp_path: Path
+) -> None:
+    option = "layers: list[int], notes: Annotated[list[str] | None, CONTENT] = None"
+    imports = "from typing import Annotated\nfrom persona_nns.declarations import CONTENT\nimport"
+    own = OWN.replace("import torch", f"{imports} torch").replace("layers: list[int]", option)
+    (tmp_path / "own.py").write_text(own)
+    note, store = tmp_path / "note.txt", tmp_path / "s.zarr"
+    asked: dict[str, Any] = {"store": store, "layers": "0,1", "notes": [str(note)]}
+    with pytest.raises(UsageError, match=r"note.txt' cannot be read: No such file"):
+        pn.run(tmp_path / "own.py", model, small_grid, **asked)
+    for text in ("rain", "rain", "sun"):
+        note.write_text(text)
+        pn.run(tmp_path / "own.py", model, small_grid, **asked)
+    runs = [run.attrs for run in pn.list_runs(store)]
+    assert [run["plan_options"] for run in runs] == [{"notes": [str(note)]}] * 2
+    assert len({run["parameters"]["notes"][0] for run in runs}) == 2

@@ -246,7 +246,7 @@ def test_patching_every_component_everywhere_gives_the_clean_answer(
     # Equally many tokens, as a learned position (GPT-2) is part of what no component writes.
     pair = make_pair(tokenizer, "bad", "red")
     assert len({len(asked.identity) for asked in pair.rows}) == 1
-    run = patching._run_unpatched(random_model(architecture), pair, reuse=True)
+    run = patching.run_unpatched(random_model(architecture), pair, reuse=True)
     for k, asked in enumerate(pair.asked_corrupt):
         column = run.rows.patched[0, k].nonzero()[:, 0]
         to = (column + run.rows.window.start).tolist()
@@ -292,7 +292,7 @@ def test_attention_probabilities_sum_to_one(
 ) -> None:
     rows = tuple(replace(asked, identity=range(len(asked.ids))) for asked in pair.asked_clean)
     whole = replace(pair, asked_clean=rows, asked_corrupt=rows)
-    run = patching._run_unpatched(random_model(architecture), whole, reuse=True)
+    run = patching.run_unpatched(random_model(architecture), whole, reuse=True)
     torch.testing.assert_close(run.attention, torch.ones_like(run.attention), rtol=0, atol=1e-5)
 
 
@@ -377,7 +377,7 @@ def test_a_run_from_files_to_figures(
     assert len(ranking) == 2 * N_HEADS
     assert ranking.difference.is_monotonic_decreasing
     drawn = draw(ds, "persona_patching")
-    assert set(drawn) == set(load_experiment("persona_patching").figures)
+    assert {*drawn, "attribution"} == set(load_experiment("persona_patching").figures)
 
     moved = identities.rename(tmp_path / "elsewhere.txt")
     again = pn.run("persona_patching", model, **{**settings, "identities": str(moved)})
@@ -387,7 +387,7 @@ def test_a_run_from_files_to_figures(
 def test_only_what_a_patch_does_to_every_question_is_run_once(
     patching: ModuleType, random_model: Callable[[str], TransformersModel], pair: Pair
 ) -> None:
-    rows = patching._run_unpatched(random_model("llama"), pair, reuse=True).rows
+    rows = patching.run_unpatched(random_model("llama"), pair, reuse=True).rows
     ids = [asked.ids[rows.window.start :] for asked in pair.asked_corrupt]
     same = next(k for k, (a, b) in enumerate(zip(*ids, strict=False)) if a != b)
     assert rows.common_columns() == same

@@ -19,6 +19,7 @@ from everywhere import (
     CASES,
     HERE_ONLY,
     ON_A_GRID,
+    WITHIN_WINDOW,
     Case,
     compare,
     on_grid,
@@ -82,9 +83,13 @@ def test_every_experiment_gives_the_same_numbers_there(
     frame: str,
     simulated: TransformersModel,
     local: TransformersModel,
+    make_folder: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
     options = on_grid(name, frame)
+    if name in WITHIN_WINDOW:
+        folder = make_folder("gemma2", sliding_window=256)
+        local, simulated = pn.load_model(folder), pn.load_model(folder, backend="simulate")
     here, there = run_both(name, local, simulated, tmp_path, **options)
     assert here.attrs["run"] == there.attrs["run"]
     assert int(there.completed.sum()) == 3
@@ -94,6 +99,12 @@ def test_every_experiment_gives_the_same_numbers_there(
         kept = [open_group(tmp_path / store, "", "r") for store in ("h.zarr", "t.zarr")]
         arrays = [np.asarray(root[group]) for root in kept if root is not None]
         np.testing.assert_allclose(*arrays, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_asked_of_no_server(simulated: TransformersModel, tmp_path: Path) -> None:
+    with pytest.raises(pn.UsageError, match="run there: --rankings effect,attention,random"):
+        pn.run("head_budget", simulated, "short", store=tmp_path / "s.zarr")
+    assert not (tmp_path / "s.zarr").exists()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -118,11 +129,16 @@ def test_no_experiment_is_left_out() -> None:
     assert tried == {*bundled_experiments()}
 
 
-def test_the_one_that_trains_stays_here(simulated: TransformersModel, tmp_path: Path) -> None:
+def test_those_that_train_stay_here(simulated: TransformersModel, tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.ones((len(simulated.layers) + 1, simulated.config.hidden_size)))
     options = {"vector": str(tmp_path / "v.npy"), "layer": 2}
     with pytest.raises(pn.UsageError, match="trained on this machine; use the backend 'local'"):
         pn.run("trait_distillation", simulated, store=tmp_path / "s.zarr", **options)
+    with pytest.raises(pn.UsageError, match="trained on this machine; use the backend 'local'"):
+        pn.run("persona_cartridge", simulated, "short", store=tmp_path / "s.zarr")
+    given = {"cartridge": ["c.safetensors"], "store": tmp_path / "s.zarr"}
+    with pytest.raises(pn.UsageError, match=r"'c.safetensors' goes with weights .* 'local'"):
+        pn.run("kv_graft", simulated, "short", **given)
     assert not (tmp_path / "s.zarr").exists()
 
 

@@ -14,8 +14,10 @@ import persona_nns as pn
 TELLING = (
     "attention_knockout",
     "behavioral_markers",
+    "head_budget",
     "host_injection",
     "injection_controls",
+    "kv_budget",
     "persona_patching",
     "trait_steering-generated",
     "persona_drift-generated",

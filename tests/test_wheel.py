@@ -122,6 +122,7 @@ FEW: dict[str, dict[str, Any]] = {
     "host_injection": {"n_tokens": 8},
     "kv_graft": {"n_tokens": 8, "bands": "2,0:3"},
     "attention_knockout": {"n_tokens": 8, "bands": "2,0:3"},
+    "head_budget": {"rankings": "effect,attention,random"},
 }
 TALK = {"max_new_tokens": 4, "temperature": 0}
 OWN_INPUTS: dict[str, dict[str, Any]] = {
@@ -143,8 +144,8 @@ OWN_INPUTS: dict[str, dict[str, Any]] = {
     "persona_drift": {"direction": ["v.npy"], "conversations": "talks.jsonl"},
     "steering_memory": {"vector": "v.npy", "conversations": "talks.jsonl", "alphas": "2"},
 }
-# The one that trains: it runs where the model is, and says so when asked for a server.
-LOCAL_ONLY = {"trait_distillation"}
+# Those that train: they run where the model is, and say so when asked for a server.
+LOCAL_ONLY = {"trait_distillation", "persona_cartridge"}
 ELSEWHERE = [name for name in bundled_experiments() if name not in LOCAL_ONLY]
 
 

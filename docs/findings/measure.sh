@@ -37,6 +37,19 @@ run kv_graft $toys
 run attention_knockout $real --bands "$bands"
 run attention_knockout $toys
 
+# And how few numbers? Heads, keys and values, and slots that are trained for it, which are kept in
+# files of their own (8 MB, and 40 minutes of CPU time).
+run head_budget $real
+run kv_budget $real
+run persona_cartridge $real --slots 4
+run persona_cartridge $real --forms prefix --slots 8 --steps 30
+# On the tasks that the slots were not trained on.
+held_out=
+for persona in engineer counselor founder teacher journalist doctor lawyer chef; do
+    for task in policy haiku recommend; do held_out=$held_out,$persona/$task; done
+done
+run kv_budget $real --grid long --cells "${held_out#,}"
+
 # Do persona words change what it gets right?
 run persona_accuracy $real --questions mmlu-dev --identities docs/findings/identities.txt
 run persona_patching $real --questions mmlu-dev --solved-by-baseline --n-questions 20 \

@@ -12,6 +12,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
+from budget_tables import (
+    cartridges,
+    cartridges_by_persona,
+    heads,
+    heads_by_persona,
+    parts,
+    parts_by_persona,
+)
 from space_tables import role_ranking, role_space
 
 import persona_nns as pn
@@ -385,6 +393,12 @@ TABLES = (
     bands,
     knockout,
     knockout_by_layer,
+    heads,
+    heads_by_persona,
+    parts,
+    parts_by_persona,
+    cartridges,
+    cartridges_by_persona,
     accuracy,
     patching,
     steering,

@@ -92,8 +92,13 @@ def _in_words(sites: str) -> bool | str:
 def _without_checks(annotation: Any) -> Any:
     """A type of which the help shows only what it is: checks of its parts come when it runs."""
     origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return Annotated[_without_checks(parts[0]), *parts[1:]]
     if origin is list or origin in (Union, UnionType):
-        plain = [get_args(part)[0] if get_origin(part) is Annotated else part for part in parts]
+        plain = [
+            get_args(part)[0] if get_origin(part) is Annotated else _without_checks(part)
+            for part in parts
+        ]
         return list[*plain] if origin is list else Union[*plain]
     return annotation
 

@@ -13,6 +13,7 @@ from .catalog import bundled_experiments as bundled_experiments
 from .catalog import check_axes as check_axes
 from .catalog import load_experiment as load_experiment
 from .catalog import summary_of as summary_of
+from .options import CONTENT as CONTENT
 from .options import EXECUTION as EXECUTION
 from .options import LATER as LATER
 from .options import Count as Count
@@ -22,6 +23,7 @@ from .options import NotNegative as NotNegative
 from .options import OutputFolder as OutputFolder
 from .options import Positive as Positive
 from .options import Share as Share
+from .options import some_of as some_of
 from .plans import Label as Label
 from .plans import Plan as Plan
 from .plans import Unit as Unit

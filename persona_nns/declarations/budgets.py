@@ -50,4 +50,4 @@ def agreement(scores: Any, effects: Any) -> float:
         return float("nan")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
-        return float(stats.spearmanr(one, other).statistic)
+        return float(np.asarray(stats.spearmanr(one, other))[0])

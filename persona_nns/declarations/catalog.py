@@ -16,9 +16,11 @@ as one keyword argument annotated with it. Its fields are options of the same na
 holds is given, stored and shown like all others.
 
 One that runs on a grid, and needs to know more than a cell at a time, has
-``arrange(tokenizer, plan, cells)``. It gets the grid's `Plan` and the cells that are asked for, and
-returns the plan with more ``axes`` (a label for each token of the longest persona, say), or with
-other units in place of the cells, each with its cell's label and place.
+``arrange(tokenizer, plan, cells, *, …)``. It gets the grid's `Plan`, the cells that are asked for
+and those options of `measure` that it names. It returns the plan with more ``axes`` (a label for
+each token of the longest persona, say), with other units in place of the cells, each with its
+cell's label and place, or with those ``variables`` alone that the options ask for. No number may
+depend on which cells are asked for: a run keeps what it has.
 
 Two more functions run where the command runs, whatever machine `measure` runs on.
 ``prepare(model, store, options, *, progress)`` runs what has to be there first and returns the

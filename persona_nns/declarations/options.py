@@ -3,22 +3,40 @@
 A group is a dataclass that a function takes as one keyword argument; each of its fields is an
 option like any other. An option that says how or where and changes no number, as ``reuse`` does for
 every experiment, is marked: ``output: Annotated[str, EXECUTION]``. It is not in a run's identity.
+Of files that are marked as `CONTENT`, what they hold is.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 # What an option may be, beside plain types: pydantic words what is wrong with a value.
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def some_of(what: str, known: Sequence[str]) -> AfterValidator:
+    """What an option of labels with commas between them may be: some of those known, in one order.
+
+    Args:
+        what: one of them is called.
+        known: all there are.
+    """
+
+    def choose(asked: str) -> str:
+        labels = [label.strip() for label in asked.split(",")]
+        if unknown := [label for label in labels if label not in known]:
+            raise ValueError(f"there is no {what} {', '.join(unknown)!r}; use {', '.join(known)}")
+        return ",".join(label for label in known if label in labels)
+
+    return AfterValidator(choose)
 
 
 class Execution:
@@ -47,6 +65,21 @@ def is_as_before(option: Parameter | None, value: Any) -> bool:
     """Whether a value is that of before an option was there."""
     marks = getattr(option.annotation, "__metadata__", ()) if option is not None else ()
     return option is not None and LATER in marks and value == option.default
+
+
+class Content:
+    """What marks an option that names files: a run is known by what they hold, not by their paths.
+
+    It may have no value, or a list of paths.
+    """
+
+
+CONTENT = Content()
+
+
+def is_content(option: Parameter) -> bool:
+    """Whether what the files of an option hold belongs to a run's identity, and not their paths."""
+    return CONTENT in getattr(option.annotation, "__metadata__", ())
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class Plan:
             None where they go with every model.
         unverifiable: why `verify` must not compute its units anew, as the end of a sentence; empty
             where it may. What a run costs, or writes beside its store, is such a reason.
+        within_window: every prompt has to fit into a sliding window of the model, if it has one.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Plan:
     variables: Sequence[str] | None = None
     width: tuple[int, int] | None = None
     unverifiable: str = ""
+    within_window: bool = False
 
     @property
     def noun(self) -> str:

@@ -20,6 +20,7 @@ class ModelRecord:
         n_layers: number of decoder blocks.
         d_model: width of the residual stream.
         n_heads: number of attention heads of a block.
+        n_kv_heads: number of its heads that have keys and values of their own.
         provenance: where the weights come from, where that is a package or a GGUF file.
         adapter: where there is one beside the model, its ``source``, its files' ``digest``, and
             ``base_version``, the model's version without it.
@@ -34,5 +35,6 @@ class ModelRecord:
     n_layers: int
     d_model: int
     n_heads: int
+    n_kv_heads: int
     provenance: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
     adapter: Mapping[str, str] = field(default_factory=dict[str, str], compare=False)

@@ -20,7 +20,8 @@ FILL: dict[Kind, float | int | bool | str] = {
 }
 
 
-#: Labels of a dimension, or a function that gives them for a model and the run's parameters.
+#: Labels of a dimension, or a function that gives them for a model and the run's parameters, among
+#: them, by its name, the labels of each dimension that the inputs determine.
 Labels = (
     Sequence[str | int | float]
     | Callable[["ModelRecord", Mapping[str, Any]], Sequence[str | int | float]]
@@ -34,8 +35,9 @@ class Variable:
     Attributes:
         dims: its dimensions after ``model``, ``cell`` first: ``"cell layer position"``. Beside
             ``layer`` and ``position``, any dimension whose labels are in ``coords`` or, of an
-            experiment that plans its own units instead of cells, in its plan. An array
-            with ``d_model`` is measured where residuals are kept, and has a group of its own.
+            experiment that plans its own units instead of cells or arranges them, in its plan.
+            An array with ``d_model`` is measured where residuals are kept, and has a group of its
+            own.
         long_name: what it is called on an axis.
         units: ``nat``, ``logit``, ``token`` or ``1``.
         description: one or two sentences: what it is, over what, in which direction.
@@ -44,7 +46,8 @@ class Variable:
         unmeasured: of ``int``, the value that stands where there was nothing to measure in a
             complete unit. It is read as NaN, and so are truth values of the same dimensions there.
         coords: labels of the dimensions of its own; those that depend on the model or on the
-            options are given as a function of the model's record and the run's parameters.
+            options are given as a function of the model's record and the run's parameters. A
+            ``layer`` among them is every block, say, of an experiment that is asked for no layers.
     """
 
     dims: str
@@ -76,6 +79,11 @@ class Variable:
     def is_residual(self) -> bool:
         """Whether its width is the model's, so that results of two models cannot be joined."""
         return "d_model" in self.axes
+
+    @property
+    def has_asked_layers(self) -> bool:
+        """Whether its layers are those that are asked for."""
+        return "layer" in self.axes and "layer" not in self.coords and not self.every_layer
 
     def labels(self, axis: str) -> Sequence[str | int | float]:
         """Labels of one of its own dimensions, known once `for_run` has been asked."""

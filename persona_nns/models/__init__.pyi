@@ -1,5 +1,8 @@
 from .adapters import base_of as base_of
 from .adapters import require_peft as require_peft
+from .cartridges import check_cartridges as check_cartridges
+from .cartridges import load_cartridge as load_cartridge
+from .cartridges import save_cartridge as save_cartridge
 from .checkpoints import bundled_models as bundled_models
 from .checkpoints import count_layers as count_layers
 from .checkpoints import load_tokenizer as load_tokenizer

@@ -55,6 +55,8 @@ def write_record(
         n_layers=len(model.layers),
         d_model=text_config.hidden_size,
         n_heads=text_config.num_attention_heads,
+        n_kv_heads=getattr(text_config, "num_key_value_heads", None)
+        or text_config.num_attention_heads,
         provenance=origin,
         adapter=beside,
     )

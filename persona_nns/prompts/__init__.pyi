@@ -41,6 +41,8 @@ from .padding import NEUTRAL as NEUTRAL
 from .padding import PaddedPrompt as PaddedPrompt
 from .padding import pad_persona as pad_persona
 from .padding import pad_total as pad_total
+from .personas import PersonaCell as PersonaCell
+from .personas import label_tokens as label_tokens
 from .positions import position_index as position_index
 from .positions import tokens_from_first_site as tokens_from_first_site
 from .questions import BUNDLED as BUNDLED
@@ -69,3 +71,6 @@ from .turns import RenderedChat as RenderedChat
 from .turns import check_same_turns as check_same_turns
 from .turns import render_talks as render_talks
 from .turns import render_turns as render_turns
+from .twins import TwinCell as TwinCell
+from .twins import Twins as Twins
+from .twins import find_twins as find_twins

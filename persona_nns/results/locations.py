@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,14 +166,15 @@ class Location:
             if metadata.is_file() and _is_damaged(metadata):
                 metadata.unlink(missing_ok=True)
             for part in folder.glob("*.partial"):
-                if time.time() - part.stat().st_mtime > _ABANDONED_AFTER:
-                    part.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # another process has put it into place
+                    if time.time() - part.stat().st_mtime > _ABANDONED_AFTER:
+                        part.unlink()
 
     def size(self, group: str) -> int:
         """Bytes that a group takes."""
         if self.folder is not None:
             files = (self.folder / group).rglob("*")
-            return sum(file.stat().st_size for file in files if file.is_file())
+            return sum(_size_of(file) for file in files if file.is_file())
         filesystem, path = self._filesystem()
         return int(filesystem.du(f"{path}/{group}", total=True))
 
@@ -189,6 +191,13 @@ class Location:
         import fsspec
 
         return fsspec.url_to_fs(self.address, **self.options)
+
+
+def _size_of(file: Path) -> int:
+    """Bytes of a file; none of one that is gone, as unfinished ones of a run that goes on are."""
+    with suppress(FileNotFoundError):
+        return file.stat().st_size
+    return 0
 
 
 def location_of(store: str | Path) -> Location:

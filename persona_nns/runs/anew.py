@@ -201,9 +201,6 @@ def compute_anew(
             planned = _plan_anew(info, experiment, model, Path(folder) / "anew.zarr")
             _check_harmless(planned.request.plan.unverifiable)
             done = info.group.completed(planned.request.units)
-            if experiment.arrange is not None and done:  # a unit may know which others there are
-                path = Path(folder) / "anew.zarr"
-                planned = _plan_anew(info, experiment, model, path, cells=sorted(done))
             units = [unit for unit in planned.request.units if unit.label in done]
             chosen = random.Random(seed).sample(units, min(sample, len(units)))  # noqa: S311
             problems = tuple(_compare(results, planned, chosen))
@@ -237,20 +234,9 @@ def _reason(error: Exception) -> str:
 
 
 def _plan_anew(
-    info: RunInfo,
-    experiment: Experiment,
-    model: "TransformersModel",
-    store: Path,
-    cells: Sequence[str] | None = None,
+    info: RunInfo, experiment: Experiment, model: "TransformersModel", store: Path
 ) -> "PlannedRun":
     """Plan a run once more, into another store, from what its provenance says.
-
-    Args:
-        info: the run.
-        experiment: what it measured.
-        model: on which model.
-        store: where it is measured anew.
-        cells: labels of those that are asked for; by default all.
 
     Raises:
         NotCheckedError: the model or the inputs are not those of the run.
@@ -262,8 +248,7 @@ def _plan_anew(
     model.tokenizer.chat_template = attrs["template"] or None
     settings = {**attrs["parameters"], **attrs["plan_options"]}
     grid = settings.pop("grid", None) or grid_of(info)
-    asked = {} if cells is None else {"cells": cells}
-    planned = plan_run(experiment, model, grid, store=store, **asked, **settings)
+    planned = plan_run(experiment, model, grid, store=store, **settings)
     now = planned.request.block.attrs
     if now["identity"] != attrs["identity"]:
         changed = [name for name in _DETERMINING if name in attrs and now[name] != attrs[name]]

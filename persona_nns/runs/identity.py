@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from persona_nns.declarations.catalog import Experiment
-from persona_nns.declarations.options import changes_numbers, is_as_before
+from persona_nns.declarations.options import changes_numbers, is_as_before, is_content
 from persona_nns.declarations.plans import Plan, content_digest
 from persona_nns.declarations.record import ModelRecord
+from persona_nns.errors import UsageError
 
 _PACKAGES = ("persona-nns", "nnsight", "torch", "transformers", "tokenizers", "xarray", "zarr")
 
@@ -86,7 +87,7 @@ def _determining(experiment: Experiment, parameters: Mapping[str, Any]) -> dict[
     """
     options = experiment.options
     return {
-        name: value
+        name: _held(value) if name in options and is_content(options[name]) else value
         for name, value in parameters.items()
         if (value or name != "layer_sets")
         and (
@@ -94,6 +95,24 @@ def _determining(experiment: Experiment, parameters: Mapping[str, Any]) -> dict[
             or (changes_numbers(options[name]) and not is_as_before(options[name], value))
         )
     }
+
+
+def _held(files: Sequence[str] | None) -> list[str] | None:
+    """Digests of what files hold, in an order that their names do not change.
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
+    if files is None:
+        return None
+    digests: list[str] = []
+    for file in files:
+        try:
+            held = Path(file).expanduser().read_bytes()
+        except OSError as error:
+            raise UsageError(f"The file {file!r} cannot be read: {error.strerror}.") from error
+        digests.append(hashlib.sha256(held).hexdigest())
+    return sorted(digests)
 
 
 def _is_digest(version: str) -> bool:
@@ -128,12 +147,15 @@ def run_attributes(
         plan: on which inputs.
         parameters: layers, positions and options, complete.
         plan_options: options that only say where the inputs come from; those of ``parameters``
-            that are marked ``EXECUTION`` stand beside them.
+            that are marked ``EXECUTION`` or ``CONTENT`` stand beside them.
         digest: the run's identity.
         template: the chat template, if there is one.
     """
     determining = _determining(experiment, parameters)
-    marked = {name for name, each in experiment.options.items() if not changes_numbers(each)}
+    options = experiment.options.items()
+    marked = {name for name, each in options if not changes_numbers(each)}
+    # Of files that are known by what they hold, their paths.
+    marked |= {name for name, each in options if is_content(each) and parameters.get(name)}
     execution = {name: parameters[name] for name in parameters if name in marked}
     origin = {"model_provenance": dict(record.provenance)} if record.provenance else {}
     adapter = {"adapter": dict(record.adapter)} if record.adapter else {}

@@ -148,7 +148,7 @@ def values_of(request: Request, known: Sequence[Known], unit: Unit) -> dict[str,
     for name in block.plan.names_written(unit, axes):
         variable = block.variables[name]
         values[name] = known[0].info.group.read_unit(unit, name)
-        if "layer" in variable.axes and not variable.every_layer:
+        if variable.has_asked_layers:
             values[name] = _on_layers(request, variable, name, known, unit)
     return values
 

@@ -150,7 +150,7 @@ def check_request(
     digest = identity(experiment, record, plan, arguments)
     template = model.tokenizer.chat_template
     variables = {
-        name: v.for_run(record, arguments)
+        name: v.for_run(record, {**arguments, **plan.axes})
         for name, v in experiment.variables.items()
         if plan.variables is None or name in plan.variables
     }
@@ -163,7 +163,9 @@ def check_request(
         d_model=record.d_model,
         precision=record.precision,
         plan=plan,
-        layers=list(range(record.n_layers + 1)) if every else sites.get("layers", []),
+        layers=list(range(record.n_layers + 1))
+        if every
+        else sites.get("layers", _own_layers(variables)),
         positions=sites.get("positions", []),
         variables={
             name: v
@@ -250,7 +252,8 @@ def make_plan(
         if experiment.arrange is None:
             return plan
         with shown_where(experiment):
-            plan = experiment.arrange(tokenizer, plan, grid.select_cells(cells))
+            asked, own = grid.select_cells(cells), arguments_of(experiment.arrange, options)
+            plan = experiment.arrange(tokenizer, plan, asked, **own)
     else:
         own = arguments_of(experiment.plan, {"model": label, **options})
         with shown_where(experiment):
@@ -280,6 +283,12 @@ def _computed(block: Block, precision: str, attention: str | None, revision: str
     return replace(
         block, precision=precision, attrs={**block.attrs, "precision": precision, **told}
     )
+
+
+def _own_layers(variables: Mapping[str, Variable]) -> list[int]:
+    """The layers that variables say they have, where none can be chosen."""
+    own = [v.labels("layer") for v in variables.values() if "layer" in v.coords]
+    return [int(layer) for layer in own[0]] if own else []
 
 
 def _residuals(variables: Mapping[str, Variable], block: Block) -> Block:

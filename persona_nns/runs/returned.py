@@ -103,7 +103,7 @@ def _spread_layers(
 ) -> np.ndarray[Any, Any]:
     """Put an array over the layers asked for onto the layer axis of the block."""
     variable = request.experiment.variables[name]
-    if "layer" not in variable.axes or variable.every_layer:
+    if not variable.has_asked_layers:
         return array
     own = ["unit", *(axis for axis in variable.axes if axis not in placed)]
     axis, asked = own.index("layer"), request.arguments["layers"]

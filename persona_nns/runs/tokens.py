@@ -17,7 +17,8 @@ def check_tokens(
     """See that a model has every token and every position that it is asked for.
 
     Raises:
-        UsageError: a token beyond its vocabulary, or a text that is too long for its positions.
+        UsageError: a token beyond its vocabulary, a text that is too long for its positions, or
+            a prompt that is longer than its sliding window where it must not be.
     """
     config = model.config.get_text_config()
     rows = [ids for of_key in plan.token_ids.values() for ids in of_key.values()]
@@ -26,6 +27,13 @@ def check_tokens(
         raise UsageError(
             f"A prompt holds the token {largest}, but the model {record.label!r} has "
             f"{config.vocab_size} tokens; use the model's own tokenizer."
+        )
+    prompt, window = max(map(len, rows), default=0), _sliding_window(config)
+    if plan.within_window and window is not None and prompt > window:
+        raise UsageError(
+            f"The longest prompt has {prompt} tokens, but layers of the model {record.label!r} see "
+            f"no more than the last {window}: what is grafted there would be out of their sight. "
+            "Use shorter texts, or another model."
         )
     said = _said_after_a_prompt(arguments)
     longest = max(map(len, rows), default=0) + said
@@ -42,6 +50,14 @@ def check_tokens(
             f"{what}, and the rotary frequencies of {record.label!r} are others beyond {switch}: "
             "a number would depend on what else is in its batch. Use shorter texts."
         )
+
+
+def _sliding_window(config: Any) -> int | None:
+    """How many tokens the layers that forget see; None where there are none such."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def _said_after_a_prompt(arguments: Mapping[str, Any]) -> int:

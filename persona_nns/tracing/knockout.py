@@ -37,7 +37,8 @@ def block_keys(attention: Any, queries: Tensor | None, keys: Tensor) -> None:
             one mask may serve all layers.
         queries: [row, column], True where a query is blocked; columns to come may be among them.
             None blocks all.
-        keys: [row, column], True where a key is blocked; those after its last column are not.
+        keys: [row, column], True where a key is blocked; those after its last column are not. Or
+            [row, key-value head, column], where it is blocked for the queries of that head alone.
 
     Raises:
         PersonaError: the model computes attention in a way that takes no such mask.
@@ -51,7 +52,13 @@ def block_keys(attention: Any, queries: Tensor | None, keys: Tensor) -> None:
         )
     n_queries, n_keys = mask.shape[-2:]
     # Columns are added to what is narrower than the mask, and cut off what is wider.
-    blocked = torch.nn.functional.pad(keys, (0, n_keys - keys.shape[1]))[:, None, None]
+    blocked = torch.nn.functional.pad(keys, (0, n_keys - keys.shape[-1]))
+    if blocked.dim() == 2:
+        blocked = blocked[:, None]
+    else:
+        n_heads = attention.config.num_attention_heads
+        blocked = blocked.repeat_interleave(n_heads // blocked.shape[1], dim=1)
+    blocked = blocked[:, :, None]  # [row, 1 or head, 1, key]
     if queries is not None:
         blocked = blocked & queries[:, None, n_keys - n_queries : n_keys, None]
     nothing = False if mask.dtype is torch.bool else torch.finfo(mask.dtype).min

@@ -1,4 +1,4 @@
-"""Patching the heads of a block with less work: without these two, the same numbers."""
+"""Patching the heads of a block with less work: without these, the same numbers."""
 
 import torch
 from nnsight import TransformersModel, save
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from persona_nns.tracing.kv.cache import KVCache
 from persona_nns.tracing.patching import Unpatched, open_patches
-from persona_nns.tracing.residuals import take
+from persona_nns.tracing.residuals import last_columns, take
 
 
 def patch_common(model: TransformersModel, run: Unpatched, layer: int, n: int) -> KVCache:
@@ -34,3 +34,23 @@ def finish_last_token(model: TransformersModel, last: Tensor, *, attention_too: 
     if attention_too:
         block.attn.o_proj.input = take(block.attn.o_proj.input, last)
     block.mlp.input = take(block.mlp.input, last)
+
+
+def finish_last_columns(model: TransformersModel, n: int, *, attention_too: bool) -> None:
+    """Inside a trace: let the last block and the head work on the last columns alone.
+
+    Nothing reads what the block makes of the others beyond their keys and values. As above, but
+    what it adds to them is nothing.
+
+    Args:
+        model: whose ``logits_to_keep`` in this pass is ``n``.
+        n: columns.
+        attention_too: not where its output projection has been given something already.
+    """
+    block = model.layers[-1]
+    # Rows of a slice do not lie side by side: multiplied as they are, each is multiplied alone.
+    for module in (block.attn.o_proj, block.mlp) if attention_too else (block.mlp,):
+        width = module.input.shape[1]
+        module.input = last_columns(module.input, n).contiguous()
+        module.output = last_columns(module.output, width)
+    model.lm_head.input = model.lm_head.input.contiguous()

@@ -7,19 +7,20 @@ two are one, with the control word.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from nnsight import TransformersModel
+from nnsight import TransformersModel, save
 from torch import Tensor
 
 from persona_nns.prompts.identities import Pair, align, shared_prefix
-from persona_nns.tracing.attention import Look, attention_to
+from persona_nns.tracing.attention import Look, attention_to, look_at, tell
 from persona_nns.tracing.batches import similar_rows
 from persona_nns.tracing.kv.cache import KVCache
 from persona_nns.tracing.prefixes import prefill
 from persona_nns.tracing.residuals import take
+from persona_nns.tracing.sandbox import entry
 from persona_nns.tracing.window import Window, open_ragged_window
 
 PATCHED_POSITIONS = ("all", "identity")
@@ -163,6 +164,30 @@ def open_pair(model: TransformersModel, pair: Pair, *, reuse: bool) -> PairRows:
         source=(partner - start).clamp(min=0),
         patched=torch.stack([has_one, has_one & identity[n : 2 * n]]),
     )
+
+
+def run_unpatched(model: TransformersModel, pair: Pair, *, reuse: bool) -> Unpatched:
+    """Run every prompt as it is, and keep what its components put out."""
+    rows = open_pair(model, pair, reuse=reuse)
+    told = tell(model, rows.window)
+    entering, heads, attn, looks, mlp = [], [], [], [], []
+    with model.trace(rows.window.inputs(cached=True)):
+        for layer, block in enumerate(model.layers):
+            entering.append(entry(model, layer).output)
+            look, mixed, put_out = look_at(block.attn, rows.last, told[layer])
+            looks.append(look)
+            heads.append(mixed)
+            attn.append(put_out)
+            mlp.append(block.mlp.output)
+        model.lm_head.input = take(model.lm_head.input, rows.last)
+        logits = save(model.output.logits[:, -1].gather(1, rows.letters).float())
+        looked, written = read_looks(model.layers, looks, model.output, rows.identity)
+        save((entering, heads, attn, mlp))
+        attention = save(torch.stack(looked, dim=1))
+        attention_value = save(torch.stack(written, dim=1))
+    clean = torch.stack(entering) if reuse else None
+    rows = replace(rows, window=replace(rows.window, clean=clean))
+    return Unpatched(rows, mlp, attn, heads, logits, attention, attention_value)
 
 
 def open_patches(

@@ -87,6 +87,18 @@ class Window:
             clean=None if clean is None else clean.expand(layer + 1, -1, -1, -1),
         )
 
+    def times(self, n_rows: int) -> "Window":
+        """Its one row so many times, for a pass that resumes at any layer; views."""
+        return replace(
+            self,
+            input_ids=self.input_ids.expand(n_rows, -1),
+            attention_mask=self.attention_mask.expand(n_rows, -1),
+            position_ids=self.position_ids.expand(n_rows, -1),
+            padding=self.padding.expand(n_rows),
+            prefix=None if self.prefix is None else self.prefix.times(n_rows),
+            clean=None if self.clean is None else self.clean.expand(-1, n_rows, -1, -1),
+        )
+
     def until(self, stop: int) -> "Window":
         """Its first columns; a view."""
         return replace(

@@ -1,4 +1,4 @@
-"""Traits: their files, answers and vectors, judges, and distillation into weights.
+"""Traits: files, answers, vectors, judges; what is trained: students and cartridges.
 
 A wing: knows tracing, models, results and the bundled models. Touches: an OpenAI-compatible
 endpoint, and peft.

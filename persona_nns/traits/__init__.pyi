@@ -1,3 +1,11 @@
+from .cartridge_options import CartridgeOptions as CartridgeOptions
+from .cartridge_options import CartridgeUnit as CartridgeUnit
+from .cartridges import CartridgeTraining as CartridgeTraining
+from .cartridges import Slots as Slots
+from .cartridges import cartridge_file as cartridge_file
+from .cartridges import check_trains_slots as check_trains_slots
+from .cartridges import train_once as train_once
+from .cartridges import train_slots as train_slots
 from .directions import Direction as Direction
 from .directions import check_unseen as check_unseen
 from .directions import load_direction as load_direction

@@ -84,7 +84,7 @@ def sweep_heads(module: Any, model: Any, pair: Pair) -> torch.Tensor:
     """What `measure` does for heads, [question, layer, head, position set, letter]."""
     parts, order = [], []
     for chunk in chunk_questions(model, pair):
-        run = module._run_unpatched(model, pair.only(chunk), reuse=True)
+        run = module.run_unpatched(model, pair.only(chunk), reuse=True)
         parts.append(module._patch_heads(model, run, range(len(model.layers))))
         order += chunk
     return torch.cat(parts)[torch.tensor(order).argsort()]

@@ -4,6 +4,7 @@ from .cache import check_alike as check_alike
 from .cache import read_cache as read_cache
 from .cache import running_cache as running_cache
 from .cache import stack as stack
+from .cartridge import Cartridge as Cartridge
 from .rotation import Rotation as Rotation
 from .rotation import read_rotation as read_rotation
 from .splice import Piece as Piece

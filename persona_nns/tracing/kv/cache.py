@@ -106,6 +106,15 @@ class KVCache:
             self.position_ids[index][:, first:],
         )
 
+    def times(self, n_rows: int) -> "KVCache":
+        """Its one row so many times; views."""
+        return KVCache(
+            tuple(keys.expand(n_rows, -1, -1, -1) for keys in self.keys),
+            tuple(values.expand(n_rows, -1, -1, -1) for values in self.values),
+            self.attention_mask.expand(n_rows, -1),
+            self.position_ids.expand(n_rows, -1),
+        )
+
     def begin(self, index: Tensor, length: Tensor) -> "KVCache":
         """The first tokens of some of the rows, right-aligned.
 
@@ -158,6 +167,23 @@ class KVCache:
             tuple((self if mine[k] else other).values[k] for k in range(self.n_layers)),
             held,
             positions,
+        )
+
+    def mixed_with(self, other: "KVCache", mine: Tensor) -> "KVCache":
+        """This cache in some of the heads of each row, another one of the same columns elsewhere.
+
+        Args:
+            other: for the other heads.
+            mine: [row, layer, kv_head], True where a head's keys and values are this cache's.
+        """
+        check_alike([self, other])
+        if not torch.equal(self.attention_mask, other.attention_mask):
+            raise PersonaError("Only caches that hold the same columns can be mixed head by head.")
+        own = mine[..., None, None].unbind(1)
+        return replace(
+            self,
+            keys=tuple(map(torch.where, own, self.keys, other.keys)),
+            values=tuple(map(torch.where, own, self.values, other.values)),
         )
 
     def plus(self, more: "KVCache", less: "KVCache") -> "KVCache":

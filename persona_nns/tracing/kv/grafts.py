@@ -4,11 +4,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from nnsight import TransformersModel
+
 from persona_nns.prompts.grids import Cell, PromptName
-from persona_nns.prompts.render import Prompt, Span
+from persona_nns.prompts.render import ROLE_PROMPTS, Prompt, Span, render_cell
 from persona_nns.tracing.kv.cache import KVCache
-from persona_nns.tracing.kv.rotation import Rotation
+from persona_nns.tracing.kv.rotation import Rotation, read_rotation
 from persona_nns.tracing.kv.splice import Piece, splice
+from persona_nns.tracing.prefixes import fill_cache
 
 #: Which prompt's cache each span is taken from, in the order of the spans.
 Origins = Mapping[Span, PromptName]
@@ -32,11 +36,47 @@ class GraftSources:
     caches: Mapping[str, KVCache]
     rotation: Rotation
 
+    def some(self, rows: Sequence[int]) -> "GraftSources":
+        """Some of the rows."""
+        which = torch.tensor(rows)
+        return replace(
+            self,
+            prompts=[self.prompts[row] for row in rows],
+            spans=[self.spans[row] for row in rows],
+            caches={name: cache.rows(which) for name, cache in self.caches.items()},
+        )
+
+
+def host_with(**grafted: PromptName) -> Origins:
+    """Which prompt's cache each span is taken from: the host's, but for those that are named."""
+    origins: dict[Span, PromptName] = dict.fromkeys(("prefix", "persona", "task", "tail"), "BY")
+    return {**origins, **grafted}  # type: ignore[dict-item]
+
 
 def spans_before_last(prompt: Prompt) -> dict[Span, range]:
     """The spans of a prompt without p_last."""
     last = len(prompt) - 1
     return {name: range(span.start, min(span.stop, last)) for name, span in prompt.spans.items()}
+
+
+def fill_sources(
+    model: TransformersModel, cells: Sequence[Cell], names: Sequence[PromptName] = ROLE_PROMPTS
+) -> GraftSources:
+    """Run everything before p_last of each prompt, once; and see how this model's keys are moved.
+
+    Args:
+        model: from `load_model`.
+        cells: the rows.
+        names: of the prompts; BY, the host, and XY among them.
+    """
+    prompts = [render_cell(model.tokenizer, cell, names) for cell in cells]
+    spans = [{name: spans_before_last(prompt[name]) for name in names} for prompt in prompts]
+    warn_about_prefixes(cells, prompts, spans)
+    caches = {
+        name: fill_cache(model, [prompt[name].ids[:-1] for prompt in prompts]) for name in names
+    }
+    reach = max(cache.width for cache in caches.values())
+    return GraftSources(prompts, spans, caches, read_rotation(model, reach))
 
 
 def graft_spans(

@@ -95,7 +95,7 @@ def read_rotation(model: TransformersModel, reach: int) -> Rotation:
         PersonaError: rotating by the model's frequencies does not move its keys.
     """
     config = model.config.get_text_config()
-    if refusal := _refusal(config, hasattr(model, "rotary_emb")):
+    if refusal := _refusal(model):
         return Rotation((), (), 0, refusal)
     kinds = _kinds(config)
     n_layers, device = len(model.layers), model.device
@@ -133,14 +133,21 @@ def read_rotation(model: TransformersModel, reach: int) -> Rotation:
     return rotation
 
 
-def _refusal(config: Any, has_rotary: bool) -> str:  # noqa: FBT001
+def has_rotary_positions(model: TransformersModel) -> bool:
+    """Whether a model learns of positions by rotation, so that tokens enter it alike anywhere."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None)
+    return bool(rope) and hasattr(model, "rotary_emb")
+
+
+def _refusal(model: TransformersModel) -> str:
     """Why the keys of a model cannot be moved; empty where they can."""
-    rope = getattr(config, "rope_parameters", None)
-    if not rope or not has_rotary:
+    config = model.config.get_text_config()
+    if not has_rotary_positions(model):
         return (
             f"The keys of a {config.model_type} model cannot be moved to another position: its "
             "positions are learned, or it has no rotary module that they could be moved with."
         )
+    rope: Mapping[str, Any] = config.rope_parameters
     per_type = [rope] if "rope_type" in rope else list(rope.values())
     for parameters in per_type:
         if parameters["rope_type"] not in _MOVABLE:
