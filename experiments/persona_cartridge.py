@@ -196,6 +196,7 @@ def plan(
         batch_size=1,
         variables=[name for name in variables if first.control or name != "closure_control"],
         unverifiable="it would read back the files of its cartridges",
+        within_window=True,  # beyond it, no gradient reaches the slots
     )
 
 

@@ -102,7 +102,11 @@ def drawn(like: HostGap, slots: int) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-@pytest.mark.parametrize("name", crossed("qwen2", "gemma3", "gpt_neox", among=ROTARY))
+# All layers of the random mistral have a window that ends before the slots; a run is refused there.
+SEEING = [name for name in ROTARY if name != "mistral"]
+
+
+@pytest.mark.parametrize("name", crossed("qwen2", "gemma3", "gpt_neox", among=SEEING))
 def test_a_host_with_a_cartridge_equals_plain_transformers(
     random_model: Callable[[str], TransformersModel],
     plain_model: Callable[[str], PreTrainedModel],
@@ -232,7 +236,7 @@ def test_more_slots_than_tokens_hold_the_best_ones_twice(
 
 
 @pytest.mark.parametrize("form", ["graft", "prefix"])
-@pytest.mark.parametrize("name", crossed("qwen2", "gemma3"))
+@pytest.mark.parametrize("name", crossed("qwen2", "gemma3", among=SEEING))
 def test_gradients_of_the_loss_are_those_of_finite_differences(
     random_model: Callable[[str], TransformersModel],
     experiment: ModuleType,

@@ -374,6 +374,8 @@ def test_models_that_cannot_have_one_are_refused(
     asked = {**SMALL, "store": tmp_path / "s.zarr", "output": str(tmp_path / "out")}
     with pytest.raises(PersonaError, match=r"gpt2 model cannot be moved"):
         pn.run("persona_cartridge", random_model("gpt2"), **asked)
+    with pytest.raises(UsageError, match=r"see no more than the last \d+: what is grafted there"):
+        pn.run("persona_cartridge", random_model("mistral"), **asked)
     assert not (tmp_path / "out").exists()
 
 

@@ -188,7 +188,7 @@ def compute_weights(attention: Any, look: Look, held: Any) -> Tensor | None:
     query = _query(attention, look, look.projected, n_heads)
     if (query.shape[1], query.shape[-1]) != (n_heads, keys.shape[-1]):
         return None
-    scores = (query @ keys.mT).float()
+    scores = (query @ keys.to(query.dtype).mT).float()
     scores = scores * getattr(attention, "scaling", keys.shape[-1] ** -0.5)
     cap = getattr(attention, "attn_logit_softcapping", None)
     if cap is not None:
