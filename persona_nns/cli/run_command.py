@@ -268,7 +268,7 @@ def _run_experiment(
         sites = check_sites(experiment, count_layers(name, **trust), layers, layer_sets, positions)
         tokenizer = load_tokenizer(name, template, adapter=beside, **trust)
         places = sites.get("positions", [])
-        plans.append(make_plan(experiment, tokenizer, loaded_grid, places, own, label))
+        plans.append(make_plan(experiment, tokenizer, loaded_grid, places, own, label, cells=cells))
     names: list[str] = []
     for name, beside, label, plan in zip(model, adapters, labels, plans, strict=True):
         loading: dict[str, Any] = {
