@@ -16,7 +16,6 @@ from nnsight import TransformersModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback
 
 from persona_nns.declarations.options import Count, Positive
 from persona_nns.declarations.plans import content_digest
@@ -26,7 +25,7 @@ from persona_nns.models.cartridges import load_cartridge, save_cartridge
 from persona_nns.models.load import hosted, record_of
 from persona_nns.tracing.kv.cartridge import Cartridge, Form
 from persona_nns.tracing.kv.gap import HostGap
-from persona_nns.traits.one_device import OneDeviceArguments
+from persona_nns.traits.one_device import losses_of, quiet_arguments
 
 _SAVE_EVERY = 20  # steps between checkpoints
 _WARM_UP = 10  # steps in which the rate climbs
@@ -131,24 +130,15 @@ def train_slots(
     Returns:
         The loss before each step, in nats.
     """
-    settings = OneDeviceArguments(
-        one_device=str(device),
-        output_dir=str(folder),
+    settings = quiet_arguments(
+        folder,
+        device,
         max_steps=training.steps,
         per_device_train_batch_size=1,
         max_grad_norm=0.0,
         seed=training.seed,
-        logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="steps",
         save_steps=_SAVE_EVERY,
-        save_total_limit=1,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=device.type == "cpu",
-        label_names=[],
     )
     adam = torch.optim.Adam(slots.to(device).parameters(), lr=training.learning_rate)
     trainer = SlotTrainer(
@@ -158,10 +148,7 @@ def train_slots(
         optimizers=(adam, LambdaLR(adam, training.rate)),
         loss=loss,
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_whole(folder))
-    history = trainer.state.log_history
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return losses_of(trainer, _last_whole(folder))
 
 
 def _last_whole(folder: Path) -> str | None:

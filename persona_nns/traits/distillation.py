@@ -26,7 +26,7 @@ from persona_nns.models.checkpoints import load_weights
 from persona_nns.models.load import hosted, record_of
 from persona_nns.tracing.batches import left_pad, similar_rows
 from persona_nns.tracing.sampling import Sampling, SeededPrompt, draws
-from persona_nns.traits.one_device import OneDeviceArguments
+from persona_nns.traits.one_device import losses_of, quiet_arguments
 
 _SAVE_EVERY = 50  # steps between checkpoints
 _REMOTE_CODE = "transformers_modules."  # where transformers puts modules that come with a model
@@ -255,9 +255,9 @@ def train(
     Returns:
         The loss of each step, in nats.
     """
-    settings = OneDeviceArguments(
-        one_device=str(device),
-        output_dir=str(folder),
+    settings = quiet_arguments(
+        folder,
+        device,
         max_steps=training.steps,
         per_device_train_batch_size=training.rows,
         gradient_accumulation_steps=training.accumulation,
@@ -265,16 +265,7 @@ def train(
         lr_scheduler_type="linear",
         weight_decay=0.0,
         seed=training.seed,
-        logging_steps=1,
-        save_strategy="steps",
         save_steps=_SAVE_EVERY,
-        save_total_limit=1,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=device.type == "cpu",
-        label_names=[],
     )
     trainer = DistillationTrainer(
         model=student,
@@ -283,19 +274,10 @@ def train(
         data_collator=collate,
         teacher=teacher,
     )
-    trainer.remove_callback(_printer())
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    losses = losses_of(trainer, last)
     student.eval()
-    history = trainer.state.log_history
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
-def _printer() -> Any:
-    """The callback that prints every logged step."""
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
+    return losses
 
 
 def check_trainable(model: TransformersModel) -> None:

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 # Where accelerate, which moves models and batches for a `Trainer`, reads its device.
 _VARIABLE = "ACCELERATE_TORCH_DEVICE"
@@ -33,6 +36,37 @@ class OneDeviceArguments(TrainingArguments):
             torch.cuda.set_device(device)  # it had chosen the first
         self._n_gpu = int(device.type != "cpu")
         return device
+
+
+def quiet_arguments(folder: Path, device: torch.device, **own: Any) -> OneDeviceArguments:
+    """Arguments of a training that says nothing, logs every step and keeps its last checkpoint.
+
+    Args:
+        folder: where checkpoints go.
+        device: where to train.
+        **own: what else a `TrainingArguments` takes.
+    """
+    return OneDeviceArguments(
+        one_device=str(device),
+        output_dir=str(folder),
+        use_cpu=device.type == "cpu",
+        logging_steps=1,
+        save_strategy="steps",
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        label_names=[],
+        **own,
+    )
+
+
+def losses_of(trainer: Trainer, checkpoint: str | None) -> list[float]:
+    """Train, from a checkpoint on if there is one; the loss of each step, in nats."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @contextmanager
