@@ -6,7 +6,7 @@ PYTHON ?= python3
 # file share is made once.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder --durations 30 --durations-min 3
 
-.PHONY: demo test test-quick test-slow test-ndif check findings clean
+.PHONY: demo docs test test-quick test-slow test-ndif check findings clean
 
 demo: $(VENV)/ready
 	$(BIN)/persona-nns demo
@@ -27,6 +27,10 @@ test-quick: $(VENV)/ready
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest $(TWO) -m slow
+
+# The site, in docs/_build/html: its pages are executed, and a warning is an error.
+docs: $(VENV)/ready
+	$(BIN)/python -m sphinx -b html -W --keep-going -j 2 docs docs/_build/html
 
 # Against the real NDIF server, in an environment of its own (1.8 GB). Where its packages
 # cannot be had, the tests that need it are skipped, and say so.
@@ -55,4 +59,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .ndif dist build
+	rm -rf $(VENV) .ndif dist build docs/_build
