@@ -30,7 +30,7 @@ test-slow: $(VENV)/ready
 
 # The site, in docs/_build/html: its pages are executed, and a warning is an error.
 docs: $(VENV)/ready
-	$(BIN)/python -m sphinx -b html -W --keep-going -j 2 docs docs/_build/html
+	$(BIN)/python -m sphinx -E -b html -W --keep-going -j 2 docs docs/_build/html
 
 # Against the real NDIF server, in an environment of its own (1.8 GB). Where its packages
 # cannot be had, the tests that need it are skipped, and say so.

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
 
 from persona_nns.declarations.bands import band_labels
@@ -76,6 +77,11 @@ def test_a_figure_counts_the_cells_that_were_measured(n_done: int, counted: str)
         shares_heatmap(results.assign(hit=results.hit.expand_dims(c=["a"])), "hit", "persona", "c"),
     ):
         assert counted in words(figure)
+
+
+def test_a_notebook_shows_a_figure_as_a_picture() -> None:
+    data, _ = DisplayFormatter().format(lines_by_layer(by_layer(6), ["kl"]))
+    assert data["image/png"].startswith(b"\x89PNG")
 
 
 def test_models_with_different_numbers_of_cells_are_counted_apart() -> None:

@@ -4,6 +4,7 @@ Seaborn's figure-level functions are not used: they make figures of pyplot, whic
 and belongs to the notebook or program that calls us. Colours are its colour-blind palette.
 """
 
+import io
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,15 @@ FEW = 4
 _MOST_FILLED = 2  # bands of more series than these would mix their colours
 _MOST_TICKS = 12  # labels beside each other on an axis of a heatmap
 _CHARACTERS = 15  # of a caption, in an inch
+
+
+class _Figure(Figure):
+    """A figure that a notebook shows where a cell ends with it, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        image = io.BytesIO()
+        self.savefig(image, format="png", bbox_inches="tight")
+        return image.getvalue()
 
 
 @dataclass(frozen=True)
@@ -127,7 +137,7 @@ def panels(
         settings: of matplotlib's ``subplots``, such as ``sharey``.
     """
     with sns.axes_style(look), sns.plotting_context("paper", font_scale=font_scale):
-        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        figure = _Figure(figsize=size, dpi=150, layout="constrained")
         axes = figure.subplots(len(rows), len(columns), squeeze=False, **settings)
         drawn = Panels(figure, axes, rows, columns)
         yield drawn

@@ -12,7 +12,7 @@ import pytest
 from everywhere import CASES, HERE_ONLY, ON_A_GRID, Case, compare, on_grid, run_both, write_inputs
 from nnsight import TransformersModel
 
-TABLE = Path(__file__).parents[2] / "docs" / "remote" / "verified.csv"
+TABLE = Path(__file__).parents[2] / "docs" / "guides" / "verified.csv"
 COLUMNS = ("simulate", "trusted", "sandbox")
 ALL = [*(Case(name) for name in ON_A_GRID), *CASES]
 
