@@ -1,6 +1,6 @@
 """Arguments that several commands have."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +20,10 @@ POSITIONS = "p_last, p_last-1, p_user_last, g1, g2, …; ranges as p_last-12:p_l
 Store = Annotated[str, typer.Argument(help="Path or URL of a Zarr store.")]
 Name = Annotated[str, typer.Argument(help="Name of an experiment.")]
 GridChoice = Annotated[str | None, typer.Option("--grid", help="Only results on this grid.")]
+FigureStyle = Annotated[
+    Literal["screen", "paper"],
+    typer.Option("--style", help="paper: a column wide, 8 pt, the caption as text beside it."),
+]
 RunChoice = Annotated[
     list[str] | None,
     typer.Option(

@@ -16,7 +16,7 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 from persona_nns.cli import terminal
-from persona_nns.cli.arguments import JUDGE_HELP, GridChoice, Name, RunChoice, Store
+from persona_nns.cli.arguments import JUDGE_HELP, FigureStyle, GridChoice, Name, RunChoice, Store
 from persona_nns.cli.direction_commands import direction, export_vector
 from persona_nns.cli.experiment_commands import ExperimentCommands
 from persona_nns.cli.jobs_command import jobs
@@ -179,6 +179,7 @@ def plot(
     ] = None,
     grid: GridChoice = None,
     run: RunChoice = None,
+    style: FigureStyle = "screen",
 ) -> None:
     """Draw an experiment's figures."""
     from persona_nns.figures.drawing import check_format, draw, file_stem, save_figure
@@ -188,7 +189,7 @@ def plot(
     results = _open(store, experiment, grid, run)
     beside = Path() if "://" in store else Path(store).expanduser().parent
     prefix = file_stem(results, Path(experiment).stem)
-    for index, (name, figure) in enumerate(draw(results, experiment).items()):
+    for index, (name, figure) in enumerate(draw(results, experiment, style=style).items()):
         if output is None:
             written = save_figure(figure, beside / f"{prefix}-{name}.png", pdf=True)
         else:
@@ -261,9 +262,11 @@ def compare(
     absolute: Annotated[
         float | None, typer.Option(help="Absolute tolerance of numbers.", min=0)
     ] = None,
+    style: FigureStyle = "screen",
 ) -> None:
     """Put results beside the published ones: tables, CSV and a figure."""
     from persona_nns.figures.drawing import save_figure
+    from persona_nns.figures.paper import figure_style
     from persona_nns.figures.tables import save_csv
     from persona_nns.published.compare import Tolerance, compare_results, match_results
     from persona_nns.published.figures import compare_figures
@@ -285,7 +288,9 @@ def compare(
     written = [save_csv(compared.side_by_side, folder / f"{name}-side_by_side.csv")]
     if not compared.agreement.empty:
         written.append(save_csv(compared.agreement, folder / f"{name}-agreement.csv"))
-    for title, figure in compare_figures(matched, compared.side_by_side).items():
+    with figure_style(style):
+        figures = compare_figures(matched, compared.side_by_side)
+    for title, figure in figures.items():
         written += save_figure(figure, folder / f"{name}-{title}.png", pdf=True)
     for path in written:
         terminal.say(path)

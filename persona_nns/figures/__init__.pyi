@@ -30,6 +30,7 @@ from .kv_budgets import closure_by_bytes as closure_by_bytes
 from .kv_budgets import kv_head_maps as kv_head_maps
 from .kv_budgets import persona_tokens as persona_tokens
 from .methods import methods_by_bytes as methods_by_bytes
+from .paper import figure_style as figure_style
 from .patching import accuracy_by_persona as accuracy_by_persona
 from .patching import attention_before_and_after as attention_before_and_after
 from .patching import head_ranking as head_ranking

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import xarray as xr
@@ -10,13 +11,14 @@ from matplotlib.figure import Figure
 from persona_nns.declarations.catalog import bundled_experiments, load_experiment, shown_where
 from persona_nns.errors import UsageError
 from persona_nns.figures.default import default_figures
+from persona_nns.figures.paper import DrawnFigure, Style, figure_style
 from persona_nns.results.attributes import read_attribute
 
 # Models that a file's name has room for.
 _MOST_NAMED = 3
 
 
-def draw(results: xr.Dataset, experiment: str) -> dict[str, Figure]:
+def draw(results: xr.Dataset, experiment: str, *, style: Style = "screen") -> dict[str, Figure]:
     """An experiment's figures by name.
 
     Args:
@@ -24,6 +26,7 @@ def draw(results: xr.Dataset, experiment: str) -> dict[str, Figure]:
         experiment: its name or its file, which says what to draw. The results of one that is
             unknown here are drawn as the file says that they were made with, or, where it is no
             longer there, in a plain way.
+        style: ``paper`` for figures as wide as a column, with 8 pt text.
 
     Raises:
         UsageError: there is nothing to draw.
@@ -32,13 +35,14 @@ def draw(results: xr.Dataset, experiment: str) -> dict[str, Figure]:
     if not (experiment in bundled_experiments() or experiment.endswith(".py")):
         file = _own_file(results, experiment)
     drawn: dict[str, Figure | None] = {}
-    if file:
-        loaded = load_experiment(file)
-        with shown_where(loaded):
-            drawn = {name: function(results) for name, function in loaded.figures.items()}
-    # None is a figure of what this run was not asked to measure.
-    figures = {name: figure for name, figure in drawn.items() if figure is not None}
-    figures = figures or default_figures(results)
+    with figure_style(style):
+        if file:
+            loaded = load_experiment(file)
+            with shown_where(loaded):
+                drawn = {name: function(results) for name, function in loaded.figures.items()}
+        # None is a figure of what this run was not asked to measure.
+        figures = {name: figure for name, figure in drawn.items() if figure is not None}
+        figures = figures or default_figures(results)
     if not figures:
         raise UsageError(f"{experiment!r} has measured no numbers, so there is nothing to draw.")
     return figures
@@ -83,15 +87,24 @@ def check_format(file: Path) -> None:
 def save_figure(figure: Figure, file: Path, *, pdf: bool = False) -> list[str]:
     """Write a figure, and a PDF beside it if asked for; returns what was written.
 
+    One for a paper keeps its width, and its caption is a text file beside it. Fonts are in the PDF.
+
     Raises:
         UsageError: the file cannot be written.
     """
     files = [file, file.with_suffix(".pdf")] if pdf else [file]
+    caption = figure.caption if isinstance(figure, DrawnFigure) else ""
+    whole = isinstance(figure, DrawnFigure) and figure.is_for_paper
+    # What sticks out is in the picture too, which then is wider than it was drawn.
+    look: dict[str, Any] = {"dpi": 300} if whole else {"dpi": 200, "bbox_inches": "tight"}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with mpl.rc_context({"pdf.fonttype": 42}):
             for path in files:
-                figure.savefig(path, bbox_inches="tight", dpi=200)
+                figure.savefig(path, **look)
+        if caption:
+            files.append(file.with_suffix(".txt"))
+            files[-1].write_text(caption + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"The figure {str(file)!r} cannot be written: {error}.") from error
     return [str(path) for path in files]

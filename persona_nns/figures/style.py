@@ -4,7 +4,6 @@ Seaborn's figure-level functions are not used: they make figures of pyplot, whic
 and belongs to the notebook or program that calls us. Colours are its colour-blind palette.
 """
 
-import io
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,14 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+
+from persona_nns.figures.paper import DrawnFigure, fit_text, fonts, legend_below, new_figure
 
 DOTTED: dict[str, Any] = {"color": "0.4", "linestyle": ":", "linewidth": 1.2}
 #: A thin line through an axis, where something begins.
@@ -34,15 +35,6 @@ _MOST_TICKS = 12  # labels beside each other on an axis of a heatmap
 _CHARACTERS = 15  # of a caption, in an inch
 
 
-class _Figure(Figure):
-    """A figure that a notebook shows where a cell ends with it, without pyplot."""
-
-    def _repr_png_(self) -> bytes:
-        image = io.BytesIO()
-        self.savefig(image, format="png", bbox_inches="tight")
-        return image.getvalue()
-
-
 @dataclass(frozen=True)
 class Panels:
     """A figure of panels.
@@ -54,7 +46,7 @@ class Panels:
         columns: what each column shows.
     """
 
-    figure: Figure
+    figure: DrawnFigure
     axes: NDArray[Any]
     rows: Sequence[Any]
     columns: Sequence[Any]
@@ -68,13 +60,18 @@ class Panels:
     def title(self, text: str, *caption: str) -> None:
         """The title of the figure, which names it, and the caption below, which explains it.
 
+        A figure for a paper shows neither: both are its `caption`.
+
         Args:
             text: of the title.
             *caption: sentences; empty ones are left out.
         """
+        said = " ".join(sentence for sentence in caption if sentence)
+        if self.figure.is_for_paper:
+            self.figure.caption = f"{text}. {said}".strip()
+            return
         width = self.figure.get_figwidth()
         self.figure.suptitle(textwrap.fill(text, int(11 * width)), fontsize="medium")
-        said = " ".join(sentence for sentence in caption if sentence)
         if said:
             lines = textwrap.fill(said, int(_CHARACTERS * width))
             self.figure.supxlabel(lines, fontsize="small", x=0.01, ha="left", color="0.25")
@@ -101,6 +98,8 @@ class Panels:
             if axis.get_legend() is not None:
                 axis.get_legend().remove()
         if shown:
+            if self.figure.is_for_paper:
+                settings |= legend_below(self.figure, [label for _, label in shown])
             self.figure.legend(*zip(*shown, strict=True), **settings)
 
     def colorbar(self, label: str, **look: Any) -> None:
@@ -136,12 +135,14 @@ def panels(
         font_scale: of all text.
         settings: of matplotlib's ``subplots``, such as ``sharey``.
     """
-    with sns.axes_style(look), sns.plotting_context("paper", font_scale=font_scale):
-        figure = _Figure(figsize=size, dpi=150, layout="constrained")
+    with sns.axes_style(look), mpl.rc_context(fonts(font_scale)):
+        figure = new_figure(size, font_scale)
         axes = figure.subplots(len(rows), len(columns), squeeze=False, **settings)
         drawn = Panels(figure, axes, rows, columns)
         yield drawn
         drawn.mark_empty()
+        if figure.is_for_paper:
+            fit_text(axes)
 
 
 def say_in(axis: Axes, text: str) -> None:
