@@ -19,6 +19,9 @@ POSITIONS = "p_last, p_last-1, p_user_last, g1, g2, …; ranges as p_last-12:p_l
 
 Store = Annotated[str, typer.Argument(help="Path or URL of a Zarr store.")]
 Name = Annotated[str, typer.Argument(help="Name of an experiment.")]
+OneRun = Annotated[
+    str, typer.Argument(help="A run (as `ls` shows it, or its --name), or `latest`.")
+]
 GridChoice = Annotated[str | None, typer.Option("--grid", help="Only results on this grid.")]
 RunChoice = Annotated[
     list[str] | None,

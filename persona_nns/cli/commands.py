@@ -22,6 +22,7 @@ from persona_nns.cli.experiment_commands import ExperimentCommands
 from persona_nns.cli.jobs_command import jobs
 from persona_nns.cli.models_command import models
 from persona_nns.cli.prompts_command import prompts
+from persona_nns.cli.sharing_commands import export, merge, push, rm
 from persona_nns.cli.verify_command import verify
 from persona_nns.errors import PersonaError, UsageError
 
@@ -235,6 +236,8 @@ def rescore(
     terminal.say(f"All of it: {shown}")
 
 
+for _command in (export, rm, merge, push):
+    app.command()(_command)
 app.command()(direction)
 app.command(name="export-vector")(export_vector)
 
@@ -296,7 +299,7 @@ def _leave_out_dask(store: str, experiment: str) -> None:
 
     That takes as long as all the rest of showing them.
     """
-    from persona_nns.results.store import bytes_in_memory
+    from persona_nns.results.reading import bytes_in_memory
 
     if "xarray" not in sys.modules and bytes_in_memory(store, _name_of(experiment)) < _SMALL:
         sys.modules["dask"] = None  # type: ignore[assignment] - what Python calls not installed
