@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 
 from persona_nns.cli import terminal
 from persona_nns.cli.arguments import JUDGE_HELP, GridChoice, Name, RunChoice, Store
+from persona_nns.cli.completion import variable_names
 from persona_nns.cli.direction_commands import direction, export_vector
 from persona_nns.cli.experiment_commands import ExperimentCommands
 from persona_nns.cli.jobs_command import jobs
@@ -37,7 +38,6 @@ app = typer.Typer(
     name="persona-nns",
     help="Persona experiments on language models, as nnsight tracing contexts.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -89,7 +89,7 @@ def demo(
 @app.command()
 def experiments() -> None:
     """List what can be run, a line each."""
-    from persona_nns.declarations.catalog import bundled_experiments, summary_of
+    from persona_nns.declarations.shipped import bundled_experiments, summary_of
 
     table = Table.grid(padding=(0, 2))
     for name, file in bundled_experiments().items():
@@ -119,7 +119,12 @@ def show(
     store: Store,
     experiment: Name,
     variable: Annotated[
-        list[str] | None, typer.Option("--variable", help="Only this variable; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--variable",
+            help="Only this variable; repeatable.",
+            autocompletion=variable_names,
+        ),
     ] = None,
     grid: GridChoice = None,
     run: RunChoice = None,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from typer._click.shell_completion import CompletionItem
 from typer.core import TyperGroup
 
 
@@ -10,12 +11,28 @@ class ExperimentCommands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
         """The bundled experiments."""
-        from persona_nns.declarations.catalog import bundled_experiments
+        from persona_nns.declarations.shipped import bundled_experiments
 
         return list(bundled_experiments())
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Their names, without executing their files."""
+        from persona_nns.declarations.shipped import bundled_experiments, summary_of
+
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        return [
+            CompletionItem(name, help=summary_of(file))
+            for name, file in bundled_experiments().items()
+            if name.startswith(incomplete)
+        ]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of one experiment."""
+        if ctx.resilient_parsing:  # the tab key was pressed
+            from persona_nns.cli.completion import quick_command
+
+            return quick_command(cmd_name)
         from persona_nns.cli.run_command import experiment_command
         from persona_nns.declarations.catalog import load_experiment
 

@@ -9,6 +9,7 @@ import typer
 
 from persona_nns.cli import terminal
 from persona_nns.cli.arguments import OneRun, RunChoice, Store
+from persona_nns.cli.completion import one_run, variable_names
 from persona_nns.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,14 +24,18 @@ def export(
         str,
         typer.Argument(
             help="A run (as `ls` shows it, or its --name), `latest`, or an experiment: all its "
-            "models, joined."
+            "models, joined.",
+            autocompletion=one_run,
         ),
     ],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="File to write: .csv, .parquet or .nc.")
     ],
     variable: Annotated[
-        list[str] | None, typer.Option("--variable", help="Only this variable; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--variable", help="Only this variable; repeatable.", autocompletion=variable_names
+        ),
     ] = None,
 ) -> None:
     """Write a run as a table for R, pandas or Excel, or as netCDF.
