@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +45,7 @@ class Hub:
     url: str = ""
     datasets: dict[str, Dataset] = field(default_factory=dict[str, Dataset])
     asked: list[str] = field(default_factory=list[str])
+    before_commit: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
 
     def files(self, repo: str) -> dict[str, bytes]:
         dataset = self.datasets[repo]
@@ -176,7 +177,9 @@ def _app(hub: Hub) -> Flask:
             return repo
         if not writes():
             return _refused("", 401 if "authorization" not in request.headers else 403)
-        dataset, sha = repo
+        while hub.before_commit:
+            hub.before_commit.pop()()
+        dataset, sha = repo[0], repo[0].branches.get(revision, revision)
         files = dict(dataset.commits[sha])
         lines = [json.loads(line) for line in request.get_data().splitlines() if line.strip()]
         (header,) = (line["value"] for line in lines if line["key"] == "header")

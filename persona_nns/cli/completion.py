@@ -7,7 +7,7 @@ store's folders are read as such, and an experiment's file is parsed and not exe
 import ast
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,8 +90,12 @@ def quick_command(name: str) -> Any:
     """
     from persona_nns.declarations.shipped import bundled_experiments
 
+    try:
+        tree = ast.parse(bundled_experiments().get(name, Path(name)).read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        tree = ast.Module([], [])
     completed = {"--grid": grid_names, "--model": model_names}
-    own = [f"--{option.replace('_', '-')}" for option in _own_options(name, bundled_experiments())]
+    own = [f"--{option.replace('_', '-')}" for option in _own_options(tree)]
     parameters = [
         Parameter(
             f"option_{index}",
@@ -105,23 +109,20 @@ def quick_command(name: str) -> Any:
     ]
 
     def command(**_: Any) -> None:
-        """Nothing is run while a line is completed."""
+        pass  # nothing is run while a line is completed
 
+    command.__doc__ = (ast.get_docstring(tree) or "").partition("\n")[0]
     command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     app = typer.Typer(add_completion=False)
     app.command(name=name)(command)
     return typer.main.get_command(app)
 
 
-def _own_options(name: str, bundled: Mapping[str, Path]) -> list[str]:
+def _own_options(tree: ast.Module) -> list[str]:
     """Names of the options that an experiment's file adds to those that all have.
 
     Those of a group, which is a dataclass elsewhere, are not among them.
     """
-    try:
-        tree = ast.parse(bundled.get(name, Path(name)).read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return []
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     return [
         argument.arg

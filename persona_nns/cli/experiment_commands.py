@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from typer._click.shell_completion import CompletionItem
 from typer.core import TyperGroup
 
 
@@ -14,18 +13,6 @@ class ExperimentCommands(TyperGroup):
         from persona_nns.declarations.shipped import bundled_experiments
 
         return list(bundled_experiments())
-
-    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
-        """Their names, without executing their files."""
-        from persona_nns.declarations.shipped import bundled_experiments, summary_of
-
-        if incomplete.startswith("-"):
-            return super().shell_complete(ctx, incomplete)
-        return [
-            CompletionItem(name, help=summary_of(file))
-            for name, file in bundled_experiments().items()
-            if name.startswith(incomplete)
-        ]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of one experiment."""

@@ -97,9 +97,10 @@ def _table(results: xr.Dataset, names: Sequence[str]) -> pd.DataFrame:
     indexed = part.rename({dim: f"{dim}_index" for dim in dims if dim in names})
     order = [f"{dim}_index" if dim in names else dim for dim in dims]
     frame = indexed.to_dataframe(dim_order=order).reset_index()
-    # Of texts nobody knows: a model may have said nothing.
-    measured = frame[list(names)].notna().any(axis=1)
-    frame = frame[frame[_DONE] & measured].reset_index(drop=True)
+    # Texts say nothing of it: a model may have said nothing.
+    numbers = [name for name in names if results[name].dtype.kind != "O"]
+    measured = frame[numbers].notna().any(axis=1) if numbers else True
+    frame = frame[frame[_DONE].astype(bool) & measured].reset_index(drop=True)
     for name in names:
         if (kind := results[name].attrs.get("kind")) in _NULLABLE:
             frame[name] = frame[name].astype(_NULLABLE[kind])
