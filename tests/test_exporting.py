@@ -22,13 +22,13 @@ from persona_nns.results.exporting import export_results, tables
 from persona_nns.results.reading import open_results
 
 
-def value_of(results: xr.Dataset, name: str, row: "pd.Series[Any]") -> Any:
+def value_of(results: xr.Dataset, name: str, row: Any) -> Any:
     """What a row's labels select."""
     at = {str(dim): row[dim] for dim in results[name].dims}
     return results[name].sel(at).item()
 
 
-def assert_tables_hold(results: xr.Dataset, made: dict[tuple[str, ...], pd.DataFrame]) -> None:
+def assert_tables_hold(results: xr.Dataset, made: dict[tuple[str, ...], Any]) -> None:
     """Every number of the results is in one row of one table, and every row says its labels."""
     for dims, frame in made.items():
         names = [str(n) for n in results.data_vars if set(results[n].dims) == set(dims)]
@@ -121,6 +121,19 @@ def test_numbers_that_are_missing_in_a_row_are_empty_and_counts_stay_counts(tmp_
     lines = (tmp_path / "t.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "model,cell,n_layers,persona,precision,task,ratio,many"
     assert lines[1:] == ["m,p000/t,4,p000,float32,t,,7", "m,p001/t,4,p001,float32,t,0.1,7"]
+
+
+def test_an_array_that_is_called_as_a_dimension_is_a_column(tmp_path: Path) -> None:
+    block, heads = block_of(1), {"head": ["a", "b"]}
+    variables = {
+        "head": Variable("cell head", "which", coords=heads),
+        "size": Variable("cell head", "size", coords=heads),
+    }
+    group = attach(tmp_path, replace(block, variables=variables))
+    values = {"head": np.array([1.0, 2.0]), "size": np.array([3.0, 4.0])}
+    group.write_units([(block.plan.units[0], values)], 1.0)
+    (frame,) = tables(open_results(tmp_path, "e")).values()
+    assert frame[["head_index", "head", "size"]].values.tolist() == [[0, 1, 3], [1, 2, 4]]
 
 
 def test_a_csv_is_read_back_and_says_what_its_columns_mean(tmp_path: Path) -> None:

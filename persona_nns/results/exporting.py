@@ -62,7 +62,7 @@ def export_results(
         return _write({_named(file, dims, made): _parquet_of(results, made[dims]) for dims in made})
     files = {_named(file, dims, made): frame for dims, frame in made.items()}
     writers = {path: _csv_of(frame) for path, frame in files.items()}
-    columns = pd.concat(
+    columns: Any = pd.concat(
         [_columns(results, frame).assign(file=path.name) for path, frame in files.items()]
     )
     columns = columns[["file", *columns.columns.drop("file")]]
@@ -94,9 +94,9 @@ def _table(results: xr.Dataset, names: Sequence[str]) -> pd.DataFrame:
     done = completed.any([dim for dim in completed.dims if dim not in dims])
     part = results[list(names)].assign({_DONE: done})
     # An array may be called as one of its dimensions, which has no labels then.
-    indexed = part.rename({dim: f"{dim}_index" for dim in dims if dim in names})
-    order = [f"{dim}_index" if dim in names else dim for dim in dims]
-    frame = indexed.to_dataframe(dim_order=order).reset_index()
+    called = {dim: f"{dim}_index" for dim in dims if dim in part and part[dim].dims != (dim,)}
+    order = [called.get(dim, dim) for dim in dims]
+    frame: Any = part.rename_dims(called).to_dataframe(dim_order=order).reset_index()
     # Texts say nothing of it: a model may have said nothing.
     numbers = [name for name in names if results[name].dtype.kind != "O"]
     measured = frame[numbers].notna().any(axis=1) if numbers else True
@@ -129,7 +129,7 @@ def _named(file: Path, dims: tuple[str, ...], made: Mapping[tuple[str, ...], Any
 
 def _csv_of(frame: pd.DataFrame) -> Callable[[Path], object]:
     # R takes TRUE for a truth value, and not True.
-    said = {True: "TRUE", False: "FALSE"}
+    said: Any = {True: "TRUE", False: "FALSE"}
     truths = frame.select_dtypes(["bool", "boolean"]).columns
     shown = frame.assign(**{name: frame[name].map(said) for name in truths})
     return lambda path: shown.to_csv(path, index=False, encoding="utf-8")
