@@ -7,7 +7,7 @@ store's folders are read as such, and an experiment's file is parsed and not exe
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -142,7 +142,7 @@ def _given(ctx: typer.Context, name: str) -> str | None:
     return ctx.args[place] if place < len(ctx.args) else None
 
 
-def _beginning(incomplete: str, names: list[str]) -> list[str]:
+def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
