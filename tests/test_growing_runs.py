@@ -14,6 +14,7 @@ from nnsight import TransformersModel
 import persona_nns as pn
 from persona_nns.declarations.catalog import load_experiment
 from persona_nns.errors import UsageError
+from persona_nns.results.removing import remove_run
 from persona_nns.runs.run import run
 
 OWN = '''
@@ -95,6 +96,17 @@ def test_more_layers_measure_the_new_ones_alone(
     opened = pn.open_results(store, "localized_positions")
     same(opened, plain)
     assert bool(opened.completed.all())
+
+
+def test_a_run_that_took_over_from_another_keeps_it_when_that_one_is_removed(
+    tmp_path: Path, model: TransformersModel, own: Path, small_grid: pn.Grid
+) -> None:
+    store = tmp_path / "s.zarr"
+    first = run(own, model, small_grid, layers="1", store=store)
+    both = run(own, model, small_grid, layers="1,3", store=store)
+    remove_run(store, "numbers", first.attrs["run"])
+    xr.testing.assert_identical(pn.open_results(store, "numbers"), both)
+    assert pn.open_results(store, "numbers", run=both.attrs["run"]).completed.all()
 
 
 def test_fewer_layers_are_taken_from_more(

@@ -6,8 +6,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from urllib.parse import urlparse
 
@@ -23,7 +25,9 @@ from persona_nns.declarations.variables import Variable
 from persona_nns.results.allocation import attach
 from persona_nns.results.caches import open_cache, write_cache
 from persona_nns.results.locations import location_of
+from persona_nns.results.merging import merge_stores
 from persona_nns.results.reading import list_runs, open_results
+from persona_nns.results.removing import remove_run
 from persona_nns.results.store import check_writable
 
 WRITER = Path(__file__).with_name("store_writer.py")
@@ -246,3 +250,49 @@ def test_caches_are_written_and_read_there(store: str) -> None:
         write_cache("s3://elsewhere/s.zarr", "c", array)
     with pytest.raises(pn.UsageError, match=r"no Zarr store at 's3://results/none\.zarr'"):
         open_cache("s3://results/none.zarr", "c")
+
+
+def test_stores_are_merged_into_a_bucket_and_out_of_it(store: str, tmp_path: Path) -> None:
+    write_all(tmp_path / "b.zarr", 2, 2)
+    (there,) = merge_stores(store, tmp_path / "b.zarr")
+    assert (there.is_new, there.n_added) == (True, 2)
+    assert values_are_right(open_results(store, "e"))
+    assert [each.n_added for each in merge_stores(store, tmp_path / "b.zarr")] == [0]
+    merge_stores(tmp_path / "back.zarr", store)
+    xr.testing.assert_identical(
+        open_results(tmp_path / "back.zarr", "e"), open_results(tmp_path / "b.zarr", "e")
+    )
+
+
+@pytest.mark.parametrize(
+    ("n_removed", "n_complete"), [(0, 2), (1, 1), (2, 0), (3, None), (9, None), (10_000, None)]
+)
+def test_a_run_is_removed_from_a_bucket_whatever_cuts_it_off(
+    store: str, monkeypatch: pytest.MonkeyPatch, n_removed: int, n_complete: int | None
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    write_all(store, 2, 2)
+    filesystem, path = location_of(store).filesystem()
+    original, left, lock = filesystem.rm_file, [n_removed], Lock()
+
+    def rm_file(name: str) -> None:
+        with lock:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+        original(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filesystem, "rm_file", rm_file)
+        with suppress(Killed):
+            remove_run(store, "e", "m.g.i")
+    assert len(list_runs(store)) == (n_complete is not None)
+    if n_complete is not None:
+        cut = open_results(store, "e")
+        assert cut.completed.sum() == n_complete
+        assert values_are_right(cut)
+    if n_removed < 10_000:
+        remove_run(store, "e", "m.g.i")
+    assert not filesystem.find(f"{path}/e/m.g.i")

@@ -4,6 +4,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from persona_nns.cli.completion import experiment_names, grid_names, one_run, run_names
+
+#: The fetched models, without importing what knows them.
+FETCHED = "smollm2-135m-instruct, gemma3-270m"
 #: The bundled grids in a help text, which does without importing them.
 GRIDS = "short, long, review, short-de, short-fr, short-es, short-zh"
 GRID_HELP = f"{GRIDS}, or a .toml, .yaml, .csv or .jsonl file."
@@ -18,15 +22,27 @@ TASKS_HELP = (
 POSITIONS = "p_last, p_last-1, p_user_last, g1, g2, …; ranges as p_last-12:p_last or g1:g3."
 
 Store = Annotated[str, typer.Argument(help="Path or URL of a Zarr store.")]
-Name = Annotated[str, typer.Argument(help="Name of an experiment.")]
-GridChoice = Annotated[str | None, typer.Option("--grid", help="Only results on this grid.")]
 FigureStyle = Annotated[
     Literal["screen", "paper"],
     typer.Option("--style", help="paper: a column wide, 8 pt, the caption as text beside it."),
 ]
+Name = Annotated[
+    str, typer.Argument(help="Name of an experiment.", autocompletion=experiment_names)
+]
+OneRun = Annotated[
+    str,
+    typer.Argument(
+        help="A run (as `ls` shows it, or its --name), or `latest`.", autocompletion=one_run
+    ),
+]
+GridChoice = Annotated[
+    str | None, typer.Option("--grid", help="Only results on this grid.", autocompletion=grid_names)
+]
 RunChoice = Annotated[
     list[str] | None,
     typer.Option(
-        "--run", help="Only this run (as `ls` shows it, or its --name), or `latest`; repeatable."
+        "--run",
+        help="Only this run (as `ls` shows it, or its --name), or `latest`; repeatable.",
+        autocompletion=run_names,
     ),
 ]

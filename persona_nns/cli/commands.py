@@ -17,11 +17,13 @@ from typer.exceptions import TyperException
 
 from persona_nns.cli import terminal
 from persona_nns.cli.arguments import JUDGE_HELP, FigureStyle, GridChoice, Name, RunChoice, Store
+from persona_nns.cli.completion import variable_names
 from persona_nns.cli.direction_commands import direction, export_vector
 from persona_nns.cli.experiment_commands import ExperimentCommands
 from persona_nns.cli.jobs_command import jobs
 from persona_nns.cli.models_command import models
 from persona_nns.cli.prompts_command import prompts
+from persona_nns.cli.sharing_commands import export, merge, push, rm
 from persona_nns.cli.verify_command import verify
 from persona_nns.errors import PersonaError, UsageError
 
@@ -36,7 +38,6 @@ app = typer.Typer(
     name="persona-nns",
     help="Persona experiments on language models, as nnsight tracing contexts.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -88,7 +89,7 @@ def demo(
 @app.command()
 def experiments() -> None:
     """List what can be run, a line each."""
-    from persona_nns.declarations.catalog import bundled_experiments, summary_of
+    from persona_nns.declarations.shipped import bundled_experiments, summary_of
 
     table = Table.grid(padding=(0, 2))
     for name, file in bundled_experiments().items():
@@ -118,7 +119,12 @@ def show(
     store: Store,
     experiment: Name,
     variable: Annotated[
-        list[str] | None, typer.Option("--variable", help="Only this variable; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--variable",
+            help="Only this variable; repeatable.",
+            autocompletion=variable_names,
+        ),
     ] = None,
     grid: GridChoice = None,
     run: RunChoice = None,
@@ -236,6 +242,8 @@ def rescore(
     terminal.say(f"All of it: {shown}")
 
 
+for _command in (export, rm, merge, push):
+    app.command()(_command)
 app.command()(direction)
 app.command(name="export-vector")(export_vector)
 
@@ -301,7 +309,7 @@ def _leave_out_dask(store: str, experiment: str) -> None:
 
     That takes as long as all the rest of showing them.
     """
-    from persona_nns.results.store import bytes_in_memory
+    from persona_nns.results.reading import bytes_in_memory
 
     if "xarray" not in sys.modules and bytes_in_memory(store, _name_of(experiment)) < _SMALL:
         sys.modules["dask"] = None  # type: ignore[assignment] - what Python calls not installed

@@ -10,12 +10,16 @@ class ExperimentCommands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
         """The bundled experiments."""
-        from persona_nns.declarations.catalog import bundled_experiments
+        from persona_nns.declarations.shipped import bundled_experiments
 
         return list(bundled_experiments())
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of one experiment."""
+        if ctx.resilient_parsing:  # the tab key was pressed
+            from persona_nns.cli.completion import quick_command
+
+            return quick_command(cmd_name)
         from persona_nns.cli.run_command import experiment_command
         from persona_nns.declarations.catalog import load_experiment
 

@@ -9,10 +9,8 @@ from .budgets import budget_labels as budget_labels
 from .budgets import budget_sizes as budget_sizes
 from .budgets import random_scores as random_scores
 from .catalog import Experiment as Experiment
-from .catalog import bundled_experiments as bundled_experiments
 from .catalog import check_axes as check_axes
 from .catalog import load_experiment as load_experiment
-from .catalog import summary_of as summary_of
 from .options import CONTENT as CONTENT
 from .options import EXECUTION as EXECUTION
 from .options import LATER as LATER
@@ -30,6 +28,8 @@ from .plans import Unit as Unit
 from .plans import content_digest as content_digest
 from .plans import noun_of as noun_of
 from .record import ModelRecord as ModelRecord
+from .shipped import bundled_experiments as bundled_experiments
+from .shipped import summary_of as summary_of
 from .sites import generated_index as generated_index
 from .sites import label_layer_set as label_layer_set
 from .sites import match_position as match_position

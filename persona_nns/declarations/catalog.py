@@ -30,7 +30,6 @@ variables of what `measure` returned (decodes and judges texts, say); its keywor
 options of `plan` or `measure`, or have a default.
 """
 
-import ast
 import importlib.util
 import inspect
 import os
@@ -44,11 +43,11 @@ from typing import Any, cast
 
 from persona_nns.declarations.options import options_of
 from persona_nns.declarations.plans import Plan, content_digest
+from persona_nns.declarations.shipped import bundled_experiments
 from persona_nns.declarations.source import Code
 from persona_nns.declarations.variables import Variable
 from persona_nns.errors import PersonaError, UsageError
 
-_PACKAGE = Path(__file__).parents[1]
 _RESERVED_VARIABLES = {
     *("model", "cell", "layer", "position", "persona", "task", "depth", "n_layers"),
     *("precision", "seconds", "completed"),
@@ -116,19 +115,6 @@ class Experiment:
     def is_shipped(self) -> bool:
         """Whether it is one of the package's own."""
         return self.file in {file.resolve() for file in bundled_experiments().values()}
-
-
-def bundled_experiments() -> dict[str, Path]:
-    """Files of the shipped experiments by name: inside the package, or beside it in a checkout."""
-    shipped = _PACKAGE / "experiments"
-    folder = shipped if shipped.is_dir() else _PACKAGE.parent / "experiments"
-    return {file.stem: file for file in sorted(folder.glob("[!_]*.py"))}
-
-
-def summary_of(file: Path) -> str:
-    """First line of a file's docstring, without running the file."""
-    docstring = ast.get_docstring(ast.parse(file.read_bytes())) or ""
-    return docstring.partition("\n")[0]
 
 
 def load_experiment(name: str | Path) -> Experiment:

@@ -4,7 +4,11 @@ from .budgets import needed_for as needed_for
 from .caches import label_cache as label_cache
 from .caches import open_cache as open_cache
 from .caches import write_cache as write_cache
+from .choosing import choose_run as choose_run
 from .claims import Claims as Claims
+from .exporting import export_results as export_results
+from .hub import merge as merge
+from .hub import push as push
 from .locations import location_of as location_of
 from .measured import is_count as is_count
 from .measured import is_truth as is_truth
@@ -15,6 +19,8 @@ from .reading import RunInfo as RunInfo
 from .reading import find_run as find_run
 from .reading import list_runs as list_runs
 from .reading import open_results as open_results
+from .removing import remove_run as remove_run
+from .rounding import same_but_for_rounding as same_but_for_rounding
 from .store import check_writable as check_writable
 from .store import completed_units as completed_units
 from .store import find_group as find_group

@@ -6,7 +6,7 @@ is each one's own: the first says it, and what it says stays. (Of those that com
 few milliseconds, one; which is settled before any unit is written.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,13 @@ from persona_nns.errors import PersonaError
 from persona_nns.results.block import Block, bookkeeping
 from persona_nns.results.chunks import label_array, unit_array, write_chunks
 from persona_nns.results.locations import Location, location_of
-from persona_nns.results.store import RunGroup, is_allocated, require_arrays, require_group
+from persona_nns.results.store import (
+    RunGroup,
+    is_allocated,
+    open_group,
+    require_arrays,
+    require_group,
+)
 
 # What labels stand for, where their dimension's name does not say it.
 _NAMES = {"cell": "persona/task"}
@@ -139,3 +145,40 @@ def _write_coordinates(group: zarr.Group, block: Block) -> list[str]:
 def _kind(labels: Sequence[Any]) -> Kind:
     kinds: dict[type, Kind] = {str: "text", int: "int", float: "float"}
     return kinds[type(labels[0])]
+
+
+def attach_copy(
+    store: str | Path, path: str, original: RunGroup, attrs: Mapping[str, Any]
+) -> RunGroup:
+    """Open a group that is as another store's, allocating whatever of it is not there yet.
+
+    Args:
+        store: path or URL of the store.
+        path: of the group in it.
+        original: the group of the other store; its units are not copied.
+        attrs: what the group is to say of itself.
+
+    Raises:
+        PersonaError: the store cannot be written, or the group is another run's.
+    """
+    location = location_of(store)
+    units = {*original.attrs["variables"], "seconds", "completed"}
+    try:
+        location.discard_damaged_metadata(path)
+        group = open_group(store, path, "a")
+        assert group is not None
+        if not is_allocated(group):
+            arrays = original.arrays()
+            described = {name: each.metadata for name, each in arrays.items()}
+            labels = {name: described[name] for name in described.keys() - units}
+            for name, array in require_arrays(group, labels).items():
+                array[...] = arrays[name][...]
+            group.update_attributes(dict(attrs))
+            require_arrays(group, {name: described[name] for name in units - {"completed"}})
+            location.flush()
+            require_arrays(group, {"completed": described["completed"]})
+    except OSError as error:
+        raise PersonaError(f"The store {str(store)!r} cannot be written: {error}.") from error
+    if group.attrs["identity"] != attrs["identity"]:
+        raise PersonaError(f"The group {path!r} of {str(store)!r} holds another run.")
+    return RunGroup(group, location)

@@ -24,6 +24,7 @@ from persona_nns.results.store import RunGroup, begin_group, begun_group, find_g
 _SIGN_EVERY = 15.0  # seconds between two signs of life of a process that gives them
 #: A process that gives signs of life is gone where it was not seen to give one for so many seconds.
 SILENCE = 120.0
+_LATE = 5.0  # seconds by which clocks may differ on when a process began
 _LONG_AGO = timedelta(minutes=15)  # a sign as old as this is no sign, whosever clock is right
 
 
@@ -211,5 +212,36 @@ class Claims:
 
 def _has_died(note: Mapping[str, Any]) -> bool:
     """Whether a process of this machine is no more; of another machine, nobody knows."""
-    same = note.get("host") == socket.gethostname()
-    return same and not psutil.pid_exists(int(note.get("process", -1)))
+    return note.get("host") == socket.gethostname() and not _is_running(note)
+
+
+def _is_running(note: Mapping[str, Any]) -> bool:
+    """Whether there is the process of a note, and not a later one of the same number."""
+    try:
+        began = psutil.Process(int(note.get("process", -1))).create_time()
+    except (psutil.NoSuchProcess, ValueError):
+        return False
+    except psutil.AccessDenied:
+        return True
+    started = note.get("started")
+    return started is None or began < datetime.fromisoformat(started).timestamp() + _LATE
+
+
+def at_work(group: RunGroup) -> tuple[list[str], list[str]]:
+    """Who computes units of a run: processes of this machine that live, and others that may.
+
+    Args:
+        group: of the run.
+
+    Returns:
+        Processes of this machine as ``process 12 on host``, and those of others that have not said
+        that they have ended.
+    """
+    here: list[str] = []
+    elsewhere: list[str] = []
+    for note in group.sessions().values():
+        if not note.get("ended") and not _has_died(note):
+            is_here = note.get("host") == socket.gethostname()
+            shown = f"process {note.get('process')} on {note.get('host')}"
+            (here if is_here else elsewhere).append(shown)
+    return here, elsewhere

@@ -18,7 +18,7 @@ from typing import Any
 import zarr
 from zarr.errors import ContainsGroupError
 
-from persona_nns.errors import PersonaError, UsageError, one_line
+from persona_nns.errors import PersonaError, UsageError, first_line, one_line
 
 # A listing that fsspec remembers does not show what other processes have added since.
 _FRESH: Mapping[str, Any] = {"use_listings_cache": False}
@@ -46,6 +46,11 @@ class Location:
     def folder(self) -> Path | None:
         """The folder of a local store."""
         return None if "://" in self.address else Path(self.address)
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether it lies in a repository of the Hugging Face hub, where a write is a commit."""
+        return self.address.startswith("hf://")
 
     def open_root(self) -> zarr.Group | None:
         """The root of the store for reading; None where there is no Zarr store.
@@ -85,9 +90,8 @@ class Location:
             raise UsageError(f"The store {self.shown!r} needs {package}: {how}.") from error
         except Exception as error:
             # Every file system has errors of its own for a wrong key, host or bucket.
-            raise PersonaError(
-                f"The store {self.shown!r} cannot be reached: {one_line(error)}"
-            ) from error
+            reason = hub_reason(error) if self.is_on_hub else one_line(error)
+            raise PersonaError(f"The store {self.shown!r} cannot be reached: {reason}") from error
 
     def check_writable(self) -> None:
         """See that the store can be written; a path is not touched.
@@ -175,19 +179,20 @@ class Location:
         if self.folder is not None:
             files = (self.folder / group).rglob("*")
             return sum(_size_of(file) for file in files if file.is_file())
-        filesystem, path = self._filesystem()
+        filesystem, path = self.filesystem()
         return int(filesystem.du(f"{path}/{group}", total=True))
 
     def names(self, group: str) -> set[str]:
         """What lies directly in a group or array of a store at a URL."""
-        filesystem, path = self._filesystem()
+        filesystem, path = self.filesystem()
         try:
             found = filesystem.ls(f"{path}/{group}", detail=False)
         except FileNotFoundError:
             return set()
         return {name.rpartition("/")[2] for name in found}
 
-    def _filesystem(self) -> tuple[Any, str]:
+    def filesystem(self) -> tuple[Any, str]:
+        """The file system of a store at a URL, and its path there."""
         import fsspec
 
         return fsspec.url_to_fs(self.address, **self.options)
@@ -215,6 +220,35 @@ def location_of(store: str | Path) -> Location:
         return Location(str(Path(text).expanduser()), {}, text)
     except RuntimeError as error:
         raise UsageError(f"The store {text!r} is no path: {one_line(error)}") from error
+
+
+def hub_reason(error: BaseException, how: str = "look at its name") -> str:
+    """What went wrong at the Hugging Face hub, or on the way there, as the end of a sentence.
+
+    Args:
+        error: of `huggingface_hub`.
+        how: what to do where there is no such dataset.
+    """
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    if "OfflineModeIsEnabled" in kinds:
+        return "HF_HUB_OFFLINE is set; unset it to reach the hub."
+    if status == 412:
+        return "somebody has changed it meanwhile; push again."
+    if status == 403:
+        return "the token may not do this; it needs write access."
+    if "GatedRepoError" in kinds:
+        return f"its owner grants access to it first; {log_in}."
+    if "RevisionNotFoundError" in kinds:
+        return "it has no such revision."
+    if "RepositoryNotFoundError" in kinds:
+        return f"there is none, or it is private; {how}, or {log_in}."
+    if status == 401 or "LocalTokenNotFoundError" in kinds:
+        return f"the hub wants to know who you are; {log_in}."
+    if status is None and {"TransportError", "ConnectionError", "TimeoutError"} & {*kinds}:
+        return f"the hub cannot be reached ({first_line(error)})."
+    return one_line(error)
 
 
 def _is_zarr(path: Path) -> bool:

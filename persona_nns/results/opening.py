@@ -20,7 +20,8 @@ from persona_nns.declarations.plans import Label, noun_of
 from persona_nns.declarations.variables import FILL
 from persona_nns.errors import PersonaError
 from persona_nns.results.locations import Location
-from persona_nns.results.store import DAMAGED, RunGroup, box_of, stretches
+from persona_nns.results.store import DAMAGED, RunGroup
+from persona_nns.results.stretches import box_of, stretches
 
 # Results up to this size are read when they are opened, larger ones as they are used.
 _EAGER = 2**28

@@ -96,10 +96,10 @@ def list_runs(store: str | Path, experiment: str | None = None) -> list[RunInfo]
     Raises:
         UsageError: there is no store there.
     """
-    root = open_root(store)
+    root, location = open_root(store), location_of(store)
     if root is None:
-        raise UsageError(f"There is no Zarr store at {str(store)!r}.")
-    location = location_of(store)
+        private = " (or it is private: `hf auth login`)" if location.is_on_hub else ""
+        raise UsageError(f"There is no Zarr store at {str(store)!r}{private}.")
     runs: list[RunInfo] = []
     for name, _ in subgroups(root):
         if experiment not in (None, name):
@@ -108,6 +108,13 @@ def list_runs(store: str | Path, experiment: str | None = None) -> list[RunInfo]
             if is_allocated(group):
                 runs.append(RunInfo(name, run, dict(group.attrs), RunGroup(group, location)))
     return sorted(runs, key=lambda info: (info.experiment, info.attrs["created"], info.run))
+
+
+def bytes_in_memory(store: str | Path, experiment: str) -> int:
+    """What an experiment's runs take when they are read, texts aside; 0 where there are none."""
+    root = open_root(store)
+    runs = [] if root is None else [group for _, group in subgroups(root, experiment)]
+    return sum(array.nbytes for group in runs for _, array in group.arrays())
 
 
 def find_run(store: str | Path, block: Block) -> str | None:

@@ -15,7 +15,6 @@ long a unit took.
 Nothing here knows about models.
 """
 
-import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -33,15 +32,12 @@ from persona_nns.declarations.plans import Label, Unit
 from persona_nns.results.block import Block
 from persona_nns.results.chunks import write_chunks
 from persona_nns.results.locations import Location, location_of
+from persona_nns.results.stretches import Index, box_of, stretches
 
 _CHUNKS_AT_A_TIME = 64
 _REQUESTS_AT_A_TIME = 8
 # What reading a chunk raises that was cut off, whichever codec notices it.
 DAMAGED = (RuntimeError, ValueError, OSError)
-
-# Where something stands in an array: an index for each of some of its dimensions.
-Index = tuple[int, ...]
-
 
 # Part of an array: the array, where, and what.
 _Part = tuple["zarr.Array[Any]", tuple[slice, ...], NDArray[Any]]
@@ -122,13 +118,13 @@ class RunGroup:
 
         Args:
             measured: each unit with the arrays that it writes, by name.
-            seconds: time of one unit.
+            seconds: time of one unit, where none is among its arrays.
         """
         if not measured:
             return
         rows: dict[str, list[tuple[Unit, NDArray[Any]]]] = {}
         for unit, values in measured:
-            for name, value in {**values, "seconds": np.asarray(seconds)}.items():
+            for name, value in {"seconds": np.asarray(seconds), **values}.items():
                 rows.setdefault(name, []).append((unit, value))
         parts = [part for name, of_name in rows.items() for part in self._parts(name, of_name)]
         if self._location.folder is None:
@@ -142,10 +138,14 @@ class RunGroup:
         for part in self._parts("completed", flags):
             write_chunks(*part)
 
-    def give_name(self, name: str) -> None:
-        """Write down what the run is called."""
-        if self._group.attrs.get("name") != name:
-            self._group.update_attributes({"name": name})
+    def say(self, attrs: Mapping[str, Any]) -> None:
+        """Write down something beside what the run says of itself: what it is called, say."""
+        if any(self.attrs.get(name) != value for name, value in attrs.items()):
+            self._group.update_attributes(dict(attrs))
+
+    def below(self) -> list[str]:
+        """The groups in it that units are written to as well."""
+        return [name for name, group in subgroups(self._group) if is_allocated(group)]
 
     def read_unit(self, unit: Unit, name: str) -> NDArray[Any]:
         """What a complete unit has written into an array: its dimensions but those of its place.
@@ -154,8 +154,34 @@ class RunGroup:
             unit: of this run.
             name: of an array that the unit writes.
         """
-        array, place = self._array(name), self._index_axes(name, unit)
-        return np.asarray(array[(0, *place)])
+        return self.read_units([unit], name)[0]
+
+    def read_units(self, units: Sequence[Unit], name: str) -> list[NDArray[Any]]:
+        """What complete units have written into an array, neighbours in one read.
+
+        Args:
+            units: of this run, with places on the same dimensions.
+            name: of an array that they write.
+        """
+        array = self._array(name)
+        axes = _axes(array)
+        placed = [axis for axis in axes if axis in units[0].place]
+        if not placed:  # of a run's only unit
+            return [np.asarray(array[0])] * len(units)
+        indices = [self._index(array, unit) for unit in units]
+        found: dict[Index, NDArray[Any]] = {}
+        for stretch in stretches(indices):
+            box = dict(zip(placed, box_of(stretch), strict=True))
+            region = (0, *(box.get(axis, slice(None)) for axis in axes))
+            values = np.asarray(array[region])
+            values = np.moveaxis(values, [axes.index(axis) for axis in placed], range(len(placed)))
+            rows = values.reshape(len(stretch), *values.shape[len(placed) :])
+            found |= {index: rows[row, ...] for row, index in enumerate(stretch)}
+        return [found[index] for index in indices]
+
+    def unit_bytes(self) -> int:
+        """About what a unit takes when it is read, texts aside."""
+        return sum(self._array(name).nbytes for name in self.attrs["variables"]) // len(self)
 
     def labels(self, axis: str) -> list[Label]:
         """The labels of a dimension, in their order."""
@@ -164,13 +190,6 @@ class RunGroup:
     def axes(self, name: str) -> tuple[str, ...]:
         """The dimensions of an array after ``model``."""
         return _axes(self._array(name))
-
-    def _index_axes(self, name: str, unit: Unit) -> tuple[int | slice, ...]:
-        place = unit.place
-        return tuple(
-            self._index_of(axis)[place[axis]] if axis in place else slice(None)
-            for axis in self.axes(name)
-        )
 
     def _parts(self, name: str, rows: Sequence[tuple[Unit, NDArray[Any]]]) -> Iterator[_Part]:
         """Where in one array units are written, and what: neighbours are one part."""
@@ -203,18 +222,30 @@ class RunGroup:
             self._order[axis] = {label: index for index, label in enumerate(labels)}
         return self._order[axis]
 
+    def arrays(self) -> dict[str, "zarr.Array[Any]"]:
+        """Its arrays, labels and units alike."""
+        return {str(name): array for name, array in self._group.arrays()}
+
+    def notes(self, of: str, but: Iterable[str] = ()) -> dict[str, Mapping[str, Any]]:
+        """What a sub-group's groups say, by name: those of ``sessions`` or ``jobs``."""
+        groups = subgroups(self._group, of, but=frozenset(but))
+        return {name: dict(group.attrs) for name, group in groups}
+
+    def note(self, of: str, name: str, attrs: Mapping[str, Any]) -> None:
+        """Write such a note, in one piece."""
+        put_group(require_group(self._group, of), name, attrs)
+
     def sessions(self, but: Iterable[str] = ()) -> dict[str, Mapping[str, Any]]:
         """What the processes that compute, or computed, units of this run say of themselves.
 
         Args:
             but: names of sessions to leave out.
         """
-        groups = subgroups(self._group, "sessions", but=frozenset(but))
-        return {name: dict(group.attrs) for name, group in groups}
+        return self.notes("sessions", but)
 
     def note_session(self, name: str, attrs: Mapping[str, Any]) -> None:
         """Say who computes units of this run, in a sub-group of its own: writers never meet."""
-        put_group(require_group(self._group, "sessions"), name, attrs)
+        self.note("sessions", name, attrs)
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
@@ -226,19 +257,6 @@ class RunGroup:
 def _axes(array: "zarr.Array[Any]") -> tuple[str, ...]:
     """The dimensions of an array after ``model``."""
     return tuple(cast("Any", array.metadata).dimension_names[1:])
-
-
-def stretches(places: Iterable[Index]) -> list[list[Index]]:
-    """Places in an array as stretches without a gap along its last dimension."""
-    grouped = itertools.groupby(
-        enumerate(sorted(set(places))), lambda pair: (pair[1][:-1], pair[1][-1] - pair[0])
-    )
-    return [[index for _, index in group] for _, group in grouped]
-
-
-def box_of(stretch: Sequence[Index]) -> tuple[slice, ...]:
-    """The part of an array that a stretch of places is."""
-    return tuple(slice(a, b + 1) for a, b in zip(stretch[0], stretch[-1], strict=True))
 
 
 def check_writable(store: str | Path) -> None:
@@ -278,13 +296,6 @@ def completed_units(store: str | Path, block: Block) -> set[str]:
     """Labels of the units that are complete; none where the group is not there yet."""
     group = find_group(store, block.experiment, block.run)
     return set() if group is None else group.completed(block.plan.units)
-
-
-def bytes_in_memory(store: str | Path, experiment: str) -> int:
-    """What an experiment's runs take when they are read, texts aside; 0 where there are none."""
-    root = open_root(store)
-    runs = [] if root is None else [group for _, group in subgroups(root, experiment)]
-    return sum(array.nbytes for group in runs for _, array in group.arrays())
 
 
 def open_root(store: str | Path) -> zarr.Group | None:

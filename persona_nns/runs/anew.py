@@ -20,7 +20,7 @@ from persona_nns.prompts.frames import ROLE, Frame, Message
 from persona_nns.prompts.grids import Grid
 from persona_nns.results.measured import is_count
 from persona_nns.results.reading import RunInfo, open_results
-from persona_nns.runs.rounding import same_but_for_rounding
+from persona_nns.results.rounding import same_but_for_rounding
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel

@@ -88,7 +88,7 @@ class PlannedRun:
         else:
             carry_out_remotely(self, elsewhere, progress=progress)
         if self.asked.name is not None:
-            attach(self.store, self.request.block).give_name(self.asked.name)
+            attach(self.store, self.request.block).say({"name": self.asked.name})
 
     def _take_over(self, *, progress: bool, shared: bool) -> None:
         """Take what other runs of the store hold, after measuring the layers that they lack."""
