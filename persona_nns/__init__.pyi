@@ -1,3 +1,4 @@
+from .declarations.functions import as_experiment as as_experiment
 from .declarations.plans import Plan as Plan
 from .declarations.variables import Variable as Variable
 from .errors import PersonaError as PersonaError

@@ -10,9 +10,11 @@ from .budgets import budget_sizes as budget_sizes
 from .budgets import random_scores as random_scores
 from .catalog import Experiment as Experiment
 from .catalog import bundled_experiments as bundled_experiments
-from .catalog import check_axes as check_axes
 from .catalog import load_experiment as load_experiment
 from .catalog import summary_of as summary_of
+from .checks import check_axes as check_axes
+from .functions import as_experiment as as_experiment
+from .functions import the_experiment as the_experiment
 from .options import CONTENT as CONTENT
 from .options import EXECUTION as EXECUTION
 from .options import LATER as LATER
