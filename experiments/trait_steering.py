@@ -81,9 +81,10 @@ variables = {
         _SCORED,
         "trait score",
         description="The judge's 0–100 for the answer of the steered model; NaN where it refuses.",
+        judged=True,
     ),
     "coherence": Variable(
-        _SCORED, "coherence", description="The judge's 0–100; NaN where it refuses."
+        _SCORED, "coherence", description="The judge's 0–100; NaN where it refuses.", judged=True
     ),
     "response": Variable(_SCORED, "response", description="What it said.", kind="text"),
     **{

@@ -203,6 +203,10 @@ class RunGroup:
             self._order[axis] = {label: index for index, label in enumerate(labels)}
         return self._order[axis]
 
+    def seconds(self) -> NDArray[np.floating]:
+        """How long its units took; NaN of those that are not complete."""
+        return np.asarray(self._array("seconds")[...])
+
     def sessions(self, but: Iterable[str] = ()) -> dict[str, Mapping[str, Any]]:
         """What the processes that compute, or computed, units of this run say of themselves.
 

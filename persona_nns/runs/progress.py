@@ -136,10 +136,10 @@ class UnitProgress:
 
     def _line(self, passed: float, *, going: bool = True) -> str:
         done = f"{self._n_done} of {self._n_units} {self._noun}s"
-        line = f"{self._title}: {self._batches}{done}, {_clock(passed)}"
+        line = f"{self._title}: {self._batches}{done}, {clock(passed)}"
         measured, left = self._n_done - self._n_before, self._n_units - self._n_done
         if measured > 0 and left > 0 and going:
-            line += f", about {_clock(passed / measured * left)} left"
+            line += f", about {clock(passed / measured * left)} left"
         return f"{line}, complete" if self._in_notebook and left <= 0 else line
 
     def _below_cell(self) -> Callable[[str], None]:
@@ -189,7 +189,8 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A time as ``2:05`` or ``1:02:05``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
