@@ -145,7 +145,7 @@ def earlier_rate(store: str | Path, block: Block) -> Rate | None:
     if not alike:
         return None
     likeness, _, info = max(alike, key=lambda each: each[:2])
-    taken = [float(s) for s in info.group.seconds().tolist() if not math.isnan(s)]
+    taken = [float(s) for s in info.group.seconds().ravel().tolist() if not math.isnan(s)]
     settings = "" if likeness else f" with other settings ({info.configuration})"
     there = info.attrs["session"].get("platform")
     where = "" if there == platform.platform() else f", on another machine ({there})"

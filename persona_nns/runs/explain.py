@@ -156,9 +156,9 @@ class Explanation:
 
     def _prompts(self) -> str:
         return (
-            f"prompts: {self.read.n_prompts:,} of {self.read.n_tokens:,} tokens, "
+            f"prompts: {self.read.n_prompts:,} rendered, of {self.read.n_tokens:,} tokens, "
             f"{self.read.n_shared:,} where shared beginnings are read once; through "
-            f"{self.n_layers} layers that is {self.read.n_shared * self.n_layers:,} token-layers, "
+            f"{self.n_layers} layers {self.read.n_shared * self.n_layers:,} token-layers, "
             "before anything is said or done to them"
         )
 
