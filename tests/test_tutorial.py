@@ -36,6 +36,7 @@ def test_the_page_runs_and_shows_what_it_says(notebook: NotebookNode) -> None:
     spans = shown(notebook, "prompt.spans")
     assert [line.split()[0] for line in spans.splitlines()] == ["prefix", "persona", "task", "tail"]
     assert "Y" in spans.splitlines()[1]
+    assert "4 cells asked for, 0 complete: 4 to measure" in shown(notebook, "pn.explain")
     runs = [cell for cell in notebook.cells if "pn.run(persona_turn" in cell.source]
     first, again, edited = (str(cell.outputs) for cell in runs)
     assert "4 of 4 cells, " in first
