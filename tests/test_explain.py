@@ -134,7 +134,12 @@ def test_an_outline_is_known_as_the_model_is(
     random_folder: Callable[[str], Path], small_grid: pn.Grid, store: Path, name: str
 ) -> None:
     source = name if name.startswith("organism") else random_folder(name)
-    for asked in ({}, {"dtype": "bfloat16"}, {"attention": "sdpa", "label": "another"}):
+    several: list[dict[str, Any]] = [
+        {},
+        {"dtype": "bfloat16"},
+        {"attention": "sdpa", "label": "another"},
+    ]
+    for asked in several:
         if name == "gemma2" and "attention" in asked:
             continue  # it has no sdpa
         loaded, outline = pn.load_model(source, **asked), outline_model(source, **asked)

@@ -57,7 +57,7 @@ class FunctionCode:
         files: where these are: files, or what stands for the cells of a notebook.
     """
 
-    function: types.FunctionType
+    function: Any  # a types.FunctionType, which would be a method of this class
     beside: Mapping[str, Any]
     texts: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     files: set[str] = dataclasses.field(default_factory=set[str])
@@ -106,7 +106,8 @@ class _Reader:
         if isinstance(value, enum.Enum):
             return ["enum", type(value).__name__, value.name, self.told(value.value, name)]
         if isinstance(value, _PLAIN):
-            files = files_named(ast.Constant(value), [Path()])
+            text = value if isinstance(value, str) else ""
+            files = files_named(ast.Constant(text), [Path()])
             return [type(value).__name__, repr(value), *(_hash(f.read_bytes()) for f in files)]
         if isinstance(value, bytes):
             return ["bytes", _hash(value)]

@@ -197,7 +197,7 @@ def is_installed(file: Path) -> bool:
     return not {"site-packages", "dist-packages"}.isdisjoint(file.parts)
 
 
-def files_named(statement: ast.stmt, folders: Sequence[Path]) -> Iterator[Path]:
+def files_named(statement: ast.AST, folders: Sequence[Path]) -> Iterator[Path]:
     """Files that a text in a statement is the name of: they are read, as likely as not."""
     for node in ast.walk(statement):
         if isinstance(node, ast.Constant) and isinstance(text := node.value, str) and "." in text:

@@ -22,7 +22,7 @@ def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
 def find_source(function: types.FunctionType) -> None:
     """Have a function's source found, where it was typed into a cell under a magic word."""
     ipython = sys.modules.get("IPython")
-    shell = None if ipython is None else ipython.get_ipython()
+    shell: Any = None if ipython is None else ipython.get_ipython()
     for typed in _under_magic(shell):
         body = shell.transform_cell(typed)
         file = shell.compile.cache(body, shell.execution_count)
