@@ -104,8 +104,9 @@ variables = {
     "score": _of_condition(
         "trait score",
         description="The judge's 0–100 for the condition's own answer; NaN where it refuses.",
+        judged=True,
     ),
-    "coherence": _of_condition("coherence", description="Likewise for its coherence."),
+    "coherence": _of_condition("coherence", description="Likewise for its coherence.", judged=True),
 }
 _JUDGED = ("score", "coherence")
 figures = {"by_turn": memory_by_turn, "answers": answers_by_turn}

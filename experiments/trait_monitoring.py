@@ -47,9 +47,11 @@ variables = {
         description="Residual of the last prompt token times v̂ (0 where ‖v‖ = 0).",
         every_layer=True,
     ),
-    "score": Variable(_DIMS, "trait score", description="The judge's 0–100; NaN where it refuses."),
+    "score": Variable(
+        _DIMS, "trait score", description="The judge's 0–100; NaN where it refuses.", judged=True
+    ),
     "coherence": Variable(
-        _DIMS, "coherence", description="The judge's 0–100; NaN where it refuses."
+        _DIMS, "coherence", description="The judge's 0–100; NaN where it refuses.", judged=True
     ),
     "response": Variable(_DIMS, "response", description="What the model said.", kind="text"),
 }

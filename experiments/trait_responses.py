@@ -23,9 +23,11 @@ protocol_version = 1
 
 _DIMS = "trait question pair label sample"
 variables = {
-    "score": Variable(_DIMS, "trait score", description="The judge's 0–100; NaN where it refuses."),
+    "score": Variable(
+        _DIMS, "trait score", description="The judge's 0–100; NaN where it refuses.", judged=True
+    ),
     "coherence": Variable(
-        _DIMS, "coherence", description="The judge's 0–100; NaN where it refuses."
+        _DIMS, "coherence", description="The judge's 0–100; NaN where it refuses.", judged=True
     ),
     "response": Variable(_DIMS, "response", description="What the model said.", kind="text"),
 }

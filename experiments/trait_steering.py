@@ -76,15 +76,13 @@ _DONE = {
     "_cap": (_CAPPED, "h − max(0, h·v̂ − τ)v̂ at every layer of a set"),
 }
 _OF_OPERATION = {"add": ("", "_all_layers"), "ablate": ("_ablate",), "cap": ("_cap",)}
+_judged = partial(Variable, _SCORED, judged=True)
 variables = {
-    "score": Variable(
-        _SCORED,
+    "score": _judged(
         "trait score",
         description="The judge's 0–100 for the answer of the steered model; NaN where it refuses.",
     ),
-    "coherence": Variable(
-        _SCORED, "coherence", description="The judge's 0–100; NaN where it refuses."
-    ),
+    "coherence": _judged("coherence", description="The judge's 0–100; NaN where it refuses."),
     "response": Variable(_SCORED, "response", description="What it said.", kind="text"),
     **{
         f"logp{end}": Variable(

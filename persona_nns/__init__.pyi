@@ -1,3 +1,4 @@
+from .declarations.functions import as_experiment as as_experiment
 from .declarations.plans import Plan as Plan
 from .declarations.variables import Variable as Variable
 from .errors import PersonaError as PersonaError
@@ -9,6 +10,8 @@ from .prompts.grids import load_grid as load_grid
 from .prompts.render import render_cell as render_cell
 from .results.reading import list_runs as list_runs
 from .results.reading import open_results as open_results
+from .runs.explain import Explanation as Explanation
+from .runs.explain import explain as explain
 from .runs.run import run as run
 from .tracing.batches import left_pad as left_pad
 from .tracing.metrics import log_probabilities as log_probabilities

@@ -13,6 +13,17 @@ class UsageError(PersonaError):
     exit_code = 2
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by hand; the message says what is kept.
+
+    As an interruption it passes by whoever handles errors, and stops a notebook's other cells.
+    """
+
+    def _render_traceback_(self) -> list[str]:
+        """What Jupyter shows in place of the traceback, of which nothing would be news."""
+        return [str(self)]
+
+
 def missing_extra(need: str, extra: str) -> UsageError:
     """The error where a package of an extra is missing; ``need`` is like ``Workers need Ray``."""
     return UsageError(f"{need}, which is not installed: pip install 'persona-nns[{extra}]'.")

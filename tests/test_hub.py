@@ -248,7 +248,7 @@ def test_what_names_this_machine_does_not_leave_it(hub: Hub, call: Call, tmp_pat
     }
     group = attach(store, replace(block, attrs={**block.attrs, **private}))
     write_all(store, 1, 1)
-    group.note_session("s", {"host": socket.gethostname(), "process": 1, "python": "3.11"})
+    group.note("sessions", "s", {"host": socket.gethostname(), "process": 1, "python": "3.11"})
     group.note("jobs", "j", {"id": "job-1", "host": "http://10.0.0.3", "state": "waiting"})
     assert call("push", str(store), DATASET, "--create", "public").returncode == 0
     sent = b"\n".join(hub.files("me/personas").values()).decode(errors="replace")

@@ -70,8 +70,8 @@ def run(tmp_path: Path) -> RunGroup:
 def test_a_reader_sees_a_session_whole_or_not_at_all(
     run: RunGroup, snapshots: Callable[[], list[Path]]
 ) -> None:
-    run.note_session("s", {"claims": ["chef/haiku"]})
-    run.note_session("s", {"claims": []})
+    run.note("sessions", "s", {"claims": ["chef/haiku"]})
+    run.note("sessions", "s", {"claims": []})
     seen = [
         dict(note.attrs)
         for store in snapshots()

@@ -97,6 +97,13 @@ def test_a_notebook_has_one_line_that_changes(
     assert capsys.readouterr().err == ""
     assert shown[0].startswith("██████░░░░░░░░░░░░░░░░░░ m · g: batch 1 of 4, 1 of 4 cells")
     assert shown[1].startswith("████████████████████████ m · g: batch 4 of 4, 4 of 4 cells")
+    assert shown[1].endswith(", complete")
+    del shown[:]
+    bar = UnitProgress("m", "cell", 4, enabled=True)
+    bar.update(1, (1, 4))
+    bar.__exit__(KeyboardInterrupt)
+    assert shown[-1].startswith("██████░░░░░░░░░░░░░░░░░░ m: batch 1 of 4, 1 of 4 cells, 0:0")
+    assert shown[-1].endswith(", stopped")
 
 
 @pytest.mark.parametrize(("others", "free"), [(0.0, 4), (1.2, 3), (4.0, 1), (9.0, 1)])

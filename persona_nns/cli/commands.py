@@ -1,4 +1,4 @@
-"""The command line: demo, experiments, run, models, prompts, ls, verify, show, plot and more.
+"""The command line: demo, experiments, run, explain, prompts, ls, verify, show, plot and more.
 
 Heavy imports wait until a command needs them. The commands under ``run`` are in `run_command`.
 """
@@ -20,6 +20,7 @@ from persona_nns.cli.arguments import JUDGE_HELP, FigureStyle, GridChoice, Name,
 from persona_nns.cli.completion import variable_names
 from persona_nns.cli.direction_commands import direction, export_vector
 from persona_nns.cli.experiment_commands import ExperimentCommands
+from persona_nns.cli.explain_command import explain_app
 from persona_nns.cli.jobs_command import jobs
 from persona_nns.cli.models_command import models
 from persona_nns.cli.prompts_command import prompts
@@ -45,6 +46,7 @@ run_app = typer.Typer(
     cls=ExperimentCommands, no_args_is_help=True, subcommand_metavar="EXPERIMENT|FILE.py …"
 )
 app.add_typer(run_app, name="run", help="Run an experiment on models and a grid.")
+app.add_typer(explain_app, name="explain", help="Tell what a run would do, before it starts.")
 
 
 def _show_version(asked: bool) -> None:  # noqa: FBT001
@@ -331,7 +333,7 @@ def main() -> None:
     """Run the command line; every failure is one sentence on stderr and a non-zero exit."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = "--debug" in sys.argv[1:]
-    if arguments in ([], ["run"]):
+    if arguments in ([], ["run"], ["explain"]):
         arguments.append("--help")
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' are off with the hub's
     warnings.showwarning = terminal.show_warning

@@ -7,7 +7,7 @@ what its docstrings say of them. Heavy imports wait until a command needs them.
 import inspect
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from types import UnionType
@@ -17,21 +17,27 @@ import typer
 from rich.markup import escape
 
 from persona_nns.cli import terminal
-from persona_nns.cli.arguments import GRID_HELP, POSITIONS, TASKS_HELP
-from persona_nns.declarations.options import NamesFile, absolute
+from persona_nns.cli.run_options import SHARED, AskedRun, runs_asked
+from persona_nns.declarations.options import absolute
 from persona_nns.errors import UsageError
-from persona_nns.organism.bundled import ORGANISMS
 
 if TYPE_CHECKING:
     from persona_nns.declarations.catalog import Experiment
-    from persona_nns.declarations.plans import Plan
-    from persona_nns.models.adapters import Adapter
-
-DEFAULT_STORE = "stores/results.zarr"
 
 
-def experiment_command(experiment: "Experiment") -> Any:
-    """Make a command of an experiment: the options all share, then its own."""
+def experiment_command(
+    experiment: "Experiment",
+    carry_out: "Callable[[Experiment, dict[str, Any]], None] | None" = None,
+    more: Sequence[inspect.Parameter] = (),
+) -> Any:
+    """Make a command of an experiment: the options all share, then its own.
+
+    Args:
+        experiment: whose command it is.
+        carry_out: takes the experiment and what was asked for; by default it is run.
+        more: options of the command beside these.
+    """
+    carry_out = carry_out or run_experiment
     help_of = _argument_help(experiment)
     own = [
         inspect.Parameter(
@@ -44,12 +50,10 @@ def experiment_command(experiment: "Experiment") -> Any:
         )
         for name, parameter in experiment.options.items()
     ]
-    shared = inspect.signature(_run_experiment).parameters.values()
     kept = [
         _as_of(parameter, experiment)
-        for parameter in shared
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        and (parameter.name not in ("grid", "tasks", "frame", "cells") or experiment.plan is None)
+        for parameter in (*SHARED.values(), *more)
+        if (parameter.name not in ("grid", "tasks", "frame", "cells") or experiment.plan is None)
         and (parameter.name != "layers" or experiment.layers is not None)
         and (parameter.name != "layer_sets" or experiment.layer_sets is not None)
         and (parameter.name != "positions" or experiment.positions is not None)
@@ -58,7 +62,7 @@ def experiment_command(experiment: "Experiment") -> Any:
     ]
 
     def command(**arguments: Any) -> None:
-        _run_experiment(experiment, **arguments)
+        carry_out(experiment, arguments)
 
     command.__signature__ = inspect.Signature([*kept, *own])  # type: ignore[attr-defined]
     command.__doc__ = escape(experiment.summary)
@@ -103,215 +107,27 @@ def _without_checks(annotation: Any) -> Any:
     return annotation
 
 
-def _run_experiment(
-    experiment: "Experiment",
-    *,
-    model: Annotated[
-        list[Annotated[str, NamesFile(ORGANISMS)]],
-        typer.Option(help="Bundled name, folder, or hub id; repeatable."),
-    ],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Folder or hub id of a LoRA adapter (peft's) that is put on the model, one for "
-            "each --model. A server fetches it itself."
-        ),
-    ] = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(help="Branch, tag or commit of the model on a server; by default its own."),
-    ] = None,
-    grid: Annotated[str | None, typer.Option(help=GRID_HELP)] = None,
-    tasks: Annotated[str | None, typer.Option(help=TASKS_HELP)] = None,
-    frame: Annotated[
-        str | None,
-        typer.Option(
-            help="How persona and task are put to the model: role, system, later, or a .toml file; "
-            "by default as the grid says."
-        ),
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="all, layers (6,10,14), or depths (0.25,0.5).")
-    ] = None,
-    layer_sets: Annotated[str | None, typer.Option(help="Sets of layers, as 14;10,12,14.")] = None,
-    positions: Annotated[str | None, typer.Option(help=POSITIONS)] = None,
-    cells: Annotated[
-        str | None, typer.Option(help="Only these, as engineer/arch,…; by default all of the grid.")
-    ] = None,
-    backend: Annotated[
-        str,
-        typer.Option(help="Where it runs: local, simulate, ndif, or the URL of a server."),
-    ] = "local",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16 or float16; by default the checkpoint's own (float32 for "
-            "Gemma-2 and for float16 checkpoints)."
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1, mps, …; by default cuda where there is one."),
-    ] = None,
-    attention: Annotated[str | None, typer.Option(help="eager or sdpa; by default eager.")] = None,
-    template: Annotated[
-        Annotated[str, NamesFile(("plain",))] | None,
-        typer.Option(help="plain, or a Jinja file; by default the model's own."),
-    ] = None,
-    as_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--as",
-            help="Label of the model in the results, one for each --model; by default its own "
-            "name. On a server, the hosted model (org/name) that a folder stands for.",
-        ),
-    ] = None,
-    store: Annotated[
-        str, NamesFile(made=True), typer.Option(help="Path or URL of the Zarr store.")
-    ] = DEFAULT_STORE,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Units (cells) at a time; by default what fits.", min=1)
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            help="Processes that share the work (needs Ray); by default this one alone.", min=1
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            help="Threads that torch computes with, in each process; by default what "
-            "OMP_NUM_THREADS says, else the cores that other processes leave free.",
-            min=1,
-        ),
-    ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="Ray cluster for the workers; by default this machine.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that a model brings with it.")
-    ] = False,
-    reuse: Annotated[
-        bool,
-        typer.Option("--reuse/--no-reuse", help="Reuse prefixes, or run whole sequences."),
-    ] = True,
-    keep_residuals: Annotated[
-        bool, typer.Option("--keep-residuals", help="Store the residuals too.")
-    ] = False,
-    allow_float16: Annotated[
-        bool, typer.Option("--allow-float16", help="Use float16 although it overflows.")
-    ] = False,
-    deadline: Annotated[
-        float | None,
-        typer.Option(
-            help="Seconds that a job on a server may go without news; by default 3600.", min=1
-        ),
-    ] = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Print what becomes of each job on a server.")
-    ] = False,
-    called: Annotated[
-        str | None,
-        typer.Option(
-            "--name", help="What the run is called: `show --run` and `plot --run` know it."
-        ),
-    ] = None,
-    **options: Any,
-) -> None:
+def run_experiment(experiment: "Experiment", arguments: dict[str, Any]) -> None:
+    """Run an experiment as its command asks, and show what came of it."""
     from persona_nns.cli.listings import made_table, with_values
     from persona_nns.cli.shortening import shorten
     from persona_nns.figures.tables import result_table
-    from persona_nns.models.checkpoints import count_layers, load_tokenizer
-    from persona_nns.models.load import check_hosting, load_model
-    from persona_nns.prompts.grids import load_grid
+    from persona_nns.models.load import load_model
     from persona_nns.results.reading import open_results
-    from persona_nns.results.store import check_writable
-    from persona_nns.runs.request import check_inputs, check_options, check_sites, make_plan
     from persona_nns.runs.run import run
     from persona_nns.runs.threads import set_threads
-    from persona_nns.runs.workers import launch
 
-    if ray_address is not None and workers is None:
-        raise UsageError("A Ray address was given and no number of workers; use --workers N.")
-    if workers is not None and backend != "local":
-        raise UsageError(
-            f"Workers hold a model each; leave out --workers with the backend {backend!r}, which "
-            "is sent several jobs at a time."
-        )
-    prepares = experiment.prepares or (lambda _: experiment.prepare is not None)
-    if workers is not None and prepares(options):
-        raise UsageError(
-            f"The experiment {experiment.name!r} prepares its inputs in one process; leave out "
-            "--workers."
-        )
-    if experiment.prepares is not None and prepares(options) and len(model) > 1:
-        raise UsageError(
-            f"What {experiment.name!r} prepares is another for each model, and so are the results; "
-            "give one --model at a time."
-        )
-    if workers is None and backend == "local":
-        set_threads(threads)
-    if "grid" in experiment.options:  # an input among others
-        options, grid = {**options, "grid": grid}, None
-    adapters = _adapters(model, adapter or [])
-    labels = _labels(model, adapters, as_ or [])
-    check_hosting(model, as_, backend)
-    check_writable(store)
-    loaded_grid = None if grid is None else load_grid(grid, frame, tasks)
-    check_inputs(experiment, loaded_grid, cells)
-    own = check_options(experiment, options)
-    plans: list[Plan] = []
-    # What is wrong with the last model is said before the first one is run.
-    for name, beside, label in zip(model, adapters, labels, strict=True):
-        trust = {"trust_remote_code": trust_remote_code}
-        sites = check_sites(experiment, count_layers(name, **trust), layers, layer_sets, positions)
-        tokenizer = load_tokenizer(name, template, adapter=beside, **trust)
-        places = sites.get("positions", [])
-        plans.append(make_plan(experiment, tokenizer, loaded_grid, places, own, label, cells=cells))
+    store, workers = arguments["store"], arguments["workers"]
+    _check_workers(experiment, arguments)
+    if workers is None and arguments["backend"] == "local":
+        set_threads(arguments["threads"])
     names: list[str] = []
-    for name, beside, label, plan in zip(model, adapters, labels, plans, strict=True):
-        loading: dict[str, Any] = {
-            "name": name,
-            "adapter": beside and beside.asked,
-            "revision": revision,
-            "backend": backend,
-            "dtype": dtype,
-            "device": device,
-            "attention": attention,
-            "template": template,
-            "label": label,
-            "allow_float16": allow_float16,
-            "trust_remote_code": trust_remote_code,
-        }
-        settings: dict[str, Any] = {
-            "grid": loaded_grid,
-            "cells": cells,
-            "store": store,
-            "batch_size": batch_size,
-            "reuse": reuse,
-            "keep_residuals": keep_residuals,
-            "layers": layers,
-            "layer_sets": layer_sets,
-            "positions": positions,
-            "deadline": deadline,
-            "verbose": verbose,
-            "name": called,
-            **options,
-        }
+    for asked in runs_asked(experiment, arguments):
         if workers is None:
-            results = run(experiment, load_model(**loading), **settings)
+            results = run(experiment, load_model(**asked.loading), **asked.settings)
             names.append(results.attrs["run"])
         else:
-            units = plan.units if loaded_grid is None else loaded_grid.select_cells(cells)
-            asked = replace(plan, units=units)
-            # Workers need not stand in this folder.
-            known = inspect.signature(_run_experiment).parameters
-            there = absolute({**known, **experiment.options}, settings)
-            its = {**absolute(known, loading), "name": absolute(known, {"model": name})["model"]}
-            names.append(
-                launch(experiment, its, there, asked, workers, ray_address, n_threads=threads)
-            )
+            names.append(_by_workers(experiment, asked, arguments))
     results = open_results(store, experiment.name, run=names)
     shown, left_out = shorten(results)
     for name in with_values(results)[:1]:
@@ -327,34 +143,51 @@ def _run_experiment(
     terminal.say(f"All of it: persona-nns show {shlex.quote(store)} {experiment.name}")
 
 
-def _adapters(models: list[str], given: list[str]) -> "list[Adapter | None]":
-    """What is put on each model; None where nothing is."""
-    from persona_nns.models.adapters import find_adapter
+def _check_workers(experiment: "Experiment", arguments: Mapping[str, Any]) -> None:
+    """See that a run can be shared by workers, where it is to be.
 
-    if given and len(given) != len(models):
+    Raises:
+        UsageError: it cannot.
+    """
+    workers, backend = arguments["workers"], arguments["backend"]
+    if arguments["ray_address"] is not None and workers is None:
+        raise UsageError("A Ray address was given and no number of workers; use --workers N.")
+    if workers is not None and backend != "local":
         raise UsageError(
-            f"{len(models)} models and {len(given)} adapters were given; use --adapter once a "
-            "model, and name a model again for each adapter on it."
+            f"Workers hold a model each; leave out --workers with the backend {backend!r}, which "
+            "is sent several jobs at a time."
         )
-    return [find_adapter(name) for name in given] or [None] * len(models)
-
-
-def _labels(models: list[str], adapters: "Sequence[Adapter | None]", given: list[str]) -> list[str]:
-    """The label of each model; all have to be different."""
-    from persona_nns.models.checkpoints import model_label
-
-    if given and len(given) != len(models):
+    options = {name: arguments[name] for name in arguments if name not in SHARED}
+    prepares = experiment.prepares or (lambda _: experiment.prepare is not None)
+    if workers is not None and prepares(options):
         raise UsageError(
-            f"{len(models)} models and {len(given)} labels were given; use --as once a model."
+            f"The experiment {experiment.name!r} prepares its inputs in one process; leave out "
+            "--workers."
         )
-    own = [model_label(*each) for each in zip(models, adapters, strict=True)]
-    labels = given or own
-    for label in labels:
-        if labels.count(label) > 1:
-            raise UsageError(
-                f"Two models have the label {label!r}; give each its own with --as NAME."
-            )
-    return labels
+    if experiment.prepares is not None and prepares(options) and len(arguments["model"]) > 1:
+        raise UsageError(
+            f"What {experiment.name!r} prepares is another for each model, and so are the results; "
+            "give one --model at a time."
+        )
+
+
+def _by_workers(experiment: "Experiment", asked: AskedRun, arguments: Mapping[str, Any]) -> str:
+    """Have a run carried out by workers; returns its name."""
+    from persona_nns.runs.workers import launch
+
+    grid = asked.settings["grid"]
+    units = asked.plan.units if grid is None else grid.select_cells(arguments["cells"])
+    # Workers need not stand in this folder.
+    name = absolute(SHARED, {"model": asked.loading["name"]})["model"]
+    return launch(
+        experiment,
+        {**absolute(SHARED, asked.loading), "name": name},
+        absolute({**SHARED, **experiment.options}, asked.settings),
+        replace(asked.plan, units=units),
+        arguments["workers"],
+        arguments["ray_address"],
+        n_threads=arguments["threads"],
+    )
 
 
 def _argument_help(experiment: "Experiment") -> dict[str, str]:

@@ -9,8 +9,10 @@ from .budgets import budget_labels as budget_labels
 from .budgets import budget_sizes as budget_sizes
 from .budgets import random_scores as random_scores
 from .catalog import Experiment as Experiment
-from .catalog import check_axes as check_axes
 from .catalog import load_experiment as load_experiment
+from .checks import check_axes as check_axes
+from .functions import as_experiment as as_experiment
+from .functions import the_experiment as the_experiment
 from .options import CONTENT as CONTENT
 from .options import EXECUTION as EXECUTION
 from .options import LATER as LATER

@@ -35,12 +35,14 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from persona_nns.declarations.checks import check_declarations, check_finish, site_axes_of
+from persona_nns.declarations.function_code import FunctionCode, shown_file
 from persona_nns.declarations.options import options_of
 from persona_nns.declarations.plans import Plan, content_digest
 from persona_nns.declarations.shipped import bundled_experiments
@@ -48,24 +50,15 @@ from persona_nns.declarations.source import Code
 from persona_nns.declarations.variables import Variable
 from persona_nns.errors import PersonaError, UsageError
 
-_RESERVED_VARIABLES = {
-    *("model", "cell", "layer", "position", "persona", "task", "depth", "n_layers"),
-    *("precision", "seconds", "completed"),
-}
-_RESERVED_OPTIONS = {
-    *("experiment", "model", "grid", "tasks", "frame", "cells", "backend", "dtype", "device"),
-    *("template", "as_", "store", "batch_size", "allow_float16", "progress", "deadline"),
-    *("verbose", "workers", "ray_address", "trust_remote_code", "name", "threads", "attention"),
-}
-
 
 @dataclass(frozen=True)
 class Experiment:
-    """A loaded experiment file.
+    """An experiment, from a file or of a function.
 
     Attributes:
-        name: its file's stem.
-        file: where it is.
+        name: its file's stem, or the function's name.
+        file: where it is; None of a function.
+        code: of a function, its source and what it uses; None of a file.
         summary: first line of its docstring.
         version: its protocol version, or the digest of its source.
         variables: what `measure` returns, by name.
@@ -90,7 +83,8 @@ class Experiment:
     """
 
     name: str
-    file: Path
+    file: Path | None
+    code: FunctionCode | None
     summary: str
     version: str
     variables: Mapping[str, Variable]
@@ -115,6 +109,17 @@ class Experiment:
     def is_shipped(self) -> bool:
         """Whether it is one of the package's own."""
         return self.file in {file.resolve() for file in bundled_experiments().values()}
+
+    @property
+    def called(self) -> str:
+        """What its `measure` is called in messages."""
+        return f"measure() of {self.name!r}" if self.code is None else f"{self.name}()"
+
+    def is_own_file(self, file: str) -> bool:
+        """Whether a file, or a notebook's cell, has some of its code."""
+        if self.code is not None:
+            return file in self.code.files
+        return self.file is not None and self.file.parent in Path(file).parents
 
 
 def load_experiment(name: str | Path) -> Experiment:
@@ -160,48 +165,85 @@ def _loaded(file: Path, shown: str) -> Experiment:
 def _read(file: Path, code: Code) -> Experiment:
     module = _execute(file)
     variables = getattr(module, "variables", None)
-    measure = getattr(module, "measure", None)
-    if not callable(measure) or not isinstance(variables, dict) or not variables:
+    if not callable(getattr(module, "measure", None)) or not isinstance(variables, dict):
+        variables = None
+    if not variables:
         raise PersonaError(
             f"{str(file)!r} is not an experiment: it has to define 'variables' (name to Variable) "
             "and a function 'measure(model, cells, *, layers, positions)'."
         )
+    return experiment_of(
+        module,
+        file.stem,
+        source=repr(str(file)),
+        summary=(inspect.getdoc(module) or "").partition("\n")[0],
+        version=str(getattr(module, "protocol_version", code.digest)),
+        file=file,
+    )
+
+
+def experiment_of(
+    declared: Any,
+    name: str,
+    *,
+    source: str,
+    summary: str,
+    version: str,
+    file: Path | None = None,
+    code: FunctionCode | None = None,
+) -> Experiment:
+    """An experiment of what declares it.
+
+    Args:
+        declared: has ``variables`` and ``measure``, and what else an experiment may have.
+        name: of the experiment.
+        source: what declares it, for messages.
+        summary: what it is about.
+        version: its protocol version.
+        file: that it stands in.
+        code: of a function.
+
+    Raises:
+        PersonaError: what is declared cannot be an experiment.
+    """
+    variables, measure = declared.variables, declared.measure
     parameters = options_of(measure, 2)
-    plan = getattr(module, "plan", None)
+    plan = getattr(declared, "plan", None)
     of_plan = {} if plan is None else options_of(plan, 1)
     of_plan.pop("model", None)
-    finish = getattr(module, "finish", None)
+    finish = getattr(declared, "finish", None)
     if finish is not None:
-        _check_finish(file, finish, {**of_plan, **parameters})
+        check_finish(source, finish, {**of_plan, **parameters})
     plan_only = frozenset(set(of_plan) - set(parameters))
-    arrange = getattr(module, "arrange", None)
-    _check_declarations(
-        file,
+    arrange = getattr(declared, "arrange", None)
+    check_declarations(
+        source,
         variables,
         {**of_plan, **parameters},
         on_grid=plan is None,
         labelled=plan is None and arrange is None,
     )
-    site_axes = _site_axes(parameters)
-    defaults = getattr(module, "defaults", {})
+    site_axes = site_axes_of(parameters)
+    defaults = getattr(declared, "defaults", {})
 
     def site(name: str, otherwise: str) -> str | None:
         """What is asked for by default, where `measure` has such an argument."""
         return defaults.get(name, otherwise) if parameters.pop(name, None) else None
 
     return Experiment(
-        name=file.stem,
+        name=name,
         file=file,
-        summary=(inspect.getdoc(module) or "").partition("\n")[0],
-        version=str(getattr(module, "protocol_version", code.digest)),
+        code=code,
+        summary=summary,
+        version=version,
         variables=variables,
         measure=cast("Callable[..., dict[str, Any]]", measure),
         plan=cast("Callable[..., Plan] | None", plan),
         plan_only=plan_only,
         arrange=cast("Callable[..., Plan] | None", arrange),
         site_axes=frozenset(site_axes),
-        prepare=getattr(module, "prepare", None),
-        prepares=getattr(module, "prepares", None),
+        prepare=getattr(declared, "prepare", None),
+        prepares=getattr(declared, "prepares", None),
         finish=finish,
         grid=defaults.get("grid"),
         layers=site("layers", "all"),
@@ -210,7 +252,7 @@ def _read(file: Path, code: Code) -> Experiment:
         reuses=parameters.pop("reuse", None) is not None,
         keeps_residuals=parameters.pop("keep_residuals", None) is not None,
         options={**of_plan, **parameters},
-        figures=getattr(module, "figures", {}),
+        figures=getattr(declared, "figures", {}),
     )
 
 
@@ -222,7 +264,7 @@ def shown_where(experiment: Experiment) -> Iterator[None]:
     except PersonaError:
         raise
     except Exception as error:
-        if place := _place_of(error, experiment.file.parent):
+        if place := _place_of(error, experiment.is_own_file):
             error.add_note(place)
         if isinstance(error, UnboundLocalError):
             error.add_note(
@@ -231,90 +273,11 @@ def shown_where(experiment: Experiment) -> Iterator[None]:
         raise
 
 
-def _place_of(error: BaseException, folder: Path) -> str:
-    """The innermost line of a file in or below a folder that an exception went through."""
+def _place_of(error: BaseException, is_own: Callable[[str], bool]) -> str:
+    """The innermost line of one's own files that an exception went through."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if folder in Path(frame.filename).parents]
-    return f"{own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else ""
-
-
-def _check_finish(file: Path, finish: Callable[..., Any], known: Mapping[str, Any]) -> None:
-    """See that `finish` takes options of `plan` and `measure`, or what has a default.
-
-    Raises:
-        PersonaError: it needs something else.
-    """
-    for name, parameter in options_of(finish, 3).items():
-        if name not in known and parameter.default is inspect.Parameter.empty:
-            raise PersonaError(
-                f"finish() of {str(file)!r} takes {name!r}, "
-                "which is an option of neither plan() nor measure()."
-            )
-
-
-def _site_axes(parameters: Mapping[str, inspect.Parameter]) -> set[str]:
-    """Dimensions whose labels come with the request, or with the model."""
-    return {"d_model"} | {dim for dim in ("layer", "position") if f"{dim}s" in parameters}
-
-
-def check_axes(name: str, variable: Variable, source: str, known: Iterable[str]) -> None:
-    """See that all of a variable's dimensions have labels.
-
-    Args:
-        name: what the variable is called.
-        variable: the variable.
-        source: the experiment, for the message.
-        known: the dimensions that get labels from elsewhere.
-
-    Raises:
-        PersonaError: one has none.
-    """
-    for axis in variable.axes:
-        if axis not in {*known, *variable.coords}:
-            raise PersonaError(
-                f"The variable {name!r} of {source!r} has a dimension {axis!r} without "
-                "labels: give them in its coords (layer and position get theirs from "
-                "measure's arguments 'layers' and 'positions')."
-            )
-
-
-def _check_declarations(
-    file: Path,
-    variables: Mapping[str, Any],
-    parameters: Mapping[str, inspect.Parameter],
-    *,
-    on_grid: bool,
-    labelled: bool,
-) -> None:
-    """See that variables and options are such that the store and the command line can take them.
-
-    Args:
-        file: the experiment's.
-        variables: as it declares them.
-        parameters: its options, and what `measure` asks for.
-        on_grid: its units are cells.
-        labelled: no dimension gets its labels from a plan.
-
-    Raises:
-        PersonaError: one of them is not.
-    """
-    for name, variable in variables.items():
-        if not isinstance(variable, Variable):
-            raise PersonaError(f"The variable {name!r} of {str(file)!r} has to be a Variable.")
-        if on_grid and variable.axes[:1] != ("cell",):
-            raise PersonaError(
-                f"The variable {name!r} of {str(file)!r} has to be a Variable whose dims begin "
-                "with 'cell'."
-            )
-        if name in _RESERVED_VARIABLES:
-            raise PersonaError(f"{str(file)!r} cannot call a variable {name!r}: the store does.")
-        if labelled:
-            check_axes(name, variable, str(file), {"cell", *_site_axes(parameters)})
-    for option in parameters:
-        if option in _RESERVED_OPTIONS and (on_grid or option != "grid"):
-            raise PersonaError(
-                f"{str(file)!r} cannot call an option of measure {option!r}: every run has it."
-            )
+    own = [frame for frame in frames if is_own(frame.filename)]
+    return f"{shown_file(own[-1].filename)}, line {own[-1].lineno}: {own[-1].line}" if own else ""
 
 
 def _execute(file: Path) -> Any:
@@ -329,7 +292,7 @@ def _execute(file: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        place = _place_of(error, file.parent)
+        place = _place_of(error, lambda name: file.parent in Path(name).parents)
         raise PersonaError(
             f"The experiment file {str(file)!r} does not run: {type(error).__name__}: {error}"
             + (f" ({place})." if place else ".")

@@ -17,13 +17,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import cache_from_source
 from pathlib import Path
+from typing import TypeVar
 
 #: What an experiment's file defines that the numbers depend on.
 ROOTS = ("variables", "measure", "plan", "prepare", "finish")
+Tree = TypeVar("Tree", bound=ast.AST)
 # Arguments of a Variable that say how it is called.
 _WORDS = ("long_name", "units", "description")
-# Of a module: all that it binds, or what it does beside binding names.
-_EVERYTHING, _NOTHING = "*", ""
+#: Of a module: all that it binds.
+EVERYTHING = "*"
+_NOTHING = ""  # of a module: what it does beside binding names
 
 
 @dataclass(frozen=True)
@@ -46,31 +49,36 @@ class Source:
     @cached_property
     def statements(self) -> list[ast.stmt]:
         """Its statements without docstrings and words."""
-        tree = ast.parse(self.content)
-        for node in ast.walk(tree):
-            _strip(node)
-        return tree.body
+        return strip(ast.parse(self.content)).body
 
     def binding(self, name: str) -> list[int]:
         """The statements that a name needs, by index; those that bind nothing always count."""
         return [
             index
             for index, statement in enumerate(self.statements)
-            if name == _EVERYTHING or not (bound := _bound(statement)) or name in bound
+            if name == EVERYTHING or not (bound := _bound(statement)) or name in bound
         ]
 
 
 @dataclass
 class Code:
-    """The statements that an experiment's numbers depend on, and the files that they stand in."""
+    """The statements that an experiment's numbers depend on, and the files that they stand in.
+
+    Attributes:
+        file: the experiment's, or another of one's own.
+        roots: names in it that the numbers depend on.
+        sources: the files.
+        used: of each file, its statements by index.
+    """
 
     file: Path
+    roots: Sequence[str] = ROOTS
     sources: dict[Path, Source] = field(default_factory=dict[Path, Source])
     used: dict[Path, set[int]] = field(default_factory=dict[Path, set[int]])
 
     def __post_init__(self) -> None:
         self.file = self.file.resolve()
-        wanted = [(self.file, name) for name in ROOTS]
+        wanted = [(self.file, name) for name in self.roots]
         seen: set[tuple[Path, str]] = set()
         while wanted:
             file, name = wanted.pop()
@@ -104,11 +112,11 @@ class Code:
         """What a node imports from modules of one's own."""
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield from self._module(alias.name.split("."), _EVERYTHING, file)
+                yield from self._module(alias.name.split("."), EVERYTHING, file)
         elif isinstance(node, ast.ImportFrom):
             path = node.module.split(".") if node.module else []
             for alias in node.names:
-                inner = list(self._module([*path, alias.name], _EVERYTHING, file, node.level))
+                inner = list(self._module([*path, alias.name], EVERYTHING, file, node.level))
                 yield from inner or self._module(path, alias.name, file, node.level)
 
     def _module(
@@ -120,7 +128,7 @@ class Code:
         folders = [self.file.parent, *map(Path, sys.path)]
         if level:
             folders = [importer.parents[level - 1]]
-        if (file := _find(path, folders)) is None or _is_installed(file):
+        if (file := _find(path, folders)) is None or is_installed(file):
             return
         self.sources.setdefault(file, Source(file, ".".join(path)))
         yield file, name
@@ -138,7 +146,7 @@ class Code:
             total.update(source.name.encode())
             for index in sorted(self.used[file]):
                 total.update(ast.dump(source.statements[index]).encode())
-                for data in _files_named(source.statements[index], [file.parent, Path()]):
+                for data in files_named(source.statements[index], [file.parent, Path()]):
                     total.update(data.read_bytes())
         return total.hexdigest()[:16]
 
@@ -148,7 +156,6 @@ class Code:
         Python keeps modules and lines of files for the life of a process, and nnsight the source
         and the compiled block of each trace by its file and line.
         """
-        traced = sys.modules.get("nnsight.tracing.globals")
         for source in self.sources.values():
             file = str(source.file)
             module = sys.modules.get(source.name)
@@ -157,10 +164,7 @@ class Code:
             # Compiled files are told from their sources by the second and the size.
             Path(cache_from_source(file)).unlink(missing_ok=True)
             linecache.cache.pop(file, None)
-            if traced is not None:
-                traced.SOURCES.pop(file, None)
-                for block in [block for block in traced.BLOCKS if block[0] == file]:
-                    del traced.BLOCKS[block]
+            forget_traces(file)
 
     def is_as_read(self) -> bool:
         """Whether no file has changed since."""
@@ -168,6 +172,15 @@ class Code:
             source.file.is_file() and source.file.read_bytes() == source.content
             for source in self.sources.values()
         )
+
+
+def forget_traces(file: str) -> None:
+    """Have nnsight read the traces in a file, or in a notebook's cell, anew."""
+    traced = sys.modules.get("nnsight.tracing.globals")
+    if traced is not None:
+        traced.SOURCES.pop(file, None)
+        for block in [block for block in traced.BLOCKS if block[0] == file]:
+            del traced.BLOCKS[block]
 
 
 def _find(path: Sequence[str], folders: Sequence[Path]) -> Path | None:
@@ -179,11 +192,12 @@ def _find(path: Sequence[str], folders: Sequence[Path]) -> Path | None:
     return None
 
 
-def _is_installed(file: Path) -> bool:
+def is_installed(file: Path) -> bool:
+    """Whether a file is of an installed package."""
     return not {"site-packages", "dist-packages"}.isdisjoint(file.parts)
 
 
-def _files_named(statement: ast.stmt, folders: Sequence[Path]) -> Iterator[Path]:
+def files_named(statement: ast.AST, folders: Sequence[Path]) -> Iterator[Path]:
     """Files that a text in a statement is the name of: they are read, as likely as not."""
     for node in ast.walk(statement):
         if isinstance(node, ast.Constant) and isinstance(text := node.value, str) and "." in text:
@@ -196,7 +210,7 @@ def _bound(statement: ast.stmt) -> set[str]:
     match statement:
         case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
             return {statement.name}
-        case ast.Import() | ast.ImportFrom() if statement.names[0].name != _EVERYTHING:
+        case ast.Import() | ast.ImportFrom() if statement.names[0].name != EVERYTHING:
             return {(alias.asname or alias.name).partition(".")[0] for alias in statement.names}
         case ast.Assign() | ast.AnnAssign():
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
@@ -205,8 +219,14 @@ def _bound(statement: ast.stmt) -> set[str]:
     return set()
 
 
+def strip(tree: Tree) -> Tree:
+    """Take docstrings and words off all nodes of a tree; returns the tree."""
+    for node in ast.walk(tree):
+        _strip(node)
+    return tree
+
+
 def _strip(node: ast.AST) -> None:
-    """Take docstrings and words off a node."""
     body = getattr(node, "body", None)
     if isinstance(body, list) and body and isinstance(node, _DOCUMENTED):
         first = body[0]

@@ -45,6 +45,7 @@ class Variable:
         every_layer: it has all layers 0 … n_layers, not only those asked for.
         unmeasured: of ``int``, the value that stands where there was nothing to measure in a
             complete unit. It is read as NaN, and so are truth values of the same dimensions there.
+        judged: a judge is asked once for each of its values.
         coords: labels of the dimensions of its own; those that depend on the model or on the
             options are given as a function of the model's record and the run's parameters. A
             ``layer`` among them is every block, say, of an experiment that is asked for no layers.
@@ -57,6 +58,7 @@ class Variable:
     kind: Kind = "float"
     every_layer: bool = False
     unmeasured: int | None = None
+    judged: bool = False
     coords: Mapping[str, Labels] = field(default_factory=dict[str, Labels])
 
     def __post_init__(self) -> None:

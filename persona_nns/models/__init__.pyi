@@ -22,6 +22,7 @@ from .hosting import simulate as simulate
 from .load import ModelRecord as ModelRecord
 from .load import end_tokens as end_tokens
 from .load import load_model as load_model
+from .load import outline_model as outline_model
 from .memory import fitting_batch_size as fitting_batch_size
 from .memory import is_out_of_memory as is_out_of_memory
 from .names import STANDARD_NAMES as STANDARD_NAMES

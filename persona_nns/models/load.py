@@ -6,15 +6,16 @@ GPT-2 and GPT-NeoX. Another decoder is loaded if it passes the same checks.
 """
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from nnsight import TransformersModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_nns.declarations.record import ModelRecord as ModelRecord
 from persona_nns.errors import PersonaError, UsageError, one_line
-from persona_nns.models.adapters import find_adapter, label_with, warn_of_other_base
+from persona_nns.models.adapters import base_of, find_adapter, label_with, warn_of_other_base
 from persona_nns.models.checkpoints import (
     find_checkpoint,
     load_tokenizer,
@@ -88,22 +89,10 @@ def load_model(
             not go with the model.
         PersonaError: the model cannot be loaded, or fails a check.
     """
-    where = read_backend(backend)
-    if label is not None and not label.strip():
-        raise UsageError("The label of the model is empty; give it a name, or none.")
-    if revision is not None and not isinstance(where, Server):
-        raise UsageError(
-            f"A revision ({revision!r}) is chosen of a model on a server; here, download it into a "
-            "folder and name that."
-        )
+    own = {"dtype": dtype, "device": device, "attention": attention}
+    where = _check_asked(backend, label, revision, own)
     beside = None if adapter is None else find_adapter(adapter)
     if where != "local":
-        own = {"dtype": dtype, "device": device, "attention": attention}
-        if chosen := [name for name, value in own.items() if value is not None]:
-            raise UsageError(
-                f"A server chooses precision, device and attention itself; leave out --{chosen[0]} "
-                f"with the backend {backend!r}."
-            )
         server = None if where == "simulate" else where
         return load_weightless(
             str(name),
@@ -144,6 +133,89 @@ def load_model(
     label = label or label_with(shown, beside)
     write_record(model, label, str(name), version, precision, origin, beside)
     return model
+
+
+def outline_model(
+    name: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    backend: str = "local",
+    dtype: str | None = None,
+    device: str | None = None,
+    attention: str | None = None,
+    template: str | Path | None = None,
+    label: str | None = None,
+    allow_float16: bool = False,
+    trust_remote_code: bool = False,
+) -> TransformersModel:
+    """The outline of a model: its names, tokenizer and record, without weights or a server.
+
+    What a run of it would be can be told from it (`explain`), and nothing be measured. The
+    arguments are those of `load_model`.
+
+    Raises:
+        UsageError: as `load_model`.
+        PersonaError: as `load_model`.
+    """
+    own = {"dtype": dtype, "device": device, "attention": attention}
+    where = _check_asked(backend, label, revision, own)
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    beside = None if adapter is None else find_adapter(adapter)
+    if isinstance(where, Server):  # its weights are never loaded here
+        how: dict[str, Any] = {"revision": revision, "backend": backend, "template": template}
+        return load_model(name, adapter=adapter, label=label, **how, **trust)
+    source, shown = find_checkpoint(str(name))
+    config = read_config(source, shown, **trust)
+    precision = choose_dtype(shown, config, dtype, allow_float16=allow_float16)
+    computed = choose_attention(shown, config, attention)
+    tokenizer = load_tokenizer(name, template, adapter=beside, **trust)
+    try:
+        model = TransformersModel(
+            base_of(source) or source,
+            task="text-generation",
+            tokenizer=tokenizer,
+            rename=STANDARD_NAMES,
+            attn_implementation=computed,
+            **({"trust_remote_code": True} if trust_remote_code else {}),
+        )
+    except ValueError as error:
+        raise PersonaError(f"The model {shown!r} is not supported: {one_line(error)}") from error
+    origin, version = origin_of(model, source, shown), version_of(source, config)
+    label = label or label_with(shown, beside)
+    write_record(model, label, str(name), version, precision, origin, beside)
+    return model
+
+
+def _check_asked(
+    backend: str, label: str | None, revision: str | None, own: Mapping[str, str | None]
+) -> Literal["local", "simulate"] | Server:
+    """Where a model is to run, once what is asked of it goes with that.
+
+    Args:
+        backend: as it was asked for.
+        label: of the model.
+        revision: of the model.
+        own: what is chosen of a model here alone, by its name.
+
+    Raises:
+        UsageError: it does not.
+    """
+    where = read_backend(backend)
+    if label is not None and not label.strip():
+        raise UsageError("The label of the model is empty; give it a name, or none.")
+    if revision is not None and not isinstance(where, Server):
+        raise UsageError(
+            f"A revision ({revision!r}) is chosen of a model on a server; here, download it into a "
+            "folder and name that."
+        )
+    chosen = [name for name, value in own.items() if value is not None]
+    if where != "local" and chosen:
+        raise UsageError(
+            f"A server chooses precision, device and attention itself; leave out --{chosen[0]} "
+            f"with the backend {backend!r}."
+        )
+    return where
 
 
 def _warn_of_other_ends(model: TransformersModel, shown: str) -> None:

@@ -207,7 +207,7 @@ class Claims:
             self._note["seen"] = datetime.now(UTC).isoformat(timespec="milliseconds")
         group = self._groups[-1] if self._groups else self._joined
         assert group is not None
-        group.note_session(self.name, self._note)
+        group.note("sessions", self.name, self._note)
 
 
 def _has_died(note: Mapping[str, Any]) -> bool:

@@ -232,8 +232,12 @@ class RunGroup:
         return {name: dict(group.attrs) for name, group in groups}
 
     def note(self, of: str, name: str, attrs: Mapping[str, Any]) -> None:
-        """Write such a note, in one piece."""
+        """Write such a note, in one piece and a sub-group of its own: writers never meet."""
         put_group(require_group(self._group, of), name, attrs)
+
+    def seconds(self) -> NDArray[np.floating]:
+        """How long its units took; NaN of those that are not complete."""
+        return np.asarray(self._array("seconds")[...])
 
     def sessions(self, but: Iterable[str] = ()) -> dict[str, Mapping[str, Any]]:
         """What the processes that compute, or computed, units of this run say of themselves.
@@ -242,10 +246,6 @@ class RunGroup:
             but: names of sessions to leave out.
         """
         return self.notes("sessions", but)
-
-    def note_session(self, name: str, attrs: Mapping[str, Any]) -> None:
-        """Say who computes units of this run, in a sub-group of its own: writers never meet."""
-        self.note("sessions", name, attrs)
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:

@@ -1,3 +1,5 @@
+from .explain import Explanation as Explanation
+from .explain import explain as explain
 from .remote.connection import Connection as Connection
 from .remote.connection import Patience as Patience
 from .remote.environment import Deployment as Deployment

@@ -157,6 +157,11 @@ class Experiments:
             NotCheckedError: it is not known here, or is another version.
         """
         name, version = attrs["experiment"], str(attrs["protocol_version"])
+        if "code" in attrs:
+            raise NotCheckedError(
+                f"It was made with a function {name}(), not with a file; its code is in the run's "
+                "attributes."
+            )
         experiment = self.own.get(name) or self._load(name)
         if experiment.version != version:
             raise NotCheckedError(

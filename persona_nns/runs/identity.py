@@ -192,8 +192,13 @@ def run_attributes(
     }
 
 
-def _own_file(experiment: Experiment) -> dict[str, str]:
-    """Where an experiment of one's own stands: its figures are drawn from there."""
+def _own_file(experiment: Experiment) -> dict[str, Any]:
+    """Where an experiment of one's own stands: its figures are drawn from there.
+
+    Of a function it is the code itself: a notebook changes.
+    """
+    if experiment.code is not None:
+        return {"code": dict(experiment.code.texts)}
     return {} if experiment.is_shipped else {"file": str(experiment.file)}
 
 

@@ -1,5 +1,6 @@
 """How far long work has come: a bar on a terminal or in a notebook, lines anywhere else."""
 
+import html
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,8 +26,9 @@ _BAR = 24  # characters of a notebook's bar
 class UnitProgress:
     """Shows how many units (say, cells) are complete.
 
-    On a terminal it is a bar with the time that is left, and in a notebook too. Elsewhere, in the
-    log of a batch system, say, it is a line now and then, on stderr.
+    On a terminal it is a bar with the time that is left, and in a notebook too, where it says in
+    the end that it is complete, or stopped. Elsewhere, in the log of a batch system, say, it is a
+    line now and then, on stderr.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class UnitProgress:
         self._started = time.monotonic()
         self._bar, self._task = _bar(self._console, noun), TaskID(0)
         self._show: Callable[[str], None] | None = None
+        self._in_notebook = enabled and self._console.is_jupyter
         self._said: float | None = None
         self._batches = ""
         if not enabled:
@@ -63,14 +66,16 @@ class UnitProgress:
             self._task = self._bar.add_task(title, total=n_units, completed=n_done, jobs="")
         else:
             self._bar.disable = True
-            self._show = _in_notebook() if self._console.is_jupyter else self._print
+            self._show = self._below_cell() if self._in_notebook else self._print
 
     def __enter__(self) -> "UnitProgress":
         self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.stop()
+        if self._in_notebook and self._show is not None and kind is not None:
+            self._show(f"{self._line(time.monotonic() - self._started, going=False)}, stopped")
 
     def begin(self, how: str) -> None:
         """Say what there is to do, and how it is done."""
@@ -129,16 +134,37 @@ class UnitProgress:
         if not self._bar.disable:
             self._bar.update(self._task, jobs=escape(f"jobs: {shown}" if shown else ""))
 
-    def _line(self, passed: float) -> str:
+    def _line(self, passed: float, *, going: bool = True) -> str:
         done = f"{self._n_done} of {self._n_units} {self._noun}s"
-        line = f"{self._title}: {self._batches}{done}, {_clock(passed)}"
+        line = f"{self._title}: {self._batches}{done}, {clock(passed)}"
         measured, left = self._n_done - self._n_before, self._n_units - self._n_done
-        if measured > 0 and left > 0:
-            line += f", about {_clock(passed / measured * left)} left"
-        if self._show == self._print:
-            return line
-        filled = _BAR * self._n_done // max(self._n_units, 1)
-        return f"{'█' * filled}{'░' * (_BAR - filled)} {line}"
+        if measured > 0 and left > 0 and going:
+            line += f", about {clock(passed / measured * left)} left"
+        return f"{line}, complete" if self._in_notebook and left <= 0 else line
+
+    def _below_cell(self) -> Callable[[str], None]:
+        """What shows a line below a notebook's cell, in the place of the one before.
+
+        A display of its own needs nothing but Jupyter; rich's bar needs ipywidgets too.
+        """
+        from IPython.display import display  # type: ignore[import-not-found]
+
+        handle: Any = None
+
+        def show(line: str) -> None:
+            nonlocal handle
+            filled = _BAR * self._n_done // max(self._n_units, 1)
+            bar = f'<progress value="{self._n_done}" max="{self._n_units}"></progress>'
+            shown = {
+                "text/plain": f"{'█' * filled}{'░' * (_BAR - filled)} {line}",
+                "text/html": f"<div>{bar} {html.escape(line)}</div>",
+            }
+            if handle is None:
+                handle = display(shown, raw=True, display_id=True)
+            else:
+                handle.update(shown, raw=True)
+
+        return show
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -158,32 +184,13 @@ def _bar(console: Console, noun: str) -> Progress:
     )
 
 
-def _in_notebook() -> Callable[[str], None]:
-    """What shows a text below a notebook's cell, in the place of the one before.
-
-    A display of its own needs nothing but Jupyter; rich's bar needs ipywidgets too.
-    """
-    from IPython.display import display  # type: ignore[import-not-found]
-
-    handle: Any = None
-
-    def show(text: str) -> None:
-        nonlocal handle
-        shown = {"text/plain": text}
-        if handle is None:
-            handle = display(shown, raw=True, display_id=True)
-        else:
-            handle.update(shown, raw=True)
-
-    return show
-
-
 def count(number: int, noun: str) -> str:
     """A number of things, as ``1 thread`` or ``2 threads``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A time as ``2:05`` or ``1:02:05``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -9,7 +9,8 @@ from nnsight import TransformersModel
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from persona_nns.declarations.catalog import Experiment, check_axes, shown_where
+from persona_nns.declarations.catalog import Experiment, shown_where
+from persona_nns.declarations.checks import check_axes
 from persona_nns.declarations.options import arguments_of
 from persona_nns.declarations.plans import Plan, Unit
 from persona_nns.declarations.record import ModelRecord
@@ -262,7 +263,8 @@ def make_plan(
         if plan.variables is not None and name not in plan.variables:
             continue
         every = {"layer"} if variable.every_layer else set()
-        check_axes(name, variable, experiment.name, {*experiment.site_axes, *plan.axes, *every})
+        known = {*experiment.site_axes, *plan.axes, *every}
+        check_axes(name, variable, repr(experiment.name), known)
         # What is of all inputs has no such dimension; then there is one unit, which writes it.
         if len(plan.units) != 1 and not plan.placed_axes & set(variable.axes):
             raise PersonaError(

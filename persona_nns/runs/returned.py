@@ -34,8 +34,8 @@ def declared_arrays(
         declared |= request.residuals.variables
     if set(measured) != set(declared):
         raise PersonaError(
-            f"measure() of {request.experiment.name!r} returned {sorted(measured)}, but its file "
-            f"declares {sorted(declared)}."
+            f"{request.experiment.called} returned {sorted(measured)}, but its variables are "
+            f"{sorted(declared)}."
         )
     placed = request.plan.placed_axes
     arrays: dict[str, np.ndarray[Any, Any]] = {}
@@ -48,16 +48,16 @@ def declared_arrays(
         )
         if array.dtype.kind not in _KINDS[variable.kind]:
             raise PersonaError(
-                f"measure() of {request.experiment.name!r} returned {name!r} as {array.dtype}; "
-                f"its kind is {variable.kind!r}."
+                f"{request.experiment.called} returned {name!r} as {array.dtype}; its kind is "
+                f"{variable.kind!r}."
             )
         array = _spread_layers(request, name, array, placed)
         own = [axis for axis in variable.axes if axis not in placed]
         shape = (n_units, *(len(request.block.labels(variable, axis)) for axis in own))
         if array.shape != shape:
             raise PersonaError(
-                f"measure() of {request.experiment.name!r} returned {name!r} of shape "
-                f"{array.shape}; its dims ({variable.dims}) need {shape}."
+                f"{request.experiment.called} returned {name!r} of shape {array.shape}; its dims "
+                f"({variable.dims}) need {shape}."
             )
         arrays[name] = array
     return arrays
@@ -72,7 +72,7 @@ def check_named(request: Request, measured: Any) -> None:
     if not isinstance(measured, Mapping):
         hint = "; does it end without a return?" if measured is None else "."
         raise PersonaError(
-            f"measure() of {request.experiment.name!r} returned {type(measured).__name__} in place "
+            f"{request.experiment.called} returned {type(measured).__name__} in place "
             f"of its arrays by name{hint}"
         )
 

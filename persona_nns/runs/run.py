@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ import torch
 import xarray as xr
 from nnsight import TransformersModel
 
-from persona_nns.declarations.catalog import Experiment, load_experiment, shown_where
+from persona_nns.declarations.catalog import Experiment, shown_where
+from persona_nns.declarations.functions import the_experiment
 from persona_nns.declarations.plans import Unit
-from persona_nns.errors import PersonaError, UsageError
+from persona_nns.declarations.variables import Variable
+from persona_nns.errors import Interrupted, PersonaError, UsageError
 from persona_nns.models.load import hosted, load_model
 from persona_nns.models.memory import fitting_batch_size, is_out_of_memory
 from persona_nns.prompts.frames import Frame
@@ -73,6 +75,12 @@ class PlannedRun:
     def title(self) -> str:
         """What a progress bar calls it."""
         return f"{self.request.block.model} · {self.request.block.attrs['grid']}"
+
+    def interrupted(self) -> str:
+        """What is to be said where it was stopped by hand."""
+        n_done = len({unit.label for unit in self.request.units} & self.done())
+        of = f"{n_done} of {count(len(self.request.units), self.request.plan.noun)}"
+        return f"Interrupted; {of} are complete and kept, and the same call goes on."
 
     def carry_out(self, *, progress: bool, shared: bool = False) -> None:
         """Measure what is missing, beside any other process that does the same.
@@ -136,10 +144,11 @@ class PlannedRun:
 
 
 def run(
-    experiment: str | Path | Experiment,
+    experiment: str | Path | Experiment | Callable[..., Any],
     model: TransformersModel | str | Path,
     grid: str | Path | Grid | None = None,
     *,
+    variables: Mapping[str, Variable] | None = None,
     frame: str | Path | Frame | None = None,
     layers: str | int | Sequence[int] | None = None,
     layer_sets: str | int | Sequence[int | Sequence[int]] | None = None,
@@ -160,11 +169,14 @@ def run(
     What the store already holds under the same identity is not computed again.
 
     Args:
-        experiment: a bundled experiment's name, the path of an experiment file, or a loaded one.
+        experiment: a bundled experiment's name, the path of an experiment file, a loaded one, or
+            a function ``measure(model, cells, *, …)`` of your own, in a notebook's cell, say. Its
+            name is the experiment's: `open_results` finds its results by that.
         model: from `load_model`, or a name that it takes.
         grid: ``short``, ``long``, ``review``, ``short-de`` (or ``-fr``, ``-es``, ``-zh``), a file
             that `load_grid` takes, or a `Grid`; by default the experiment's own choice, where it
             has one; None for an experiment whose inputs are options of its own.
+        variables: of a function, what it returns, by name.
         frame: how persona and task are put to the model: ``role``, ``system``, ``later``, a
             ``.toml`` file, or a `Frame`; by default the grid's own.
         layers: ``all``, layers or depths; by default the experiment's own choice.
@@ -191,7 +203,9 @@ def run(
     Raises:
         UsageError: the request is wrong; nothing was written.
         PersonaError: it could not be carried out; what was measured is kept.
+        Interrupted: it was stopped by hand; what was measured is kept.
     """
+    experiment = the_experiment(experiment, variables)
     asked = Asked(
         layers=layers,
         layer_sets=layer_sets,
@@ -206,7 +220,10 @@ def run(
         options=options,
     )
     planned = _plan(experiment, model, grid, frame, asked, store, progress=progress)
-    planned.carry_out(progress=progress)
+    try:
+        planned.carry_out(progress=progress)
+    except KeyboardInterrupt:
+        raise Interrupted(planned.interrupted()) from None
     of, group = planned.group
     results = open_results(store, of, run=group)
     if nothing := nowhere_measured(results):
@@ -225,10 +242,11 @@ def run(
 
 
 def plan_run(
-    experiment: str | Path | Experiment,
+    experiment: str | Path | Experiment | Callable[..., Any],
     model: TransformersModel | str | Path,
     grid: str | Path | Grid | None = None,
     *,
+    variables: Mapping[str, Variable] | None = None,
     frame: str | Path | Frame | None = None,
     store: str | Path = "stores/results.zarr",
     progress: bool = False,
@@ -241,11 +259,12 @@ def plan_run(
         PersonaError: the model cannot be loaded.
     """
     asked = Asked.of(settings)
+    experiment = the_experiment(experiment, variables)
     return _plan(experiment, model, grid, frame, asked, store, progress=progress)
 
 
 def _plan(
-    experiment: str | Path | Experiment,
+    experiment: Experiment,
     model: TransformersModel | str | Path,
     grid: str | Path | Grid | None,
     frame: str | Path | Frame | None,
@@ -259,8 +278,6 @@ def _plan(
         raise UsageError(f"The batch size {asked.batch_size} is too small; use 1 or more.")
     if asked.name is not None and (not asked.name.strip() or asked.name == LATEST):
         raise UsageError(f"A run cannot be called {asked.name!r}; give it another name.")
-    if not isinstance(experiment, Experiment):
-        experiment = load_experiment(experiment)
     grid = experiment.grid if grid is None else grid
     if "grid" in experiment.options:  # an input among others
         asked, grid = replace(asked, options={"grid": grid, **asked.options}), None
