@@ -333,7 +333,15 @@ def test_percentiles_are_measured_once_and_a_capped_run_is_verified(
     assert again.attrs["run"] == ds.attrs["run"]
     states = {each.info.experiment: each.state for each in verify_store(tmp_path / "s")}
     assert states == {"trait_projections": "right", "trait_steering": "right"}
-    assert list(draw(ds, "trait_steering")) == ["sweep", "cap", "receipts"]
+    figures = draw(ds, "trait_steering")
+    assert list(figures) == ["sweep", "cap", "receipts"]
+    # Answers with the trait and those without it are not averaged.
+    rows = {"pos": "pos: with the trait", "neg": "neg: without it"}
+    for axis, (label, said) in zip(figures["sweep"].axes, rows.items(), strict=True):
+        assert axis.get_ylabel() == f"mean log-probability (nat)\n{said}"
+        of_label = ds.logp.sel(layer=2).isel(row=(ds.row_label == label).values).mean("row")
+        drawn = [line.get_ydata() for line in axis.lines]
+        assert any(np.array_equal(of_label.values.ravel(), line) for line in drawn)
     projections = pn.open_results(tmp_path / "s", "trait_projections")
     assert list(draw(projections, "trait_projections")) == ["percentiles"]
     pooled = projections.projection.isel(model=0, trait=0).stack(all=("row", "token"))

@@ -272,6 +272,10 @@ def test_the_command_line_writes_directions_and_steers_with_them(
     again = load_direction(str(tmp_path / "axis.safetensors"))
     assert torch.equal(again.vectors, axis.vectors)
     assert again.about["run"] == axis.about["run"]
+    away = str(tmp_path / "away.safetensors")
+    assert command("direction", "s#axis", "-o", away, "--model", "qwen2", "--opposite") == 0
+    assert torch.equal(load_direction(away).vectors, -axis.vectors)
+    assert load_direction(away).name == "-axis"
     assert command("direction", "s", "-o", str(file)) == 2
     assert "several directions" in capsys.readouterr().err
     assert command("direction", "s#axis", "-o", "axis.csv") == 2

@@ -1,5 +1,6 @@
 """``persona-nns direction`` and ``export-vector``: directions from a store into files, and on."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -31,9 +32,17 @@ def direction(
         str | None, typer.Option(help="Label of the model, where the store has several.")
     ] = None,
     average: _Average = "response_avg",
+    *,
+    opposite: Annotated[
+        bool,
+        typer.Option(
+            "--opposite",
+            help="Write what points the other way: of an axis to the assistant, away from it.",
+        ),
+    ] = False,
 ) -> None:
     """Write a direction of a store to a file, or that of a file in another format."""
-    _write(source, output, model, average, None)
+    _write(source, output, model, average, None, opposite=opposite)
 
 
 def export_vector(
@@ -48,9 +57,19 @@ def export_vector(
     _write(f"{store}#{trait}", output, model, average, run)
 
 
-def _write(source: str, output: Path, model: str | None, average: str, run: str | None) -> None:
+def _write(
+    source: str,
+    output: Path,
+    model: str | None,
+    average: str,
+    run: str | None,
+    *,
+    opposite: bool = False,
+) -> None:
     from persona_nns.traits.directions import load_direction, save_direction
 
     found = load_direction(source, model, average=average, run=run)
+    if opposite:
+        found = replace(found, name=f"-{found.name}", vectors=-found.vectors)
     save_direction(found, output)
     terminal.say(f"Written: {output}")

@@ -7,11 +7,10 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
-from persona_nns.figures.style import DOTTED, MARKED, axis_label, draw_lines, long_form, panels
-from persona_nns.figures.traits import trait_title
+from persona_nns.figures.style import DOTTED, MARKED, draw_lines, long_form, panels
+from persona_nns.figures.traits import SAID, trait_title
 
 _SHARES = (5, 25, 50, 75, 95)
-_SAID = {"pos": "pos: with the trait", "neg": "neg: without it"}
 
 
 def capping_curves(results: xr.Dataset) -> Figure | None:
@@ -24,7 +23,7 @@ def capping_curves(results: xr.Dataset) -> Figure | None:
         return None
     frame = long_form(results["logp_cap"], "tau")
     columns = _columns(results)
-    labels = [label for label in _SAID if label in set(frame["row_label"])]
+    labels = [label for label in SAID if label in set(frame["row_label"])]
     size = (2.2 + 2.8 * len(columns), 1.2 + 2.5 * len(labels))
     with panels(size, labels, columns, sharey="row", sharex=True) as drawn:
         for label, (model, tokens), axis in drawn:
@@ -38,7 +37,7 @@ def capping_curves(results: xr.Dataset) -> Figure | None:
                 none = results["logp_none"].sel(model=model).isel(row=chosen)
                 axis.axhline(float(none.mean()), **DOTTED, label="nothing capped")
             axis.set(title=f"{model} · {tokens}", xlabel="threshold τ")
-            axis.set_ylabel(f"mean log-probability (nat)\n{_SAID[label]}")
+            axis.set_ylabel(f"mean log-probability (nat)\n{SAID[label]}")
         drawn.label_outer()
         drawn.legend("layers capped")
         said = "Mean over answers. What lies above τ along v is cut off at the tokens named on top"
@@ -84,11 +83,9 @@ def receipts_figure(results: xr.Dataset) -> Figure | None:
             axis.set(title=f"{model} · {tokens}", xlabel="α")
             if name == "against":
                 axis.axhline(0.5, **DOTTED)
-                axis.set(
-                    ylabel="share of answers that\nmove against the direction", ylim=(-0.05, 1.05)
-                )
+                axis.set(ylabel="share of answers\nmoving against v", ylim=(-0.05, 1.05))
             else:
-                axis.set(ylabel=f"mean {axis_label(results[name])}")
+                axis.set(ylabel="mean KL on\nneutral prompts (nat)")
         drawn.label_outer()
         drawn.legend()
         drawn.title(

@@ -23,6 +23,8 @@ _AVERAGES = (
     "last prompt token."
 )
 _SCORES = ("score", "coherence")
+#: Kinds of given answers, as a row of panels is called.
+SAID = {"pos": "pos: with the trait", "neg": "neg: without it"}
 #: Bars and lines of the two judgements, mean ± sd.
 _JUDGED: dict[str, Any] = {"y": "value", "hue": "what", "palette": "colorblind", "errorbar": "sd"}
 
@@ -76,13 +78,16 @@ def steering_sweep(results: xr.Dataset) -> Figure | None:
     """
     if "score" in results:
         _check_judged(results)
-    names = [name for name in (*_SCORES, "logp") if name in results]
-    if not names:
-        return None
     frames = {
-        name: long_form(results[name].mean({"question", "sample", "row"} & set(results[name].dims)))
-        for name in names
-    }
+        axis_label(results[name]): long_form(
+            results[name].mean({"question", "sample"} & set(results[name].dims))
+        )
+        for name in _SCORES
+        if name in results
+    } | _given(results)
+    if not frames:
+        return None
+    names = list(frames)
     columns = [
         (model, tokens)
         for model in results.model.values.tolist()
@@ -106,14 +111,30 @@ def steering_sweep(results: xr.Dataset) -> Figure | None:
             )
             axis.set_title(f"{model} · {tokens}" if name == names[0] else "")
             axis.set_xlabel("α" if name == names[-1] else "")
-            axis.set_ylabel(f"mean {axis_label(results[name])}")
-            if name in _SCORES:
+            axis.set_ylabel(f"mean {name}")
+            if "score" in results:
                 axis.set_ylim(-3, 103)
         drawn.label_outer()
         drawn.legend("layer")
         said = f"Mean over answers{_answers(results)}. α: how much of the trait vector is added."
         drawn.title(trait_title(results), said)
     return drawn.figure
+
+
+def _given(results: xr.Dataset) -> dict[str, pd.DataFrame]:
+    """Log-probabilities of given answers: those with the trait, and those without it."""
+    if "logp" not in results:
+        return {}
+    logp = results["logp"]
+    if "row_label" not in logp.coords:
+        return {"log-probability\nof the response (nat)": long_form(logp.mean("row"))}
+    return {
+        f"log-probability (nat)\n{said}": long_form(
+            logp.isel(row=(logp["row_label"] == label).values).mean("row")
+        )
+        for label, said in SAID.items()
+        if label in logp["row_label"]
+    }
 
 
 def correlation_by_layer(results: xr.Dataset) -> Figure:
@@ -145,18 +166,21 @@ def distillation_curves(results: xr.Dataset) -> Figure:
     curve = _curve_student(results)
     along = frame.query("n_trajectories > 0 and student == @curve")
     steered = frame.query("student == 'steered' and what == 'trait score'")["value"].mean()
-    with panels((10.6, 3.8), columns=["students", "trajectories"], sharey=True) as drawn:
-        left, right = drawn.axes[0]
+    ticks = sorted(along["n_trajectories"].unique())
+    columns = ["students", "trajectories"][: len(ticks)]  # of one number there is no curve
+    with panels((2.6 + 4 * len(columns), 3.8), columns=columns, sharey=True) as drawn:
+        left = drawn.axes[0, 0]
         table = frame.query("n_trajectories in (0, @most)")
-        sns.barplot(table, x="student", ax=left, legend=False, **_JUDGED)
+        sns.barplot(table, x="student", ax=left, legend=len(ticks) == 1, **_JUDGED)
         left.set(xlabel=f"student ({most} trajectories)", ylabel="judged (points)", ylim=(0, 125))
-        bars: dict[str, Any] = {"err_style": "bars", "markers": True}
-        sns.lineplot(along, x="n_trajectories", style="what", ax=right, **bars, **_JUDGED)
-        right.axhline(steered, **DOTTED, label="trait score of the steered teacher")
-        right.set(xlabel=f"trajectories ({curve})", xscale="log")
-        ticks = sorted(along["n_trajectories"].unique())
-        right.set_xticks(ticks, [str(tick) for tick in ticks])
-        right.minorticks_off()
+        if len(ticks) > 1:
+            right = drawn.axes[0, 1]
+            bars: dict[str, Any] = {"err_style": "bars", "markers": True}
+            sns.lineplot(along, x="n_trajectories", style="what", ax=right, **bars, **_JUDGED)
+            right.axhline(steered, **DOTTED, label="trait score of the steered teacher")
+            right.set(xlabel=f"trajectories ({curve})", xscale="log")
+            right.set_xticks(ticks, [str(tick) for tick in ticks])
+            right.minorticks_off()
         drawn.legend()
         title = f"{trait_title(results)} · {_labels(results, 'model')}"
         drawn.title(title, "Mean ± sd over answers to held-out questions. r8: LoRA of rank 8.")
