@@ -269,6 +269,10 @@ def test_runs_that_disagree_are_never_mixed(tmp_path: Path, attrs: dict[str, Any
     with pytest.raises(UsageError, match=r"Several sets .* m\.g\.1 .* n\.g\.2 "):
         open_results(store, "e")
     assert open_results(store, "e", run="n.g.2").model.values.tolist() == ["n"]
+    assert open_results(store, "e", model="n").model.values.tolist() == ["n"]
+    assert open_results(store, "e", model=["m"]).model.values.tolist() == ["m"]
+    with pytest.raises(UsageError, match="no run of the model 'o'; there are: m, n"):
+        open_results(store, "e", model="o")
 
 
 def test_one_model_twice_is_refused_and_can_be_chosen(tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from .closure import closure_by_band as closure_by_band
 from .closure import closure_by_graft as closure_by_graft
 from .closure import closure_heatmap as closure_heatmap
 from .controls import by_control as by_control
+from .described import describe as describe
 from .drawing import check_format as check_format
 from .drawing import draw as draw
+from .drawing import draw_one as draw_one
 from .drawing import file_stem as file_stem
 from .drawing import save_figure as save_figure
 from .estimates import closure_figure as closure_figure

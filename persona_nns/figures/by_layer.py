@@ -147,7 +147,8 @@ def cells_heatmap(results: xr.Dataset, name: str, by: str, *, note: str = "") ->
             low, high = norms[position]
             panel = panel.sel({by: order}).transpose(by, "layer").clip(min=low)
             heat(axis, frame_of(panel), cmap="viridis", norm=LogNorm(low, high))
-            axis.set(title=f"{model} · {position}" if position else model, ylabel=by)
+            title = f"{model} · {position}" if position else model
+            axis.set(title=title, xlabel="layer", ylabel=by)
         drawn.label_outer()
         for position, axes in zip(positions, drawn.axes.T, strict=True):
             if shown := [axis.collections[0] for axis in axes if axis.collections]:
@@ -157,6 +158,10 @@ def cells_heatmap(results: xr.Dataset, name: str, by: str, *, note: str = "") ->
                 bar = drawn.figure.colorbar(shown[0], ax=axes.tolist(), ticks=ticks, **look)
                 bar.ax.minorticks_off()
                 bar.ax.set_xticklabels([f"{tick:.2g}" for tick in ticks])
+                # Inside the bar's ends, so that they do not run into the next column's.
+                lowest, _, highest = bar.ax.get_xticklabels()
+                lowest.set_horizontalalignment("left")
+                highest.set_horizontalalignment("right")
                 bar.set_label(label, size="small")
         missing = [label for label in every if label not in order]
         unmeasured = f"Not measured: {by} {', '.join(missing)}." if missing else ""

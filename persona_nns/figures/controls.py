@@ -33,7 +33,7 @@ def by_control(results: xr.Dataset, name: str) -> Figure:
     Returns:
         The figure: a row a set of layers, a column a model, a colour a source.
     """
-    models, layer_sets = results.model.values.tolist(), results.layer_set.values.tolist()
+    models, layer_sets = results.model.values.tolist(), _measured_sets(results[name])
     controls = results.control.values.tolist()
     size = (3.4 + 3.6 * len(models), 1.6 + (0.6 + 0.36 * len(controls)) * len(layer_sets))
     with panels(size, layer_sets, models, sharey=True, sharex="col") as drawn:
@@ -57,6 +57,12 @@ def by_control(results: xr.Dataset, name: str) -> Figure:
         said = f"Large marker: median over cells; {spread}."
         drawn.title(grid_title(results), said, _CLOSURE if name == "closure" else "")
     return drawn.figure
+
+
+def _measured_sets(values: xr.DataArray) -> list[str]:
+    # Where one model is chosen of several, the sets of the others hold no number.
+    sets = values.layer_set.values.tolist()
+    return [each for each in sets if values.sel(layer_set=each).notnull().any()] or sets
 
 
 def _points(axis: Axes, values: xr.DataArray) -> None:

@@ -8,7 +8,12 @@ import matplotlib as mpl
 import xarray as xr
 from matplotlib.figure import Figure
 
-from persona_nns.declarations.catalog import bundled_experiments, load_experiment, shown_where
+from persona_nns.declarations.catalog import (
+    Experiment,
+    bundled_experiments,
+    load_experiment,
+    shown_where,
+)
 from persona_nns.errors import UsageError
 from persona_nns.figures.default import default_figures
 from persona_nns.figures.paper import DrawnFigure, Style, figure_style
@@ -31,21 +36,52 @@ def draw(results: xr.Dataset, experiment: str, *, style: Style = "screen") -> di
     Raises:
         UsageError: there is nothing to draw.
     """
-    file = experiment
-    if not (experiment in bundled_experiments() or experiment.endswith(".py")):
-        file = _own_file(results, experiment)
-    drawn: dict[str, Figure | None] = {}
+    figures: dict[str, Figure] = {}
     with figure_style(style):
-        if file:
-            loaded = load_experiment(file)
+        if loaded := _loaded(results, experiment):
             with shown_where(loaded):
                 drawn = {name: function(results) for name, function in loaded.figures.items()}
-        # None is a figure of what this run was not asked to measure.
-        figures = {name: figure for name, figure in drawn.items() if figure is not None}
+            # None is a figure of what this run was not asked to measure.
+            figures = {name: figure for name, figure in drawn.items() if figure is not None}
         figures = figures or default_figures(results)
     if not figures:
         raise UsageError(f"{experiment!r} has measured no numbers, so there is nothing to draw.")
     return figures
+
+
+def draw_one(results: xr.Dataset, experiment: str, figure: str) -> Figure:
+    """One of an experiment's figures; the others are not drawn.
+
+    Args:
+        results: what to draw.
+        experiment: its name or its file, as for `draw`.
+        figure: the name of the figure.
+
+    Raises:
+        UsageError: there is no such figure, or nothing of it was measured.
+    """
+    loaded = _loaded(results, experiment)
+    if not (loaded and loaded.figures):
+        drawn = default_figures(results)
+        if figure in drawn:
+            return drawn[figure]
+        raise UsageError(f"There is no figure {figure!r}; there are: {', '.join(drawn)}.")
+    if figure not in loaded.figures:
+        known = ", ".join(loaded.figures)
+        raise UsageError(f"{experiment!r} has no figure {figure!r}; it has: {known}.")
+    with shown_where(loaded):
+        one = loaded.figures[figure](results)
+    if one is None:
+        raise UsageError(f"This run has not measured what the figure {figure!r} shows.")
+    return one
+
+
+def _loaded(results: xr.Dataset, experiment: str) -> Experiment | None:
+    """The experiment that says what to draw, where there is a file of it."""
+    file = experiment
+    if not (experiment in bundled_experiments() or experiment.endswith(".py")):
+        file = _own_file(results, experiment)
+    return load_experiment(file) if file else None
 
 
 def _own_file(results: xr.Dataset, experiment: str) -> str | None:

@@ -72,7 +72,7 @@ class RunInfo:
         begun = str(self.attrs["created"])[:16].replace("T", " ")
         return (
             f"{named}{self.run} (model {self.attrs['model']}, grid {self.attrs['grid']}, "
-            f"{self.computing}, {self.configuration}, version "
+            f"{', '.join(filter(None, (self.computing, self.configuration)))}, version "
             f"{self.attrs['protocol_version']}, begun {begun}, "
             f"{self.n_completed}/{self.n_units} complete)"
         )
@@ -154,6 +154,7 @@ def open_results(
     experiment: str,
     *,
     grid: Any = None,
+    model: str | Sequence[str] | None = None,
     run: str | Sequence[str] | None = None,
     residuals: bool = False,
 ) -> xr.Dataset:
@@ -177,6 +178,7 @@ def open_results(
         store: path or URL of the store.
         experiment: name of the experiment.
         grid: only runs on this grid: its name, its file, or a `Grid`.
+        model: only runs of this model, or of these, by their labels in the results.
         run: only this run, or these runs, by the name of their group or the one that they were
             given; ``latest`` is the one that was begun last, of each model.
         residuals: with the residuals that the run kept; of one run.
@@ -189,6 +191,13 @@ def open_results(
     if not runs:
         raise UsageError(f"The store {str(store)!r} holds no results of {experiment!r}.")
     chosen = [info for info in runs if _is_on(info, grid)]
+    models = [model] if isinstance(model, str) else list(model or ())
+    for label in models:
+        if not any(info.attrs["model"] == label for info in chosen):
+            known = ", ".join(dict.fromkeys(info.attrs["model"] for info in chosen))
+            raise UsageError(f"There is no run of the model {label!r}; there are: {known}.")
+    if models:
+        chosen = [info for info in chosen if info.attrs["model"] in models]
     asked = [run] if isinstance(run, str) else list(run or ())
     if asked == [LATEST]:
         chosen = list({info.attrs["model"]: info for info in chosen}.values())
@@ -205,7 +214,7 @@ def open_results(
     chosen = [family[0] for family in grouped]
     if len({info.kin for info in chosen}) > 1:
         raise UsageError(
-            f"Several sets of results of {experiment!r} match; choose with grid or run: "
+            f"Several sets of results of {experiment!r} match; choose with grid, model or run: "
             + "; ".join(info.describe() for info in chosen)
         )
     labels = [info.attrs["model"] for info in chosen]
