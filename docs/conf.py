@@ -6,6 +6,7 @@ beside the pages. Pages run in a folder of their own each, so that none sees wha
 
 import os
 import socket
+import sys
 import tarfile
 from importlib import metadata
 from pathlib import Path
@@ -33,9 +34,11 @@ def _answers(address: str) -> bool:
 _unpack_findings()
 # Pages and the processes that they start take what is here; a thread each, as pages are two.
 os.environ |= {
+    "COLUMNS": "100",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     "PERSONA_NNS_FINDINGS": str(FINDINGS),
     "PYTHONWARNINGS": "ignore:IProgress not found",
     "TOKENIZERS_PARALLELISM": "false",
@@ -58,6 +61,7 @@ exclude_patterns = ["_build"]
 html_theme = "pydata_sphinx_theme"
 html_title = "persona_nns"
 html_show_sourcelink = False
+html_context = {"default_mode": "auto"}
 html_theme_options = {
     "navbar_align": "left",
     "navigation_with_keys": True,
