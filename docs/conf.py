@@ -31,6 +31,7 @@ def _answers(address: str) -> bool:
     return True
 
 
+sys.path.insert(0, str(HERE / "directives"))
 _unpack_findings()
 # Pages and the processes that they start take what is here; a thread each, as pages are two.
 os.environ |= {
@@ -55,6 +56,8 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
+    "command_line",
+    "rooms",
 ]
 exclude_patterns = ["_build"]
 
@@ -82,6 +85,7 @@ nb_merge_streams = True
 nb_number_source_lines = False
 
 autodoc_typehints = "signature"
+default_role = "py:obj"  # what docstrings name between single backticks
 autodoc_member_order = "alphabetical"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
