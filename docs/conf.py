@@ -33,7 +33,8 @@ def _answers(address: str) -> bool:
 
 sys.path.insert(0, str(HERE / "directives"))
 _unpack_findings()
-# Pages and the processes that they start take what is here; a thread each, as pages are two.
+# Pages and the processes that they start take what is here; a thread each, as pages are two. What
+# a command prints is plain, although a kernel asks for colours.
 os.environ |= {
     "COLUMNS": "100",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -43,6 +44,8 @@ os.environ |= {
     "PERSONA_NNS_FINDINGS": str(FINDINGS),
     "PYTHONWARNINGS": "ignore:IProgress not found",
     "TOKENIZERS_PARALLELISM": "false",
+    "TTY_COMPATIBLE": "0",
+    "_TYPER_FORCE_DISABLE_TERMINAL": "1",
 }
 
 project = "persona_nns"

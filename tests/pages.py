@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -35,7 +36,7 @@ class Block:
     Attributes:
         page: where it stands.
         line: of its first line, from 1.
-        language: ``bash``, ``python``, ``toml``, …; ``cell`` of one that runs when the site is built.
+        language: ``bash``, ``python``, …; ``cell`` of one that runs when the site is built.
         text: what it holds.
         not_run: why it cannot be run here; empty where it can.
         file: the file that it is saved as; empty where it is none.
@@ -123,7 +124,8 @@ def commands_of(block: Block) -> list[list[str]]:
 
 def _statements(text: str, values: dict[str, str]) -> Iterator[list[str]]:
     for line in text.replace("\\\n", " ").splitlines():
-        for part in re.split(r";\s|&&|\|\||\bdo\b", line):
+        uncommented = re.sub(r"(^|\s)#.*", "", line)
+        for part in re.split(r";\s|&&|\|\||\bdo\b", uncommented):
             if loop := re.match(r"\s*for (\w+) in (\S+)", part):
                 values[loop[1]] = loop[2].strip("\"'")
                 continue
@@ -131,7 +133,7 @@ def _statements(text: str, values: dict[str, str]) -> Iterator[list[str]]:
                 values[given[1]] = _expanded(given[2].strip("\"'"), values)
                 continue
             lexer = shlex.shlex(_expanded(part, values), posix=True, punctuation_chars=True)
-            lexer.whitespace_split = True
+            lexer.whitespace_split, lexer.commenters = True, ""
             try:
                 yield list(lexer)
             except ValueError:  # a quotation that goes on in the next part is no command of ours
@@ -155,9 +157,7 @@ def anchors_of(page: Path) -> set[str]:
     """What a link may name on a page: its headings, as GitHub and MyST write them."""
     tokens = tokens_of(page)
     headings = [
-        following.content
-        for token, following in zip(tokens, tokens[1:], strict=False)
-        if token.type == "heading_open"
+        following.content for token, following in pairwise(tokens) if token.type == "heading_open"
     ]
     plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in plain}

@@ -1,6 +1,6 @@
 """Sections of a page for the commands that there are: ``{commands}`` and ``{experiment-options}``.
 
-What they say is asked of the command line itself, as ``--help`` is, so that nothing is kept by hand.
+What they say is asked of the command line itself, as ``--help`` is: nothing is kept by hand.
 """
 
 from collections.abc import Iterable

@@ -13,11 +13,13 @@ from typing import Any
 from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 
 import persona_nns
 
 PACKAGE = Path(persona_nns.__file__).parent
+SHORT = 100  # characters of a value that is shown
 
 
 def offered(room: str) -> list[tuple[str, str]]:
@@ -31,10 +33,23 @@ def offered(room: str) -> list[tuple[str, str]]:
     ]
 
 
-def _kind(value: Any) -> str:
-    if inspect.isclass(value):
-        return "autoexception" if issubclass(value, BaseException) else "autoclass"
-    return "autofunction" if inspect.isroutine(value) else "autodata"
+def _entry(room: str, module: str, name: str, value: Any) -> list[str]:
+    """What is said of a name; of what another room offers too, the index has that room's."""
+    if not (inspect.isclass(value) or inspect.isroutine(value)):
+        return _constant(f"{room}.{name}", module, name, value)
+    kind = "autofunction" if inspect.isroutine(value) else "autoclass"
+    home = room != "persona_nns" and f"{value.__module__}.".startswith(f"{room}.")
+    options = ["   :members:"] if kind == "autoclass" else []
+    options += [] if home else ["   :no-index:"]
+    return [f".. {kind}:: {room}.{name}", *options, ""]
+
+
+def _constant(path: str, module: str, name: str, value: Any) -> list[str]:
+    """What is said of a constant: its value, where that is short, and the comment above it."""
+    said = ModuleAnalyzer.for_module(module).find_attr_docs().get(("", name), [])
+    shown = repr(value)
+    options = [f"   :value: {shown}"] if len(shown) < SHORT else []
+    return [f".. py:data:: {path}", *options, "", *(f"   {line}" for line in said), ""]
 
 
 class Room(SphinxDirective):
@@ -54,10 +69,7 @@ class Room(SphinxDirective):
             about = inspect.getdoc(importlib.import_module(module)) or ""
             lines = [" ".join(about.partition("\n\n")[0].split()), ""]
             for _, name in names:
-                kind = _kind(getattr(face, name))
-                lines += [f".. {kind}:: {room}.{name}"]
-                lines += ["   :members:"] if kind == "autoclass" else []
-                lines += [""]
+                lines += _entry(room, module, name, getattr(face, name))
             self._parse(lines, section)
             made.append(section)
         return made
