@@ -31,7 +31,7 @@ def _answers(address: str) -> bool:
     return True
 
 
-sys.path.insert(0, str(HERE / "directives"))
+sys.path.insert(0, str(HERE / "extensions"))
 _unpack_findings()
 # Pages and the processes that they start take what is here; a thread each, as pages are two. What
 # a command prints is plain, although a kernel asks for colours.
@@ -61,13 +61,16 @@ extensions = [
     "sphinx_design",
     "command_line",
     "rooms",
+    "streams",
 ]
 exclude_patterns = ["_build"]
+smartquotes = False  # it makes another sign of the dashes of options
 
 html_theme = "pydata_sphinx_theme"
 html_title = "persona_nns"
 html_show_sourcelink = False
 html_context = {"default_mode": "auto"}
+html_sidebars = {page: [] for page in ("findings", "paper", "start", "words")}
 html_theme_options = {
     "navbar_align": "left",
     "navigation_with_keys": True,
@@ -87,6 +90,7 @@ nb_execution_timeout = 240
 nb_merge_streams = True
 nb_number_source_lines = False
 
+autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 default_role = "py:obj"  # what docstrings name between single backticks
 autodoc_member_order = "alphabetical"

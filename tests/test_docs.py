@@ -163,12 +163,12 @@ def test_every_number_is_in_a_table_that_a_command_wrote(page: Path) -> None:
 
 
 def test_every_command_is_on_the_reference_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(DOCS / "directives")
-    directives = import_module("command_line")
-    listed = {section["names"][0]: section.astext() for section in sections(directives.Commands)}
+    monkeypatch.syspath_prepend(DOCS / "extensions")
+    made = import_module("command_line")
+    listed = {section["names"][0]: section.astext() for section in sections(made.Commands)}
     assert set(listed) == {path[0] for path in commands(get_command(app)) if path}
     assert "--bootstrap" in listed["show"]
-    of_run = {part["names"][0]: part for part in sections(directives.ExperimentOptions)}
+    of_run = {part["names"][0]: part for part in sections(made.ExperimentOptions)}
     assert set(of_run) == {"shared options", *bundled_experiments()}
     assert "--batch-size" in of_run["shared options"].astext()
     assert "--bands" in of_run["kv_graft"].astext()
