@@ -64,14 +64,16 @@ extensions = [
     "streams",
 ]
 exclude_patterns = ["_build"]
-smartquotes = False  # it makes another sign of the dashes of options
 
 html_theme = "pydata_sphinx_theme"
 html_title = "persona_nns"
 html_show_sourcelink = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_context = {"default_mode": "auto"}
 html_sidebars = {page: [] for page in ("findings", "paper", "start", "words")}
 html_theme_options = {
+    "header_links_before_dropdown": 8,
     "navbar_align": "left",
     "navigation_with_keys": True,
     "secondary_sidebar_items": ["page-toc"],

@@ -3,6 +3,7 @@
 What they say is asked of the command line itself, as ``--help`` is: nothing is kept by hand.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,11 +30,12 @@ def _section(title: str, name: str) -> nodes.section:
 
 
 def _in_words(text: str) -> nodes.paragraph:
-    """A paragraph of a help text, in which `words` between backticks are code."""
-    parts = text.replace("\\[", "[").split("`")
-    return nodes.paragraph(
-        "", "", *(nodes.literal("", x) if k % 2 else nodes.Text(x) for k, x in enumerate(parts))
-    )
+    """A paragraph of a help text, in which `words` between backticks and options are code."""
+    paragraph = nodes.paragraph()
+    for part in re.split(r"(`[^`]+`|--[a-z][\w-]*)", text.replace("\\[", "[")):
+        code = part.startswith(("`", "--"))
+        paragraph += nodes.literal("", part.strip("`")) if code else nodes.Text(part)
+    return paragraph
 
 
 def _records(records: Iterable[tuple[str, str]]) -> nodes.definition_list:
