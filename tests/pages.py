@@ -59,9 +59,10 @@ class Block:
 def tokens_of(page: Path) -> list[Token]:
     """A page as Markdown sees it, without its header."""
     text = page.read_text("utf-8")
-    header = re.match(r"---\n.*?\n---\n", text, re.DOTALL)
-    blank = "" if header is None else re.sub(r"[^\n]", "", header[0])
-    return MarkdownIt().enable("table").parse(blank + text[len(blank and header[0]) :])
+    header = re.match(r"(---\n.*?\n---\n)?", text, re.DOTALL)
+    assert header is not None
+    blank = "\n" * header[0].count("\n")  # so that lines keep their numbers
+    return MarkdownIt().enable("table").parse(blank + text[header.end() :])
 
 
 def blocks_of(page: Path) -> list[Block]:
