@@ -1,4 +1,4 @@
-"""The findings: tables are what the kept store holds. test_docs looks the page's numbers up in them."""
+"""The findings: tables are what the kept store holds; test_docs looks numbers of the page up."""
 
 import re
 import tarfile
