@@ -179,3 +179,8 @@ def test_every_command_is_on_the_reference_page(monkeypatch: pytest.MonkeyPatch)
 def sections(directive: Any) -> list[Any]:
     """What a directive makes, asked of it without a page."""
     return directive.run(object.__new__(directive))
+
+
+def test_every_experiment_has_a_page() -> None:
+    pages = {page.stem for page in (DOCS / "experiments").glob("*.md")} - {"index"}
+    assert pages == set(bundled_experiments())
