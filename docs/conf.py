@@ -6,6 +6,7 @@ beside the pages. Pages run in a folder of their own each, so that none sees wha
 
 import os
 import socket
+import sys
 import tarfile
 from importlib import metadata
 from pathlib import Path
@@ -30,15 +31,21 @@ def _answers(address: str) -> bool:
     return True
 
 
+sys.path.insert(0, str(HERE / "extensions"))
 _unpack_findings()
-# Pages and the processes that they start take what is here; a thread each, as pages are two.
+# Pages and the processes that they start take what is here; a thread each, as pages are two. What
+# a command prints is plain, although a kernel asks for colours.
 os.environ |= {
+    "COLUMNS": "100",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     "PERSONA_NNS_FINDINGS": str(FINDINGS),
     "PYTHONWARNINGS": "ignore:IProgress not found",
     "TOKENIZERS_PARALLELISM": "false",
+    "TTY_COMPATIBLE": "0",
+    "_TYPER_FORCE_DISABLE_TERMINAL": "1",
 }
 
 project = "persona_nns"
@@ -52,15 +59,21 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
+    "command_line",
+    "rooms",
+    "streams",
 ]
 exclude_patterns = ["_build"]
 
 html_theme = "pydata_sphinx_theme"
 html_title = "persona_nns"
 html_show_sourcelink = False
-html_static_path = ["_static"]
+html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_context = {"default_mode": "auto"}
+html_sidebars = {page: [] for page in ("findings", "paper", "start", "words")}
 html_theme_options = {
+    "header_links_before_dropdown": 8,
     "navbar_align": "left",
     "navigation_with_keys": True,
     "secondary_sidebar_items": ["page-toc"],
@@ -79,7 +92,9 @@ nb_execution_timeout = 240
 nb_merge_streams = True
 nb_number_source_lines = False
 
+autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
+default_role = "py:obj"  # what docstrings name between single backticks
 autodoc_member_order = "alphabetical"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

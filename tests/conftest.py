@@ -16,6 +16,7 @@ LONGEST = (
     "test_remote",
     "test_trait_experiments",
     "test_demo",
+    "test_docs",
     "test_wheel",
     "test_attention_knockout",
     "test_architectures",

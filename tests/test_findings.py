@@ -1,4 +1,4 @@
-"""The findings: tables are what the kept store holds, and numbers of the page are in a table."""
+"""The findings: tables are what the kept store holds; test_docs looks numbers of the page up."""
 
 import re
 import tarfile
@@ -35,13 +35,6 @@ def test_the_page_shows_every_table(written: Path) -> None:
     shown = re.findall(r":file: findings/(\w+\.csv)", PAGE.read_text("utf-8"))
     assert sorted(shown) == [table.name for table in TABLES]
     assert {file.name for file in written.iterdir()} == set(shown)
-
-
-def test_every_number_of_the_page_is_in_a_table() -> None:
-    tables = " ".join(table.read_text("utf-8") for table in TABLES)
-    known = set(re.findall(r"\d+\.\d+", tables))
-    said = set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", PAGE.read_text("utf-8")))
-    assert said - known == set()
 
 
 def test_the_first_table_of_the_readme_is_of_a_real_model() -> None:

@@ -9,6 +9,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import persona_nns as pn
+from persona_nns.declarations import load_experiment
 from persona_nns.figures import (
     closure_by_budget,
     methods_by_bytes,
@@ -49,7 +50,14 @@ def methods(store: str) -> Figure:
     return methods_by_bytes({**each, "persona_cartridge": every})
 
 
+def additivity(store: str) -> Figure:
+    """What the additive residual does to the next tokens, by layer."""
+    experiment = load_experiment("localized_positions")
+    return experiment.figures["kl_by_layer"](opened(store, "localized_positions", "short"))
+
+
 FIGURES: dict[str, Callable[[str], Figure | None]] = {
+    "additivity": additivity,
     "roles": lambda store: role_map(opened(store, "persona_space")),
     "roles-ranking": lambda store: role_ranking(opened(store, "persona_space")),
     "heads": lambda store: closure_by_budget(opened(store, "head_budget")),

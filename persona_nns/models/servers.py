@@ -27,7 +27,7 @@ class Server:
 
     @property
     def is_private(self) -> bool:
-        """Whether nobody on the way reads what is sent: over https, or to this machine."""
+        """Whether nobody on the way reads what is sent (over https, or to this machine)."""
         return urlsplit(self.url).scheme == "https" or self.is_here
 
     @property

@@ -38,7 +38,7 @@ class Conversation:
 
     @property
     def turns(self) -> tuple[str, ...]:
-        """The user's texts that a model is to answer: none, the answers are there."""
+        """The user's texts that a model is to answer; none, as the answers are there."""
         return ()
 
 

@@ -109,7 +109,7 @@ class Grid:
 
     @property
     def digest(self) -> str:
-        """Hash of keys, texts, markers and frame: grids with one digest ask the same questions."""
+        """Hash of keys, texts, markers and frame; grids with one digest ask the same questions."""
         tables: list[Any] = [dict(self.personas), dict(self.tasks), dict(self.markers)]
         if self.frame != ROLE:  # digests of before there were frames stay what they are
             tables.append(asdict(self.frame)["messages"])

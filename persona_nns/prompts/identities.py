@@ -72,7 +72,7 @@ class Pair:
 
     @property
     def rows(self) -> tuple[AskedQuestion, ...]:
-        """Every prompt that is run: clean ones, corrupt ones and, on the diagonal, controls."""
+        """Every prompt that is run, clean ones, corrupt ones and, on the diagonal, controls."""
         control = self.asked_control if self.is_diagonal else ()
         return (*self.asked_clean, *self.asked_corrupt, *control)
 

@@ -59,7 +59,7 @@ class Question:
 
     @property
     def task(self) -> str:
-        """What a persona is asked to do: instruction, question and lettered choices."""
+        """What a persona is asked to do, as instruction, question and lettered choices."""
         lettered = zip(LETTERS, self.choices, strict=True)
         choices = "\n".join(f"{letter}. {text}" for letter, text in lettered)
         return f"{INSTRUCTION}\n\n{self.question}\n{choices}"

@@ -34,7 +34,7 @@ _SITE_PARAMETERS = ("layers", "positions", "layer_sets")
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Two numbers agree if |measured − published| ≤ absolute + relative · |published|."""
+    """Two numbers agree if ``|measured − published| ≤ absolute + relative · |published|``."""
 
     relative: float
     absolute: float

@@ -99,7 +99,7 @@ class Windows:
 
     @property
     def scored(self) -> Tensor:
-        """Which tokens foretell a content token: all but the last, [row, column − 1]."""
+        """Which tokens foretell a content token, all but the last, [row, column − 1]."""
         return self.inside[:, 1:] > 0
 
 

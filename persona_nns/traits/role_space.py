@@ -51,7 +51,7 @@ class RoleAnswers:
 
     @cached_property
     def others(self) -> Tensor:
-        """Indices of R: the live roles but the default, [R]."""
+        """Indices of R, the live roles but the default, [R]."""
         live = self.is_live.clone()
         live[self.default] = False
         return live.nonzero()[:, 0]
