@@ -14,9 +14,6 @@ from store_writer import block_of, write_all
 from persona_nns.cli import completion
 from persona_nns.cli.arguments import FETCHED
 from persona_nns.cli.experiment_commands import ExperimentCommands
-from persona_nns.cli.run_command import _run_experiment, experiment_command
-from persona_nns.declarations.catalog import load_experiment
-from persona_nns.declarations.shipped import bundled_experiments
 from persona_nns.models.fetched import fetched_models
 from persona_nns.results.allocation import attach
 
@@ -107,14 +104,6 @@ def test_nothing_heavy_is_imported(store: Path) -> None:
 
 def test_names_that_are_written_down_twice_agree() -> None:
     assert FETCHED.split(", ") == list(fetched_models())
-    shared = {
-        option
-        for name, file in bundled_experiments().items()
-        for parameter in experiment_command(load_experiment(name)).params
-        for option in [*parameter.opts, *parameter.secondary_opts]
-        if parameter.name in _run_experiment.__kwdefaults__ and file
-    }
-    assert set(completion.SHARED_OPTIONS.split()) == shared - {"--grid", "--model"}
 
 
 def test_the_options_of_a_file_of_ones_own_are_completed(tmp_path: Path) -> None:

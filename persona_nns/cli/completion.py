@@ -14,13 +14,6 @@ from typing import Annotated, Any
 
 import typer
 
-#: The options that experiments have in common, without importing what they are made of.
-SHARED_OPTIONS = (
-    "--adapter --revision --tasks --frame --layers --layer-sets --positions --cells --backend "
-    "--dtype --device --attention --template --as --store --batch-size --workers --threads "
-    "--ray-address --trust-remote-code --reuse --no-reuse --keep-residuals --allow-float16 "
-    "--deadline --verbose --name"
-)
 _GROUP = re.compile(r"\b[A-Z]\w*Options\b")
 
 
@@ -83,7 +76,7 @@ def model_names(incomplete: str) -> list[str]:
 
 
 def quick_command(name: str) -> Any:
-    """The command of an experiment with its options' names alone, for a line that is not run yet.
+    """The command of an experiment without what its file imports, for a line that is not run yet.
 
     Args:
         name: of a bundled experiment, or its file.
@@ -94,25 +87,26 @@ def quick_command(name: str) -> Any:
         tree = ast.parse(bundled_experiments().get(name, Path(name)).read_bytes())
     except (OSError, SyntaxError, ValueError):
         tree = ast.Module([], [])
-    completed = {"--grid": grid_names, "--model": model_names}
-    own = [f"--{option.replace('_', '-')}" for option in _own_options(tree)]
-    parameters = [
+    from persona_nns.cli.run_command import without_checks
+    from persona_nns.cli.run_options import SHARED
+
+    shared = [each.replace(annotation=without_checks(each.annotation)) for each in SHARED.values()]
+    own = [
         Parameter(
-            f"option_{index}",
+            name,
             Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[
-                list[str] | None, typer.Option(option, autocompletion=completed.get(option))
-            ],
+            annotation=Annotated[list[str] | None, typer.Option()],
         )
-        for index, option in enumerate(dict.fromkeys([*completed, *own, *SHARED_OPTIONS.split()]))
+        for name in dict.fromkeys(_own_options(tree))
+        if name not in SHARED
     ]
 
     def command(**_: Any) -> None:
         pass  # nothing is run while a line is completed
 
     command.__doc__ = (ast.get_docstring(tree) or "").partition("\n")[0]
-    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    command.__signature__ = Signature([*shared, *own])  # type: ignore[attr-defined]
     app = typer.Typer(add_completion=False)
     app.command(name=name)(command)
     return typer.main.get_command(app)

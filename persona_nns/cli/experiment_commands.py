@@ -1,8 +1,11 @@
 """Which commands there are under ``persona-nns run``."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from persona_nns.declarations.catalog import Experiment
 
 
 class ExperimentCommands(TyperGroup):
@@ -20,7 +23,12 @@ class ExperimentCommands(TyperGroup):
             from persona_nns.cli.completion import quick_command
 
             return quick_command(cmd_name)
-        from persona_nns.cli.run_command import experiment_command
         from persona_nns.declarations.catalog import load_experiment
 
-        return experiment_command(load_experiment(cmd_name))
+        return self.command_of(load_experiment(cmd_name))
+
+    def command_of(self, experiment: "Experiment") -> Any:
+        """The command that runs one experiment."""
+        from persona_nns.cli.run_command import experiment_command
+
+        return experiment_command(experiment)

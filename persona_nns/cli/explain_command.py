@@ -28,12 +28,11 @@ _CALIBRATE = inspect.Parameter(
 class ExplainedCommands(ExperimentCommands):
     """The commands under ``explain``: with the arguments of those under ``run``."""
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
-        """The command of one experiment."""
+    def command_of(self, experiment: "Experiment") -> Any:
+        """The command that tells what running one experiment would do."""
         from persona_nns.cli.run_command import experiment_command
-        from persona_nns.declarations.catalog import load_experiment
 
-        return experiment_command(load_experiment(cmd_name), _explain, [_CALIBRATE])
+        return experiment_command(experiment, _explain, [_CALIBRATE])
 
 
 def _explain(experiment: "Experiment", arguments: dict[str, Any]) -> None:

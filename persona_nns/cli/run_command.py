@@ -45,7 +45,7 @@ def experiment_command(
             inspect.Parameter.KEYWORD_ONLY,
             default=parameter.default,
             annotation=Annotated[
-                _without_checks(parameter.annotation), typer.Option(help=help_of.get(name))
+                without_checks(parameter.annotation), typer.Option(help=help_of.get(name))
             ],
         )
         for name, parameter in experiment.options.items()
@@ -78,7 +78,7 @@ def _as_of(parameter: inspect.Parameter, experiment: "Experiment") -> inspect.Pa
         return parameter.replace(default=grid)
     plain, *_, option = get_args(parameter.annotation)
     if parameter.name not in ("layers", "layer_sets", "positions"):
-        return parameter.replace(annotation=Annotated[_without_checks(plain), option])
+        return parameter.replace(annotation=Annotated[without_checks(plain), option])
     sites = getattr(experiment, parameter.name)
     shown = copy(option)
     shown.show_default = _in_words(sites or "")
@@ -93,14 +93,14 @@ def _in_words(sites: str) -> bool | str:
     return f"the layer{several} at {sites.replace(',', ', ')} of the depth"
 
 
-def _without_checks(annotation: Any) -> Any:
+def without_checks(annotation: Any) -> Any:
     """A type of which the help shows only what it is: checks of its parts come when it runs."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return Annotated[_without_checks(parts[0]), *parts[1:]]
+        return Annotated[without_checks(parts[0]), *parts[1:]]
     if origin is list or origin in (Union, UnionType):
         plain = [
-            get_args(part)[0] if get_origin(part) is Annotated else _without_checks(part)
+            get_args(part)[0] if get_origin(part) is Annotated else without_checks(part)
             for part in parts
         ]
         return list[*plain] if origin is list else Union[*plain]

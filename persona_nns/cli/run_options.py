@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_nns.cli.arguments import GRID_HELP, POSITIONS, TASKS_HELP
+from persona_nns.cli.completion import grid_names, model_names
 from persona_nns.declarations.options import NamesFile
 from persona_nns.errors import UsageError
 from persona_nns.organism.bundled import ORGANISMS
@@ -24,7 +25,9 @@ def shared_options(
     *,
     model: Annotated[
         list[Annotated[str, NamesFile(ORGANISMS)]],
-        typer.Option(help="Bundled name, folder, or hub id; repeatable."),
+        typer.Option(
+            help="Bundled name, folder, or hub id; repeatable.", autocompletion=model_names
+        ),
     ],
     adapter: Annotated[
         list[str] | None,
@@ -37,7 +40,7 @@ def shared_options(
         str | None,
         typer.Option(help="Branch, tag or commit of the model on a server; by default its own."),
     ] = None,
-    grid: Annotated[str | None, typer.Option(help=GRID_HELP)] = None,
+    grid: Annotated[str | None, typer.Option(help=GRID_HELP, autocompletion=grid_names)] = None,
     tasks: Annotated[str | None, typer.Option(help=TASKS_HELP)] = None,
     frame: Annotated[
         str | None,
