@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from nnsight import TransformersModel
 
-from persona_nns.declarations.catalog import bundled_experiments, load_experiment
-from persona_nns.declarations.shipped import summary_of
+from persona_nns.declarations.catalog import load_experiment
+from persona_nns.declarations.shipped import bundled_experiments, summary_of
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.runs.run import run
 
