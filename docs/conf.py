@@ -68,10 +68,6 @@ exclude_patterns = ["_build"]
 html_theme = "pydata_sphinx_theme"
 html_title = "persona_nns"
 html_show_sourcelink = False
-html_static_path = ["static"]
-html_css_files = ["site.css"]
-html_context = {"default_mode": "auto"}
-html_sidebars = {page: [] for page in ("findings", "paper", "start", "words")}
 html_theme_options = {
     "header_links_before_dropdown": 8,
     "navbar_align": "left",
@@ -80,6 +76,10 @@ html_theme_options = {
     "show_prev_next": True,
     "use_edit_page_button": False,
 }
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_context = {"default_mode": "auto"}
+html_sidebars = {page: [] for page in ("findings", "paper", "start", "words")}
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

@@ -50,6 +50,9 @@ def parse(arguments: list[str]) -> None:
     """Parse a command as the command line does, and go no further."""
     complete = not LEFT_OUT & set(arguments)
     command: Any = get_command(app)
+    if arguments[:1] and "completion" in arguments[0]:  # parsing it would change the shell's files
+        assert arguments[0] in [option for known in command.params for option in known.opts]
+        return
     rest, context, path = [word for word in arguments if word not in LEFT_OUT], None, "persona-nns"
     while True:
         try:
