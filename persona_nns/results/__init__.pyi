@@ -15,6 +15,7 @@ from .reading import RunInfo as RunInfo
 from .reading import find_run as find_run
 from .reading import list_runs as list_runs
 from .reading import open_results as open_results
+from .shown_prompts import read_shown as read_shown
 from .store import check_writable as check_writable
 from .store import completed_units as completed_units
 from .store import find_group as find_group
