@@ -22,6 +22,7 @@ from persona_nns.cli.experiment_commands import ExperimentCommands
 from persona_nns.cli.jobs_command import jobs
 from persona_nns.cli.models_command import models
 from persona_nns.cli.prompts_command import prompts
+from persona_nns.cli.report_command import report
 from persona_nns.cli.verify_command import verify
 from persona_nns.errors import PersonaError, UsageError
 
@@ -196,6 +197,9 @@ def plot(
             written = save_figure(figure, file)
         for path in written:
             terminal.say(path)
+
+
+app.command()(report)
 
 
 @app.command()
