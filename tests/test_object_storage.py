@@ -18,10 +18,12 @@ import pytest
 import xarray as xr
 import zarr
 from moto.server import ThreadedMotoServer
+from report_stores import Page
 from store_writer import block_of, cells_of, plan_of, values_are_right, write_all
 
 import persona_nns as pn
 from persona_nns.declarations.variables import Variable
+from persona_nns.report import write_report
 from persona_nns.results.allocation import attach
 from persona_nns.results.caches import open_cache, write_cache
 from persona_nns.results.locations import location_of
@@ -78,6 +80,14 @@ def test_a_run_is_written_resumed_and_read(store: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_report_is_written_of_it(store: str, tmp_path: Path) -> None:
+    write_all(store, 2, 1)
+    page = Page(write_report(store, tmp_path / "r.html").file)
+    said = open_results(store, "e").text.values[0].tolist()
+    assert page.values(page.body(), "text").tolist() == said
+    assert page.index["runs"][0]["completed"] == 2
+
+
 def test_what_another_process_adds_is_seen(store: str) -> None:
     write_all(store, 2, 1, identity="one")
     assert len(list_runs(store)) == 1

@@ -24,6 +24,7 @@ from persona_nns.cli.explain_command import explain_app
 from persona_nns.cli.jobs_command import jobs
 from persona_nns.cli.models_command import models
 from persona_nns.cli.prompts_command import prompts
+from persona_nns.cli.report_command import report
 from persona_nns.cli.sharing_commands import export, merge, push, rm
 from persona_nns.cli.verify_command import verify
 from persona_nns.errors import PersonaError, UsageError
@@ -205,6 +206,9 @@ def plot(
             written = save_figure(figure, file)
         for path in written:
             terminal.say(path)
+
+
+app.command()(report)
 
 
 @app.command()

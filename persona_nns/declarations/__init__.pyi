@@ -26,6 +26,7 @@ from .options import Share as Share
 from .options import some_of as some_of
 from .plans import Label as Label
 from .plans import Plan as Plan
+from .plans import ShownPrompt as ShownPrompt
 from .plans import Unit as Unit
 from .plans import content_digest as content_digest
 from .plans import noun_of as noun_of

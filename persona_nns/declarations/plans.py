@@ -36,6 +36,28 @@ class Unit(Protocol):
 
 
 @dataclass(frozen=True)
+class ShownPrompt:
+    """A rendered prompt as a reader sees it: no token ids, which mean nothing without a tokenizer.
+
+    Attributes:
+        text: the prompt, template included.
+        ends: where each token ends in it; a token begins where the one before ends. (Of a
+            character that is several tokens, all but the first are empty.)
+        stops: the token after the last one of each of `SPANS`, in their order.
+        user_last: index of the last token before the generation header, if that is defined.
+    """
+
+    text: str
+    ends: tuple[int, ...]
+    stops: tuple[int, ...]
+    user_last: int | None
+
+
+#: The spans of a prompt, in their order.
+SPANS = ("prefix", "persona", "task", "tail")
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that an experiment is to measure on a model.
 
@@ -58,6 +80,7 @@ class Plan:
         unverifiable: why `verify` must not compute its units anew, as the end of a sentence; empty
             where it may. What a run costs, or writes beside its store, is such a reason.
         within_window: every prompt has to fit into a sliding window of the model, if it has one.
+        shown: the prompt of each label of ``cell``, to be looked at beside the results.
     """
 
     name: str
@@ -76,6 +99,7 @@ class Plan:
     width: tuple[int, int] | None = None
     unverifiable: str = ""
     within_window: bool = False
+    shown: Mapping[str, ShownPrompt] = field(default_factory=dict[str, ShownPrompt])
 
     @property
     def noun(self) -> str:

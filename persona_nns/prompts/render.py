@@ -7,11 +7,13 @@ added again.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
+from typing import Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from persona_nns.declarations.plans import ShownPrompt
 from persona_nns.errors import PersonaError
 from persona_nns.prompts.frames import ROLE, Frame, without_system_role
 from persona_nns.prompts.grids import Cell, PromptName
@@ -39,15 +41,23 @@ class Prompt:
             persona the ``persona`` range is empty.
         user_last: index of the last token before the generation header, or None where the
             template renders the user turn differently without the header.
+        ends: where each token ends in the text; a prompt that travels does without.
     """
 
     text: str
     ids: tuple[int, ...]
     spans: Mapping[Span, range]
     user_last: int | None
+    ends: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def shown(self) -> ShownPrompt:
+        """What a reader sees of it."""
+        stops = tuple(self.spans[name].stop for name in get_args(Span))
+        return ShownPrompt(self.text, self.ends, stops, self.user_last)
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,9 @@ def with_prompts(tokenizer: PreTrainedTokenizerBase, cell: Cell) -> RenderedCell
     """A cell with all its prompts, for a place that renders none itself."""
     texts = {part.name: getattr(cell, part.name) for part in fields(Cell)}
     names = prompt_names(tokenizer, cell.frame)
-    return RenderedCell(**texts, prompts=render_cell(tokenizer, cell, names))
+    rendered = render_cell(tokenizer, cell, names)
+    prompts = {name: replace(rendered[name], ends=()) for name in names}
+    return RenderedCell(**texts, prompts=prompts)
 
 
 def render_cell(
@@ -210,7 +222,8 @@ class FramedTemplate:
         if marked.header is not None:
             turn = len(text) - len(marked.header)
             last = sum(start < turn for start, _ in offsets) - 1
-        return Prompt(text, tuple(encoded["input_ids"]), spans, last)
+        ends = tuple(accumulate((stop for _, stop in offsets), max))
+        return Prompt(text, tuple(encoded["input_ids"]), spans, last, ends)
 
     def _mark(self, *, bare: bool) -> _Marked:
         """The prompt with marks for persona and task; without a persona they stand together."""

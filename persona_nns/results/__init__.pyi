@@ -21,6 +21,7 @@ from .reading import list_runs as list_runs
 from .reading import open_results as open_results
 from .removing import remove_run as remove_run
 from .rounding import same_but_for_rounding as same_but_for_rounding
+from .shown_prompts import read_shown as read_shown
 from .store import check_writable as check_writable
 from .store import completed_units as completed_units
 from .store import find_group as find_group

@@ -18,6 +18,7 @@ from persona_nns.errors import PersonaError
 from persona_nns.results.block import Block, bookkeeping
 from persona_nns.results.chunks import label_array, unit_array, write_chunks
 from persona_nns.results.locations import Location, location_of
+from persona_nns.results.shown_prompts import has_shown, write_shown
 from persona_nns.results.store import (
     RunGroup,
     is_allocated,
@@ -47,6 +48,8 @@ def attach(store: str | Path, block: Block) -> RunGroup:
         arrays: dict[str, zarr.Array[Any]] = {}
         if not (is_allocated(group) and all(name in group for name in block.variables)):
             arrays = _allocate(group, block, location)
+        elif block.plan.shown and not has_shown(group):  # allocated before prompts were kept
+            write_shown(group, block.plan.shown)
     except OSError as error:
         raise PersonaError(f"The store {str(store)!r} cannot be written: {error}.") from error
     if group.attrs["identity"] != block.attrs["identity"]:
@@ -80,6 +83,7 @@ def _allocate(group: zarr.Group, block: Block, location: Location) -> dict[str, 
     made = {name: found[name] for name in _OF_THE_FIRST if name in found}
     group.update_attributes({**block.attrs, **listing, **made})  # one write, not one for each
     require_group(group, "sessions")
+    write_shown(group, block.plan.shown)
     every = {**block.variables, **bookkeeping(block.plan)}
     arrays = {
         name: unit_array(

@@ -57,6 +57,7 @@ def plan_of_grid(grid: Grid, prompts: Mapping[str, Mapping[PromptName, Prompt]])
             "frame": [asdict(message) for message in grid.frame.messages],
             **({"default_baselines": defaults} if defaults else {}),
         },
+        shown={cell: of_cell["XY"].shown for cell, of_cell in prompts.items()},
     )
 
 

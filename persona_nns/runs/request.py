@@ -296,7 +296,8 @@ def _own_layers(variables: Mapping[str, Variable]) -> list[int]:
 def _residuals(variables: Mapping[str, Variable], block: Block) -> Block:
     """The group for what is as wide as the model, below the run it belongs to."""
     wide = {name: v for name, v in variables.items() if v.is_residual}
-    return replace(block, run=f"{block.run}/residuals", variables=wide)
+    plan = replace(block.plan, shown={})  # prompts stand below the run's own group
+    return replace(block, run=f"{block.run}/residuals", variables=wide, plan=plan)
 
 
 def check_sites(
