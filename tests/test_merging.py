@@ -43,7 +43,7 @@ def write(store: str | Path, indices: list[int], **attrs: Any) -> RunGroup:
 def test_a_run_that_is_missing_comes_whole_and_as_it_is(tmp_path: Path) -> None:
     a, b = tmp_path / "a.zarr", tmp_path / "b.zarr"
     group = write(b, [0, 2], name="mine", session={"python": "3"})
-    group.note_session("s1", {"claims": [], "ended": "2026", "n_written": 2})
+    group.note("sessions", "s1", {"claims": [], "ended": "2026", "n_written": 2})
     group.note("jobs", "j1", {"id": "1", "state": "waiting", "units": ["p000/t"]})
     write_all(b, 3, 1, identity="other")
     (one, two) = merge_stores(a, b)
@@ -237,13 +237,15 @@ def test_the_published_numbers_are_merged(tmp_path: Path) -> None:
 def test_a_session_that_goes_on_elsewhere_claims_nothing_here(tmp_path: Path) -> None:
     a, b = tmp_path / "a.zarr", tmp_path / "b.zarr"
     group = write(b, [0])
-    group.note_session("s", {"claims": ["p001/t"], "process": 1, "host": "h", "started": "then"})
+    group.note(
+        "sessions", "s", {"claims": ["p001/t"], "process": 1, "host": "h", "started": "then"}
+    )
     merge_stores(a, b)
     copied = find_group(a, "e", "m.g.i")
     assert copied is not None
     assert copied.sessions()["s"]["claims"] == []
     assert copied.sessions()["s"]["ended"] == "then"
-    group.note_session("s", {"claims": [], "ended": "later", "n_written": 3})
+    group.note("sessions", "s", {"claims": [], "ended": "later", "n_written": 3})
     merge_stores(a, b)
     assert copied.notes("sessions")["s"] == {"claims": [], "ended": "later", "n_written": 3}
 

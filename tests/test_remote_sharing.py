@@ -201,7 +201,7 @@ def test_a_sign_of_long_ago_is_none(server: FakeServer, run: Run) -> None:
     job = waiting_job(run, server, host="another machine")
     group = begin_group(run.store, "own", run.name)
     ((name, note),) = group.sessions().items()
-    group.note_session(name, {**note, "seen": "2026-01-01T00:00:00.000+00:00"})
+    group.note("sessions", name, {**note, "seen": "2026-01-01T00:00:00.000+00:00"})
     run(cells=list(job.units))
     assert server.measured() == dict.fromkeys(job.units, 1)
     (taken,) = run.jobs()

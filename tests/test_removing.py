@@ -79,7 +79,7 @@ def test_a_run_that_is_being_computed_is_not_removed(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         note = {"host": socket.gethostname(), "process": other.pid, "claims": []}
         started = datetime.now(UTC) + timedelta(seconds=1)
-        group.note_session("s", {**note, "started": started.isoformat()})
+        group.note("sessions", "s", {**note, "started": started.isoformat()})
         with pytest.raises(pn.UsageError, match=rf"being computed \(process {other.pid} on"):
             remove_run(tmp_path, "e", "m.g.i")
         other.communicate(b"\n")
@@ -90,13 +90,13 @@ def test_a_run_that_is_being_computed_is_not_removed(tmp_path: Path) -> None:
 def test_a_later_process_of_the_same_number_is_another_one(tmp_path: Path) -> None:
     group = write(tmp_path, [0])
     note = {"host": socket.gethostname(), "process": os.getpid(), "claims": []}
-    group.note_session("s", {**note, "started": "2020-01-01T00:00:00+00:00"})
+    group.note("sessions", "s", {**note, "started": "2020-01-01T00:00:00+00:00"})
     assert at_work(group) == ([], [])
-    group.note_session("s", {**note, "started": datetime.now(UTC).isoformat()})
+    group.note("sessions", "s", {**note, "started": datetime.now(UTC).isoformat()})
     assert at_work(group) == ([f"process {os.getpid()} on {socket.gethostname()}"], [])
-    group.note_session("s", {**note, "host": "elsewhere"})
+    group.note("sessions", "s", {**note, "host": "elsewhere"})
     assert at_work(group) == ([], [f"process {os.getpid()} on elsewhere"])
-    group.note_session("s", {**note, "host": "elsewhere", "ended": "2026"})
+    group.note("sessions", "s", {**note, "host": "elsewhere", "ended": "2026"})
     assert at_work(group) == ([], [])
 
 

@@ -42,7 +42,7 @@ def test_a_run_is_exported_by_its_name(command: Command, tmp_path: Path) -> None
 
 def test_a_run_is_removed_where_somebody_says_so(command: Command, tmp_path: Path) -> None:
     group = write(tmp_path / "s.zarr", [0, 1])
-    group.note_session("s", {"host": "elsewhere", "process": 7})
+    group.note("sessions", "s", {"host": "elsewhere", "process": 7})
     code, _, err = command("rm", "s.zarr", "e/m.g.i")
     assert code == 2
     assert "no terminal to ask at; --yes" in err
@@ -67,7 +67,7 @@ def test_what_a_removal_that_was_cut_off_left_is_removed(command: Command, tmp_p
 
 def test_a_run_that_is_computed_here_is_not_removed(command: Command, tmp_path: Path) -> None:
     group = write(tmp_path / "s.zarr", [0])
-    group.note_session("s", {"host": socket.gethostname(), "process": os.getpid()})
+    group.note("sessions", "s", {"host": socket.gethostname(), "process": os.getpid()})
     code, _, err = command("rm", "s.zarr", "e/m.g.i", "--yes")
     assert code == 2
     assert "is being computed" in err

@@ -17,6 +17,7 @@ from persona_nns.declarations.plans import ShownPrompt
 from persona_nns.prompts.grids import Grid, load_grid
 from persona_nns.prompts.render import ROLE_PROMPTS, render_cell, with_prompts
 from persona_nns.results.allocation import attach
+from persona_nns.results.merging import merge_stores
 from persona_nns.results.reading import list_runs, open_results
 from persona_nns.results.shown_prompts import read_shown
 from persona_nns.runs.grid_plan import plan_grid
@@ -90,6 +91,9 @@ def test_an_older_run_gets_its_prompts_and_what_was_cut_off_is_none(tmp_path: Pa
     assert read_shown(store, "e", "m.g.i") == shown
     assert before == {file: file.read_bytes() for file in before}
     assert len(before) == 6  # one chunk an array, and one that is all fill none
+    for _ in range(2):
+        merge_stores(tmp_path / "merged.zarr", store)
+        assert read_shown(tmp_path / "merged.zarr", "e", "m.g.i") == shown
     assert first.attrs["identity"] == "i"
     assert np.asarray(open_results(store, "e").completed).tolist() == [[False, False]]
     shutil.rmtree(store / "e/m.g.i/prompts/ends")

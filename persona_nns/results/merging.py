@@ -22,6 +22,7 @@ from persona_nns.results.locations import location_of
 from persona_nns.results.public import for_everybody
 from persona_nns.results.reading import RunInfo, list_runs
 from persona_nns.results.rounding import same_but_for_rounding
+from persona_nns.results.shown_prompts import read_shown, write_shown
 from persona_nns.results.store import RunGroup, find_group, open_group, open_root, subgroups
 
 _BYTES_AT_A_TIME = 2**26
@@ -201,9 +202,19 @@ def _merge_run(
         _add(missing, theirs, group)
         n_added = len(missing)
     assert group is not None
+    _carry_prompts(target, source, info, run)
     if own is not None:
         _settle_age(group, attrs)
     return Merged(info.experiment, run, own is None, n_added, int(group.flags().sum()), len(group))
+
+
+def _carry_prompts(target: str | Path, source: str | Path, info: RunInfo, run: str) -> None:
+    """Carry over what a reader sees of the prompts without a tokenizer."""
+    shown = read_shown(source, info.experiment, info.run)
+    if shown and not read_shown(target, info.experiment, run):
+        group = open_group(target, f"{info.experiment}/{run}", "a")
+        assert group is not None
+        write_shown(group, shown)
 
 
 def _groups(info: RunInfo) -> list[str]:
