@@ -72,7 +72,9 @@ def with_prompts(tokenizer: PreTrainedTokenizerBase, cell: Cell) -> RenderedCell
     texts = {part.name: getattr(cell, part.name) for part in fields(Cell)}
     names = prompt_names(tokenizer, cell.frame)
     rendered = render_cell(tokenizer, cell, names)
-    prompts = {name: replace(rendered[name], ends=()) for name in names}
+    prompts: dict[PromptName, Prompt] = {
+        name: replace(prompt, ends=()) for name, prompt in rendered.items()
+    }
     return RenderedCell(**texts, prompts=prompts)
 
 
