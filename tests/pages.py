@@ -115,7 +115,7 @@ def commands_of(block: Block) -> list[list[str]]:
     for words in _statements(text, values):
         if "persona-nns" in words:
             after = words[words.index("persona-nns") + 1 :]
-            ends = [k for k, word in enumerate(after) if set(word) & set("|;&()<>")]
+            ends = [k for k, word in enumerate(after) if set(word) <= set("|;&()<>")]
             # The number of a file that is redirected is a word of its own, as in 2>&1.
             if ends and after[ends[0]].startswith(">") and after[ends[0] - 1] in ("1", "2"):
                 ends = [ends[0] - 1]

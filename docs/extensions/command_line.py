@@ -13,7 +13,7 @@ from sphinx.application import Sphinx
 from typer.main import get_command
 
 from persona_nns.cli import app
-from persona_nns.declarations import bundled_experiments
+from persona_nns.declarations import bundled_experiments, load_experiment
 
 #: What all experiments share is said once, but for these: their defaults are the experiment's own.
 OWN_DEFAULTS = ("grid", "layers", "layer_sets", "positions")
@@ -86,7 +86,7 @@ class ExperimentOptions(Directive):
     def run(self) -> list[nodes.Node]:
         """A section for what is shared, and one for each experiment."""
         run = getattr(get_command(app), "commands")["run"]  # noqa: B009 - of groups alone
-        every = {name: run.get_command(None, name) for name in bundled_experiments()}
+        every = {name: run.command_of(load_experiment(name)) for name in bundled_experiments()}
         options = {name: [p.name for p in of.params] for name, of in every.items()}
         widest = max(options, key=lambda name: len(self._shared(every[name])))
         shared = self._shared(every[widest])

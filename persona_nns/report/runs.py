@@ -17,6 +17,7 @@ from persona_nns.report.arrays import (
 from persona_nns.report.blobs import Blobs
 from persona_nns.report.prompts import describe_prompts
 from persona_nns.results.measured import clean_marker_note, nowhere_measured
+from persona_nns.results.public import for_everybody
 from persona_nns.results.reading import RunInfo, open_results
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ def _labels(results: xr.Dataset, dim: str) -> list[Any]:
 
 
 def _provenance(info: RunInfo) -> list[list[Any]]:
-    session = info.attrs.get("session", {})
+    """How a run was made, without what names this machine: a report is given to others."""
+    attrs = for_everybody(info.attrs)
+    session = attrs.get("session", {})
     versions = session.get("versions", {}) if isinstance(session, Mapping) else {}
     made = {
         "packages": versions,
@@ -139,7 +142,7 @@ def _provenance(info: RunInfo) -> list[list[Any]]:
             if isinstance(session, Mapping) and session.get(name)
         },
     }
-    told = {name: info.attrs[name] for name in _PROVENANCE if name in info.attrs} | made
+    told = {name: attrs[name] for name in _PROVENANCE if name in attrs} | made
     return [[name, value] for name, value in told.items() if value not in ("", None, {}, [])]
 
 
