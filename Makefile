@@ -28,9 +28,10 @@ test-quick: $(VENV)/ready
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest $(TWO) -m slow
 
-# The site, in docs/_build/html: its pages are executed, and a warning is an error.
+# The site, in docs/_build/html: its pages are executed, and a warning is an error. Four processes, as
+# pages are handed out in four heaps and some take longer than others.
 docs: $(VENV)/ready
-	$(BIN)/python -m sphinx -E -b html -W --keep-going -j 2 docs docs/_build/html
+	$(BIN)/python -m sphinx -E -b html -W --keep-going -j 4 docs docs/_build/html
 
 # Against the real NDIF server, in an environment of its own (1.8 GB). Where its packages
 # cannot be had, the tests that need it are skipped, and say so.
