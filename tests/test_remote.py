@@ -73,11 +73,16 @@ def haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "PATIENCE", patience)
 
 
+# What a frame changes is the prompts, which are the same to all of them.
+FRAMED = [
+    pytest.param(name, frame, marks=pytest.mark.slow)
+    for name in ("localized_positions", "kv_graft")
+    for frame in ("system", "later")
+]
+
+
 @pytest.mark.filterwarnings("ignore:Continuations that end before")
-@pytest.mark.parametrize(
-    "frame", ["role", *(pytest.param(name, marks=pytest.mark.slow) for name in ("system", "later"))]
-)
-@pytest.mark.parametrize("name", ON_A_GRID)
+@pytest.mark.parametrize(("name", "frame"), [*((name, "role") for name in ON_A_GRID), *FRAMED])
 def test_every_experiment_gives_the_same_numbers_there(
     name: str,
     frame: str,

@@ -1,4 +1,4 @@
-"""The wheel, installed elsewhere, lists and runs every experiment."""
+"""The wheel, installed elsewhere, lists every experiment, and runs them here and on a server."""
 
 import json
 import os
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from persona_nns.declarations.catalog import bundled_experiments
 from persona_nns.results.reading import open_results
 
 ROOT = Path(__file__).parents[1]
@@ -117,18 +116,9 @@ for backend in ("local", "simulate"):
 """
 GRID = {"grid": "review", "cells": "doctor/plan,chef/arch"}
 # Few tokens and bands: what is compared is two places, not two lengths.
-FEW: dict[str, dict[str, Any]] = {
-    "behavioral_markers": {"n_tokens": 8},
-    "host_injection": {"n_tokens": 8},
-    "kv_graft": {"n_tokens": 8, "bands": "2,0:3"},
-    "attention_knockout": {"n_tokens": 8, "bands": "2,0:3"},
-    "head_budget": {"rankings": "effect,attention,random"},
-}
-TALK = {"max_new_tokens": 4, "temperature": 0}
+FEW: dict[str, dict[str, Any]] = {"attention_knockout": {"n_tokens": 8, "bands": "2,0:3"}}
 OWN_INPUTS: dict[str, dict[str, Any]] = {
     "persona_patching": {"identities": "identities.txt", "n_questions": 1},
-    "persona_accuracy": {"identities": "identities.txt", "n_questions": 1},
-    "trait_vectors": {"responses": "cheerful.jsonl", "judge": "none"},
     "trait_steering": {
         "responses": "cheerful.jsonl",
         "judge": "none",
@@ -136,22 +126,18 @@ OWN_INPUTS: dict[str, dict[str, Any]] = {
         "layers": "2",
         "alphas": "0,2",
     },
-    "trait_projections": {"responses": "cheerful.jsonl", "vector": "v.npy"},
-    "trait_responses": TALK,
-    "trait_monitoring": {"vector": "v.npy", **TALK},
-    "persona_responses": {"grid": "short", **TALK},
-    "persona_space": {"grid": "short", **TALK},
-    "persona_drift": {"direction": ["v.npy"], "conversations": "talks.jsonl"},
     "steering_memory": {"vector": "v.npy", "conversations": "talks.jsonl", "alphas": "2"},
 }
-# Those that train: they run where the model is, and say so when asked for a server.
-LOCAL_ONLY = {"trait_distillation", "persona_cartridge"}
-ELSEWHERE = [name for name in bundled_experiments() if name not in LOCAL_ONLY]
+# One of each kind of inputs: `test_remote` compares all of them, from the checkout.
+ELSEWHERE = (
+    *("localized_positions", "attention_knockout", "persona_patching"),
+    *("trait_steering", "steering_memory"),
+)
 
 
 @pytest.fixture(scope="module")
 def both(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the wheel stores here, and with a server: every experiment."""
+    """A folder with what the wheel stores here, and with a server."""
     folder = tmp_path_factory.mktemp("both")
     (folder / "same.py").write_text(SAME)
     asked = [

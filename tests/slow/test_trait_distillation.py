@@ -11,7 +11,7 @@ from persona_nns.models.load import load_model
 from persona_nns.organism.trait_questions import QUESTIONS
 
 MODEL, TRAIT = "organism-gemma2", "sycophantic"
-STUDENTS = ("r8", "r16", "r32", "full")
+STUDENTS = ("r8", "full")
 
 
 @pytest.mark.slow
