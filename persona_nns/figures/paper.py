@@ -25,7 +25,7 @@ _FITS = 7.5  # inches on a screen that can be read in a column
 _POINTS = 8.0
 _SEABORN = 9.6  # points of its context "paper"
 _HANDLE, _CHARACTER = 0.5, 0.075  # inches: a line in a legend, and a letter anywhere
-_FONTS = dict.fromkeys(
+_FONTS: dict[Any, float] = dict.fromkeys(
     (
         "font.size",
         "axes.labelsize",
@@ -74,7 +74,7 @@ def is_for_paper() -> bool:
     return _style.get() == "paper"
 
 
-def fonts(font_scale: float) -> dict[str, Any]:
+def fonts(font_scale: float) -> dict[Any, Any]:
     """Seaborn's context for the text of a figure: scaled, or for a paper all of one size.
 
     Args:

@@ -173,7 +173,7 @@ def attach_copy(
         assert group is not None
         if not is_allocated(group):
             arrays = original.arrays()
-            described = {name: each.metadata for name, each in arrays.items()}
+            described: dict[str, Any] = {name: each.metadata for name, each in arrays.items()}
             labels = {name: described[name] for name in described.keys() - units}
             for name, array in require_arrays(group, labels).items():
                 array[...] = arrays[name][...]
