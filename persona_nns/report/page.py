@@ -17,6 +17,7 @@ from typing import Any
 from persona_nns.errors import UsageError, missing_extra
 from persona_nns.report.blobs import Blobs, as_json
 from persona_nns.report.runs import describe_run
+from persona_nns.results.exporting import in_place
 from persona_nns.results.reading import list_runs
 
 # In the order in which they are put into the page.
@@ -89,11 +90,8 @@ def write_report(
         "runs": described,
     }
     page = _page(index, blobs, plotly)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"The report {str(file)!r} cannot be written: {error}.") from error
+    with in_place(file) as path:
+        path.write_text(page, encoding="utf-8")
     left_out = [f"{of['run']}: {name}" for of in described for name in of["left_out"]]
     return Written(file, file.stat().st_size, len(chosen), left_out)
 

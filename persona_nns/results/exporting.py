@@ -162,13 +162,13 @@ def _write_netcdf(results: xr.Dataset, path: Path) -> None:
 def _write(writers: Mapping[Path, Callable[[Path], object]]) -> list[str]:
     """Write files, each put in place whole."""
     for file, writer in writers.items():
-        with _in_place(file) as path:
+        with in_place(file) as path:
             writer(path)
     return [str(file) for file in writers]
 
 
 @contextmanager
-def _in_place(file: Path) -> Iterator[Path]:
+def in_place(file: Path) -> Iterator[Path]:
     """A path beside a file, which takes its place once it is written.
 
     Raises:
