@@ -8,17 +8,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import xarray as xr
-from store_writer import block_of, values_are_right, write_all
+from store_writer import values_are_right, write_all
 from test_cli import Command, command
 from test_merging import write
 
-from persona_nns.results.allocation import attach
 from persona_nns.results.reading import list_runs, open_results
 
 _ = command  # a fixture
@@ -129,19 +127,6 @@ def commands() -> Iterator[str]:
 
 
 def test_every_command_of_the_guide_runs(command: Command, tmp_path: Path) -> None:
-    block = replace(block_of(4), experiment="localized_positions")
-    experiment = {**block.attrs, "experiment": "localized_positions"}
-    group = attach(tmp_path / "stores" / "results.zarr", replace(block, attrs=experiment))
-    write(tmp_path / "other.zarr", [0, 1])
-    from persona_nns.results.merging import PlacedUnit
-    from persona_nns.results.store import find_group
-
-    other = find_group(tmp_path / "other.zarr", "e", "m.g.i")
-    assert other is not None
-    units = [PlacedUnit({"cell": cell}) for cell in ("p000/t", "p001/t")]
-    values = {name: other.read_units(units, name) for name in block.variables}
-    rows = [(unit, {name: of[k] for name, of in values.items()}) for k, unit in enumerate(units)]
-    group.write_units(rows, 1.0)
     found = list(commands())
     assert len(found) >= 5
     for text in found:
