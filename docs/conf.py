@@ -31,7 +31,7 @@ def _answers(address: str) -> bool:
     return True
 
 
-sys.path.insert(0, str(HERE / "extensions"))
+sys.path[:0] = [str(HERE), str(HERE / "extensions")]
 _unpack_findings()
 # Pages and the processes that they start take what is here; a thread each, as pages are two. What
 # a command prints is plain, although a kernel asks for colours.
@@ -40,7 +40,6 @@ os.environ |= {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     "PERSONA_NNS_FINDINGS": str(FINDINGS),
     "PYTHONWARNINGS": "ignore:IProgress not found",
     "TOKENIZERS_PARALLELISM": "false",
@@ -60,6 +59,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "command_line",
+    "preloaded",
     "rooms",
     "streams",
 ]

@@ -1,8 +1,7 @@
 """README and documentation: blocks run, commands parse, links lead somewhere, numbers are known."""
 
-import os
 import subprocess
-import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -112,13 +111,25 @@ def test_what_is_no_command_is_noticed(arguments: list[str]) -> None:
 RUN = [page for page in PAGES if any(block.is_run for block in blocks_of(page))]
 
 
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment in which `persona-nns` starts at once: its imports are done."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DOCS)
+        patch.setenv("MPLBACKEND", "Agg")
+        with import_module("preloaded").preloaded(tmp_path_factory.mktemp("preloaded")) as found:
+            yield found
+
+
 @pytest.mark.parametrize(
     "page",
     [pytest.param(x, marks=[] if x == README else pytest.mark.slow, id=name_of(x)) for x in RUN],
 )
-def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, programs: dict[str, str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    monkeypatch.setenv("PATH", programs["PATH"])
     monkeypatch.setenv("MPLBACKEND", "Agg")
     write_files(page)
     names: dict[str, Any] = {"__name__": "__main__"}
