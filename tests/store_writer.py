@@ -1,7 +1,7 @@
 """A process without models that writes cells of a run through the library, to be killed or raced.
 
-``python store_writer.py STORE N_CELLS BATCH SECONDS [PER_CHUNK]`` measures cells whose values follow
-from their labels, a batch in SECONDS, and prints the batches that it measured.
+``python store_writer.py STORE N_CELLS BATCH SECONDS [PER_CHUNK]`` measures cells whose values
+follow from their labels, a batch in SECONDS, and prints the batches that it measured.
 """
 
 import secrets

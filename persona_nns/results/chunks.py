@@ -89,6 +89,8 @@ def unit_array(
 
 def _fitting(most: int, n_bytes: int) -> int:
     """How many units a chunk holds: a divisor, so that no chunk belongs to two blocks."""
+    if n_bytes > _LARGE_UNIT:
+        return 1
     fits = (size for size in range(most, 1, -1) if most % size == 0)
     return next((size for size in fits if size * n_bytes <= _LARGE_CHUNK), 1)
 
