@@ -19,7 +19,7 @@ from store_writer import block_of, cells_of, plan_of, values_are_right, values_o
 
 import persona_nns as pn
 from persona_nns.declarations.variables import Variable
-from persona_nns.results import blocks
+from persona_nns.results import blocks, chunks
 from persona_nns.results.allocation import attach, check_per_chunk, units_per_chunk
 from persona_nns.results.blocks import default_per_chunk
 from persona_nns.results.claims import Claims
@@ -196,7 +196,7 @@ def test_chunks_reach_the_disk_before_they_take_the_place_of_others(
 
     def noting(what: str, original: Any) -> Any:
         def call(*of: Any) -> Any:
-            events.append((what, of[-1].parent.name if what == "r" else of[0].parent.name))
+            events.append((what, Path(of[-1] if what == "r" else of[0]).parent.name))
             return original(*of)
 
         return call
@@ -394,17 +394,17 @@ def test_processes_go_to_different_blocks(tmp_path: Path) -> None:
 def opened(patch: pytest.MonkeyPatch, store: Path) -> list[Path]:
     """The files of a store that are read from now on."""
     seen: list[Path] = []
-    read, get = Path.read_bytes, zarr.storage._local._get
+    read, get = chunks._read, zarr.storage._local._get
 
     def note(original: Any) -> Any:
-        def call(path: Path, *arguments: Any) -> Any:
-            if store in path.parents:
-                seen.append(path.relative_to(store))
+        def call(path: Path | str, *arguments: Any) -> Any:
+            if store in Path(path).parents:
+                seen.append(Path(path).relative_to(store))
             return original(path, *arguments)
 
         return call
 
-    patch.setattr(Path, "read_bytes", note(read))
+    patch.setattr(chunks, "_read", note(read))
     patch.setattr(zarr.storage._local, "_get", note(get))
     return seen
 
@@ -416,8 +416,8 @@ def test_completeness_is_a_file_a_block(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         seen = opened(patch, store)
         assert len(info.group.completed(plan_of(64).units)) == 64
-        chunks = [path for path in seen if path.name.startswith("c.") and "completed" in path.parts]
-        assert len(chunks) == 4
+        flags = [path for path in seen if path.name.startswith("c.") and "completed" in path.parts]
+        assert len(flags) == 4
         seen.clear()
         assert len(info.group.completed(plan_of(64).units[3:9])) == 6
         assert len(seen) == 1

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from persona_nns.errors import PersonaError
 from persona_nns.results.chunks import (
-    chunk_file,
+    chunk_files,
     chunk_shape,
     encode_chunk,
     read_chunk,
@@ -73,17 +73,15 @@ def read_region(array: "zarr.Array[Any]", region: Sequence[slice]) -> NDArray[An
     """
     bounds = [part.indices(size)[:2] for part, size in zip(region, array.shape, strict=True)]
     edges = chunk_shape(array)
-    if chunk_file(array, (0,) * array.ndim) is None:
+    if (files := chunk_files(array)) is None:
         found = np.asarray(array[tuple(region)])
         return found.astype(object) if found.dtype.kind == "T" else found
     dtype = np.dtype(array.dtype)
     shape = [stop - start for start, stop in bounds]
     values = np.empty(shape, dtype if dtype.kind in "biuf" else object)
     for place in _places(bounds, edges):
-        file = chunk_file(array, place)
-        assert file is not None
         inside, outside = _overlap(place, edges, bounds)
-        values[outside] = read_chunk(array, file)[inside]
+        values[outside] = read_chunk(array, files(place))[inside]
     return values
 
 
@@ -103,16 +101,15 @@ def write_parts(
         PersonaError: a chunk cannot be read.
         OSError: the disk is full, say.
     """
-    chunks: dict[Path, tuple[zarr.Array[Any], NDArray[Any]]] = {}
+    chunks: dict[str, tuple[zarr.Array[Any], NDArray[Any]]] = {}
     for array, region, values in parts:
-        if chunk_file(array, (0,) * array.ndim) is None:  # a shard, which is one unit
+        if (files := chunk_files(array)) is None:  # a shard, which is one unit
             write_chunks(array, region, values)
             continue
         bounds = [part.indices(size)[:2] for part, size in zip(region, array.shape, strict=True)]
         edges = chunk_shape(array)
         for place in _places(bounds, edges):
-            file = chunk_file(array, place)
-            assert file is not None
+            file = files(place)
             if file not in chunks:
                 chunks[file] = array, _read_to_write(array, file, in_damaged=in_damaged)
             inside, outside = _overlap(place, edges, bounds)
@@ -121,19 +118,19 @@ def write_parts(
     flush()
     for file, written in staged.items():
         if written is None:
-            file.unlink(missing_ok=True)
+            Path(file).unlink(missing_ok=True)
         else:
             os.replace(written, file)
 
 
-def _read_to_write(array: "zarr.Array[Any]", file: Path, *, in_damaged: bool) -> NDArray[Any]:
+def _read_to_write(array: "zarr.Array[Any]", file: str, *, in_damaged: bool) -> NDArray[Any]:
     """A chunk to be changed."""
     try:
         return read_chunk(array, file).copy()
     except DAMAGED as error:
         if not in_damaged:
             raise PersonaError(
-                f"The chunk {str(file)!r} holds complete cells and cannot be read ({error}); "
+                f"The chunk {file!r} holds complete cells and cannot be read ({error}); "
                 "`persona-nns verify` says what is wrong with the run."
             ) from error
         return np.full(
@@ -143,12 +140,13 @@ def _read_to_write(array: "zarr.Array[Any]", file: Path, *, in_damaged: bool) ->
         )
 
 
-def _stage(file: Path, held: bytes | None) -> Path | None:
+def _stage(file: str, held: bytes | None) -> str | None:
     """Write what is to take a chunk's place, beside it; None where nothing is."""
     if held is None:
         return None
-    path = file.with_name(f"{file.name}.{secrets.token_hex(8)}.partial")
-    path.write_bytes(held)
+    path = f"{file}.{secrets.token_hex(8)}.partial"
+    with open(path, "wb") as stream:
+        stream.write(held)
     return path
 
 

@@ -11,8 +11,7 @@ to and from the same bytes, one after another.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -200,32 +199,33 @@ def chunk_shape(array: "zarr.Array[Any]") -> tuple[int, ...]:
     return cast("Any", array.metadata).chunk_grid.chunk_shape
 
 
-def chunk_file(array: "zarr.Array[Any]", place: tuple[int, ...]) -> Path | None:
-    """The file of a chunk that can be read and written here; None of any other.
+def chunk_files(array: "zarr.Array[Any]") -> Callable[[tuple[int, ...]], str] | None:
+    """The file of a chunk by its place on the grid of chunks; None where there are no such files.
 
     Args:
-        array: of a store.
-        place: on the grid of chunks.
+        array: of a store; in one on this disk that is no array of shards, chunks are read and
+            written here.
     """
     metadata, store = cast("Any", array.metadata), array.store
     if not isinstance(store, LocalStore) or metadata.codecs not in _PLAIN:
         return None
-    return store.root / array.path / metadata.encode_chunk_key(place)
+    folder, key = store.root / array.path, metadata.encode_chunk_key
+    return lambda place: f"{folder}/{key(place)}"
 
 
-def read_chunk(array: "zarr.Array[Any]", file: Path) -> NDArray[Any]:
+def read_chunk(array: "zarr.Array[Any]", file: str) -> NDArray[Any]:
     """What a chunk holds; texts as objects.
 
     Args:
         array: of the chunk.
-        file: of `chunk_file`.
+        file: of `chunk_files`.
 
     Raises:
         RuntimeError, ValueError, OSError: it was cut off.
     """
     dtype = np.dtype(array.dtype)
     try:
-        stored = file.read_bytes()
+        stored = _read(file)
     except FileNotFoundError:
         return np.full(
             chunk_shape(array), array.fill_value, dtype if dtype.kind in "biuf" else object
@@ -234,6 +234,11 @@ def read_chunk(array: "zarr.Array[Any]", file: Path) -> NDArray[Any]:
     if dtype.kind in "biuf":
         return np.frombuffer(raw, dtype.newbyteorder("<")).reshape(chunk_shape(array))
     return np.asarray(_STRINGS.decode(raw), dtype=object).reshape(chunk_shape(array))
+
+
+def _read(file: str) -> bytes:
+    with open(file, "rb", buffering=0) as stream:
+        return stream.read()
 
 
 def encode_chunk(array: "zarr.Array[Any]", chunk: NDArray[Any]) -> bytes | None:

@@ -53,7 +53,7 @@ def open_run(location: Location, path: str, group: RunGroup) -> xr.Dataset:
             f"The run {run!r} lacks the arrays {', '.join(missing)}: its store is damaged."
         )
     whole = whole[names]
-    completed = whole["completed"].copy(data=flags)
+    completed = whole["completed"].copy(deep=False, data=flags)
     units = attrs.get("units", [])
     complete = {
         name: _complete_only(whole[name], _done(completed, whole[name], units), group.array(name))
@@ -95,7 +95,9 @@ def _open_group(location: Location, group: str) -> xr.Dataset:
 
 def _plain_text(array: xr.DataArray) -> xr.DataArray:
     """Texts as objects: pandas and seaborn do not all know numpy's StringDType."""
-    return array.astype(object) if array.dtype.kind == "T" else array
+    if array.dtype.kind != "T":
+        return array
+    return array.copy(deep=False, data=array.values.astype(object))
 
 
 def _done(
@@ -137,7 +139,7 @@ def _complete_only(
     """A variable, still to be read, of which only what is complete is ever read."""
     values = indexing.LazilyIndexedArray(_Complete(array.variable, done, stored))
     kind = _KINDS.get(array.dtype.kind)
-    return array.copy(data=values).assign_attrs({"kind": kind} if kind else {})
+    return array.copy(deep=False, data=values).assign_attrs({"kind": kind} if kind else {})
 
 
 class _Complete(BackendArray):

@@ -105,7 +105,8 @@ class RunGroup:
     def completed(self, units: Iterable[Unit]) -> set[str]:
         """Labels of those of the units that are complete."""
         array = self.array("completed")
-        places = {unit.label: self._index(array, unit) for unit in units}
+        axes = _axes(array)
+        places = {unit.label: self._index(axes, unit) for unit in units}
         if not places:
             return set()
         indices = np.array(list(places.values()))
@@ -248,7 +249,7 @@ class RunGroup:
         placed = [axis for axis in axes if axis in units[0].place]
         if not placed:  # of a run's only unit
             return [np.asarray(array[0])] * len(units)
-        indices = [self._index(array, unit) for unit in units]
+        indices = [self._index(axes, unit) for unit in units]
         found: dict[Index, NDArray[Any]] = {}
         for stretch in stretches(indices):
             box = dict(zip(placed, box_of(stretch), strict=True))
@@ -280,7 +281,7 @@ class RunGroup:
         if not placed:  # of a run's only unit
             yield array, tuple(map(slice, array.shape)), np.asarray(rows[0][1])[None]
             return
-        values = {self._index(array, unit): value for unit, value in rows}
+        values = {self._index(axes, unit): value for unit, value in rows}
         for stretch in stretches(values):
             stacked = np.stack([values[index] for index in stretch])
             sizes = dict(zip((placed[-1], *own), stacked.shape, strict=True))
@@ -290,10 +291,10 @@ class RunGroup:
             shape = [1, *(sizes.get(axis, 1) for axis in axes)]
             yield array, region, stacked.transpose(order).reshape(shape)
 
-    def _index(self, array: "zarr.Array[Any]", unit: Unit) -> Index:
-        """Where a unit stands in an array, on those dimensions that it has a place on."""
+    def _index(self, axes: Iterable[str], unit: Unit) -> Index:
+        """Where a unit stands, on those of some dimensions that it has a place on."""
         place = unit.place
-        return tuple(self._index_of(axis)[place[axis]] for axis in _axes(array) if axis in place)
+        return tuple([self._index_of(axis)[place[axis]] for axis in axes if axis in place])
 
     def _index_of(self, axis: str) -> dict[Label, int]:
         """Where each label stands in this group: the order of the plan when it was allocated."""
