@@ -391,6 +391,29 @@ def test_processes_go_to_different_blocks(tmp_path: Path) -> None:
     assert int(following[0].label[1:4]) == int(batches[0][0].label[1:4]) + 2
 
 
+def test_quick_batches_are_written_a_block_at_a_time(tmp_path: Path) -> None:
+    store = tmp_path / "s.zarr"
+    claims = claims_of(store, "a", 16)
+    claims.begin()
+    claims._written = time.monotonic()
+    batches = [cells_of(range(start, start + 2)) for start in range(0, 12, 2)]
+    seen: list[int] = []
+    for batch in batches:
+        claims.collect(batch, values_of(batch), batch[0].label == "p002/t")
+        claims.claim([])
+        seen.append(int(list_runs(store)[0].group.flags().sum()))
+    assert seen == [0, 0, 0, 8, 8, 8]
+    (note,) = list_runs(store)[0].group.sessions().values()
+    assert note["claims"] == ["p008/t", "p009/t", "p010/t", "p011/t"]  # measured, and not written
+    claims._written -= 2.0  # more than a second has passed
+    claims.collect(cells_of([12]), values_of(cells_of([12])), 1.0)
+    claims.settle()
+    results = open_results(store, "e")
+    assert np.flatnonzero(results.completed.values[0]).tolist() == [*range(13)]
+    assert results.seconds.values[0, :5].tolist() == [0, 0, 1, 1, 0]
+    assert values_are_right(results)
+
+
 def opened(patch: pytest.MonkeyPatch, store: Path) -> list[Path]:
     """The files of a store that are read from now on."""
     seen: list[Path] = []

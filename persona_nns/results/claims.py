@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from numpy.typing import NDArray
 
@@ -25,6 +26,7 @@ _SIGN_EVERY = 15.0  # seconds between two signs of life of a process that gives 
 #: A process that gives signs of life is gone where it was not seen to give one for so many seconds.
 SILENCE = 120.0
 _LATE = 5.0  # seconds by which clocks may differ on when a process began
+_COLLECTED_FOR = 1.0  # seconds for which measured units may wait for others of their block
 _OVER = "over"  # what the group of the sessions says
 _LONG_AGO = timedelta(minutes=15)  # a sign as old as this is no sign, whosever clock is right
 
@@ -67,6 +69,8 @@ class Claims:
         self._said_over: set[str] | None = None  # of those, what the run says; None is not known
         self._signs: dict[str, tuple[str, float]] = {}  # of others: the last one, and when it came
         self._signed = 0.0
+        self._held: list[tuple[Sequence[Unit], Mapping[str, NDArray[Any]], float]] = []
+        self._written = 0.0
 
     def begin(self) -> None:
         """Allocate the run before anything is measured, so that the first claims are seen too.
@@ -130,7 +134,8 @@ class Claims:
 
     def claim(self, units: Sequence[Unit]) -> None:
         """Say which units this process is at."""
-        self._note["claims"] = [unit.label for unit in units]
+        held = [unit for of_batch, *_ in self._held for unit in of_batch]
+        self._note["claims"] = [unit.label for unit in (*held, *units)]
         if self._groups or self.has_joined:
             self._write_note()
 
@@ -169,31 +174,63 @@ class Claims:
         is_old = datetime.now(UTC) - datetime.fromisoformat(seen) > _LONG_AGO
         return is_old or moment - self._signs[name][1] > SILENCE
 
-    def write(
+    def collect(
         self, units: Sequence[Unit], arrays: Mapping[str, NDArray[Any]], seconds: float
+    ) -> None:
+        """Write units, where chunks hold several with those of batches that follow at once.
+
+        Whatever takes less than a second to measure would take longer to write. `settle` writes
+        what is held; the arguments are those of `write`.
+        """
+        self.begin()
+        self._held.append((units, arrays, seconds))
+        size = max(group.per_chunk for group in self._groups)
+        enough = sum(len(of_batch) for of_batch, *_ in self._held) >= size
+        if enough or time.monotonic() - self._written > _COLLECTED_FOR:
+            self.settle()
+
+    def settle(self) -> None:
+        """Write what was collected."""
+        held, self._held = self._held, []
+        if held:
+            units = [unit for of_batch, *_ in held for unit in of_batch]
+            names = held[0][1]
+            arrays = {name: np.concatenate([of[name] for _, of, _ in held]) for name in names}
+            self.write(units, arrays, np.repeat([s for *_, s in held], [len(u) for u, *_ in held]))
+            self._written = time.monotonic()
+
+    def write(
+        self,
+        units: Sequence[Unit],
+        arrays: Mapping[str, NDArray[Any]],
+        seconds: float | NDArray[np.floating],
     ) -> None:
         """Write units, but those that somebody else has completed meanwhile.
 
         Args:
             units: the units.
             arrays: by name, leading axis = unit.
-            seconds: time of one unit.
+            seconds: time of one unit, or of each.
 
         Raises:
             PersonaError: the store cannot be written.
         """
         self.begin()
+        each = np.broadcast_to(seconds, len(units))
         done = self.completed(units)
         rows = {row: unit for row, unit in enumerate(units) if unit.label not in done}
         try:
             for group, block in zip(self._groups, self._blocks, strict=True):
                 axes = {name: variable.axes for name, variable in block.variables.items()}
                 measured = [
-                    (unit, {name: arrays[name][row, ...] for name in names})
+                    (
+                        unit,
+                        {"seconds": each[row], **{name: arrays[name][row, ...] for name in names}},
+                    )
                     for row, unit in rows.items()
                     for names in [block.plan.names_written(unit, axes)]
                 ]
-                group.write_units(measured, seconds)
+                group.write_units(measured, 0.0)
             self._note["n_written"] += len(rows)
             self._note["n_repeated"] += len(done)
         except OSError as error:

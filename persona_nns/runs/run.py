@@ -360,10 +360,13 @@ def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
                     continue
                 measured = request.finish(model.tokenizer, batch, measured)
                 arrays = declared_arrays(request, measured, len(batch))
-                claims.write(batch, arrays, (time.perf_counter() - started) / len(batch))
+                claims.collect(batch, arrays, (time.perf_counter() - started) / len(batch))
                 bar.update(n_asked - queue.n_left, (number, number + queue.n_batches))
         finally:
-            claims.end(now())
+            try:
+                claims.settle()
+            finally:
+                claims.end(now())
 
 
 def _computing(model: TransformersModel) -> str:
