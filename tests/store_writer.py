@@ -1,7 +1,7 @@
 """A process without models that writes cells of a run through the library, to be killed or raced.
 
-``python store_writer.py STORE N_CELLS BATCH SECONDS`` measures cells whose values follow from
-their labels, a batch in SECONDS, and prints the batches that it measured.
+``python store_writer.py STORE N_CELLS BATCH SECONDS [PER_CHUNK]`` measures cells whose values
+follow from their labels, a batch in SECONDS, and prints the batches that it measured.
 """
 
 import secrets
@@ -47,7 +47,7 @@ def plan_of(n_cells: int) -> Plan:
     )
 
 
-def block_of(n_cells: int, identity: str = "i") -> Block:
+def block_of(n_cells: int, identity: str = "i", per_chunk: int | None = None) -> Block:
     parameters = {"layers": [1, 3], "positions": ["p_last", "g1"]}
     return Block(
         experiment="e",
@@ -71,13 +71,14 @@ def block_of(n_cells: int, identity: str = "i") -> Block:
             "experiment": "e",
             "identity": identity,
         },
+        per_chunk=per_chunk,
     )
 
 
 def values_of(cells: Sequence[Unit]) -> dict[str, Any]:
     """Arrays that follow from the labels alone."""
     labels = [cell.label for cell in cells]
-    index = np.array([int(label[1:4]) for label in labels])
+    index = np.array([int(label[1:].partition("/")[0]) for label in labels])
     kl = index[:, None, None] + np.array([[0.25, 0.5], [0.75, 1.0]])
     return {
         "kl": kl.astype(np.float32),
@@ -96,9 +97,10 @@ def write_all(
     identity: str = "i",
     *,
     shared: bool = False,
+    per_chunk: int | None = None,
 ) -> list[list[str]]:
     """Measure and write what is missing; returns the batches that were measured."""
-    block = block_of(n_cells, identity)
+    block = block_of(n_cells, identity, per_chunk)
     claims = Claims(store, [block], secrets.token_hex(4), {})
     batches: list[list[str]] = []
     if shared:
@@ -128,5 +130,12 @@ def values_are_right(results: xr.Dataset) -> bool:
 
 
 if __name__ == "__main__":
-    store, n_cells, batch_size, seconds = sys.argv[1:5]
-    print(*map(",".join, write_all(store, int(n_cells), int(batch_size), float(seconds))))
+    store, n_cells, batch_size, seconds, *more = sys.argv[1:]
+    written = write_all(
+        store,
+        int(n_cells),
+        int(batch_size),
+        float(seconds),
+        per_chunk=int(more[0]) if more else None,
+    )
+    print(*map(",".join, written))

@@ -242,7 +242,7 @@ def test_each_distinct_prompt_of_a_grid_is_tokenised_once(
     monkeypatch.setattr(
         type(tokenizer),
         "__call__",
-        lambda self, text, **how: asked.append(text) or encode(self, text, **how),
+        lambda self, texts, **how: asked.extend(texts) or encode(self, texts, **how),
     )
     crowd = {f"p{k}": f"a person who is {k} years old" for k in range(50)}
     grid = replace(small_grid, personas={"baseline": "a person", **crowd})

@@ -10,7 +10,8 @@ import pytest
 from zarr.storage import LocalStore
 
 from persona_nns.results.allocation import attach
-from persona_nns.results.store import RunGroup, subgroups
+from persona_nns.results.groups import subgroups
+from persona_nns.results.store import RunGroup
 from persona_nns.runs.remote.job_book import Job, JobBook, accepted, read_jobs
 from tests.test_store import make_block
 

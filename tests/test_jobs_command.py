@@ -14,7 +14,7 @@ import pytest
 from store_writer import block_of, write_all
 
 from persona_nns.cli.commands import main
-from persona_nns.results.store import open_group
+from persona_nns.results.groups import open_group
 from persona_nns.runs.remote import standing
 from persona_nns.runs.remote.connection import Patience
 from persona_nns.runs.remote.job_book import Job, JobBook, accepted, read_jobs

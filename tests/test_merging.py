@@ -18,9 +18,10 @@ import persona_nns as pn
 from persona_nns.declarations.variables import Variable
 from persona_nns.published.store import published_store
 from persona_nns.results.allocation import attach
+from persona_nns.results.groups import open_root
 from persona_nns.results.merging import PlacedUnit, merge_stores, other_groups
 from persona_nns.results.reading import list_runs, open_results
-from persona_nns.results.store import RunGroup, find_group, open_root
+from persona_nns.results.store import RunGroup, find_group
 
 CELLS = cells_of(range(4))
 

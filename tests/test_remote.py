@@ -34,7 +34,7 @@ from persona_nns.cli.commands import main
 from persona_nns.declarations.catalog import bundled_experiments
 from persona_nns.models.load import hosted, record_of
 from persona_nns.prompts.grids import Grid
-from persona_nns.results.store import open_group
+from persona_nns.results.groups import open_group
 from persona_nns.runs.remote import dispatch
 from persona_nns.runs.remote.connection import Patience, client_python
 from persona_nns.runs.remote.environment import CRITICAL, Environment

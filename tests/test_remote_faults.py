@@ -23,7 +23,7 @@ import persona_nns as pn
 from persona_nns import errors
 from persona_nns.models.loopback import LoopbackServer
 from persona_nns.prompts.grids import Grid
-from persona_nns.results.store import open_group
+from persona_nns.results.groups import open_group
 from persona_nns.runs.remote import dispatch
 from persona_nns.runs.remote.connection import Patience
 from persona_nns.runs.remote.job_book import Job, read_jobs

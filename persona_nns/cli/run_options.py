@@ -91,6 +91,15 @@ def shared_options(
     batch_size: Annotated[
         int | None, typer.Option(help="Units (cells) at a time; by default what fits.", min=1)
     ] = None,
+    cells_per_chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="Cells (units) that a file of the store holds, when a run is begun; by default 1 "
+            "up to 1,000 cells, and more in larger grids, so that there are thousands of files "
+            "and not a million.",
+            min=1,
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -213,7 +222,16 @@ _LOADING = (
     "trust_remote_code",
 )
 _SETTINGS = (
-    *("cells", "store", "batch_size", "reuse", "keep_residuals", "layers", "layer_sets"),
+    *(
+        "cells",
+        "store",
+        "batch_size",
+        "cells_per_chunk",
+        "reuse",
+        "keep_residuals",
+        "layers",
+        "layer_sets",
+    ),
     *("positions", "deadline", "verbose"),
 )
 

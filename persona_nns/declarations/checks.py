@@ -14,7 +14,16 @@ _RESERVED_VARIABLES = {
 }
 _RESERVED_OPTIONS = {
     *("experiment", "model", "grid", "tasks", "frame", "cells", "backend", "dtype", "device"),
-    *("template", "as_", "store", "batch_size", "allow_float16", "progress", "deadline"),
+    *(
+        "template",
+        "as_",
+        "store",
+        "batch_size",
+        "cells_per_chunk",
+        "allow_float16",
+        "progress",
+        "deadline",
+    ),
     *("verbose", "workers", "ray_address", "trust_remote_code", "name", "threads", "attention"),
     "variables",
 }

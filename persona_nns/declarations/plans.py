@@ -7,7 +7,7 @@ at which it writes. Nothing here knows about models or about Zarr.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -128,5 +128,26 @@ def noun_of(unit_axes: tuple[str, ...]) -> str:
 
 
 def content_digest(content: Any) -> str:
-    """Hash of JSON-able values, 64 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """Hash of JSON-able values, 64 hexadecimal digits.
+
+    It is that of ``json.dumps(content, sort_keys=True)``, which of a large grid would be hundreds
+    of megabytes: mappings are taken an entry at a time.
+    """
+    digest = hashlib.sha256()
+    for piece in _pieces(content):
+        digest.update(piece.encode())
+    return digest.hexdigest()
+
+
+def _pieces(content: Any, depth: int = 2) -> Iterator[str]:
+    """The parts of a JSON text, of mappings and of those in them an entry at a time."""
+    entries: dict[Any, Any] = content if depth and isinstance(content, dict) else {}
+    if not entries or not all(isinstance(key, str) for key in entries):
+        yield json.dumps(content, sort_keys=True)
+        return
+    before = "{"
+    for key in sorted(entries):
+        yield f"{before}{json.dumps(key)}: "
+        yield from _pieces(entries[key], depth - 1)
+        before = ", "
+    yield "}"

@@ -26,6 +26,7 @@ from persona_nns.prompts.templates import (
 )
 
 Span = Literal["prefix", "persona", "task", "tail"]
+_TOGETHER = 256  # prompts that are tokenised at a time
 ROLE_PROMPTS: tuple[PromptName, ...] = ("BB", "XB", "BY", "XY")
 
 
@@ -98,6 +99,9 @@ def render_cells(
     names = tuple(names)
     asked = {cell.frame for cell in cells if not isinstance(cell, RenderedCell)}
     frames = {frame: FramedTemplate.of(tokenizer, frame) for frame in asked}
+    for frame, of_frame in frames.items():
+        framed = [c for c in cells if not isinstance(c, RenderedCell) and c.frame == frame]
+        of_frame.render_all(cell.texts(name) for cell in framed for name in names)
     rendered: list[dict[PromptName, Prompt]] = []
     for cell in cells:
         if not isinstance(cell, RenderedCell):
@@ -171,6 +175,8 @@ class FramedTemplate:
         default_factory=dict[tuple[str | None, str], Prompt], repr=False
     )
     _marked: dict[bool, _Marked] = field(default_factory=dict[bool, _Marked], repr=False)
+    # One object for each number that stands in any prompt: of many they take most of the memory.
+    _numbers: dict[int, int] = field(default_factory=dict[int, int], repr=False)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, frame: Frame) -> "FramedTemplate":
@@ -188,11 +194,24 @@ class FramedTemplate:
     def render(self, persona: str | None, task: str) -> Prompt:
         """The prompt of a persona and a task, as the function `render` documents it."""
         pair = persona, task
-        if pair not in self._known:
-            self._known[pair] = self._render(persona, task)
+        self.render_all([pair])
         return self._known[pair]
 
-    def _render(self, persona: str | None, task: str) -> Prompt:
+    def render_all(self, pairs: Iterable[tuple[str | None, str]]) -> None:
+        """Render pairs of texts ahead of `render`: many are tokenised faster together."""
+        missing = [pair for pair in dict.fromkeys(pairs) if pair not in self._known]
+        for start in range(0, len(missing), _TOGETHER):
+            together = missing[start : start + _TOGETHER]
+            shown = [self._show(*pair) for pair in together]
+            encoded = self.tokenizer(
+                [text for text, _ in shown], add_special_tokens=False, return_offsets_mapping=True
+            )
+            tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            for pair, (text, slots), (ids, offsets) in zip(together, shown, tokens, strict=True):
+                self._known[pair] = self._prompt(*pair, text, slots, ids, offsets)
+
+    def _show(self, persona: str | None, task: str) -> tuple[str, Slots]:
+        """What the template makes of two texts, and where they stand in it."""
         messages = self.messages(persona, task)
         text = apply_template(self.tokenizer, messages, header=True)
         contents = [message["content"] for message in messages]
@@ -210,8 +229,17 @@ class FramedTemplate:
                 "The tokenizer reports no character offsets; convert it to a fast tokenizer "
                 "(a tokenizer.json file) so that spans can be found."
             )
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = encoded["offset_mapping"]
+        return text, slots
+
+    def _prompt(
+        self,
+        persona: str | None,
+        task: str,
+        text: str,
+        slots: Slots,
+        ids: Sequence[int],
+        offsets: list[tuple[int, int]],
+    ) -> Prompt:
         spans = _spans(_first_characters(text, offsets), slots)
         said: dict[Span, str | None] = {"persona": persona, "task": task}
         for name, words in said.items():
@@ -221,11 +249,16 @@ class FramedTemplate:
                     f"{text!r}; is this the model's own tokenizer?"
                 )
         last = None
+        marked = self._mark(bare=persona is None)
         if marked.header is not None:
             turn = len(text) - len(marked.header)
             last = sum(start < turn for start, _ in offsets) - 1
-        ends = tuple(accumulate((stop for _, stop in offsets), max))
-        return Prompt(text, tuple(encoded["input_ids"]), spans, last, ends)
+        ends = accumulate((stop for _, stop in offsets), max)
+        return Prompt(text, self._kept(ids), spans, last, self._kept(ends))
+
+    def _kept(self, numbers: Iterable[int]) -> tuple[int, ...]:
+        known = self._numbers.setdefault
+        return tuple([known(number, number) for number in numbers])
 
     def _mark(self, *, bare: bool) -> _Marked:
         """The prompt with marks for persona and task; without a persona they stand together."""

@@ -7,6 +7,9 @@ from .caches import write_cache as write_cache
 from .choosing import choose_run as choose_run
 from .claims import Claims as Claims
 from .exporting import export_results as export_results
+from .groups import open_group as open_group
+from .groups import put_group as put_group
+from .groups import subgroups as subgroups
 from .hub import merge as merge
 from .hub import push as push
 from .locations import location_of as location_of
@@ -25,6 +28,3 @@ from .shown_prompts import read_shown as read_shown
 from .store import check_writable as check_writable
 from .store import completed_units as completed_units
 from .store import find_group as find_group
-from .store import open_group as open_group
-from .store import put_group as put_group
-from .store import subgroups as subgroups

@@ -14,18 +14,14 @@ import numpy as np
 import zarr
 
 from persona_nns.declarations.variables import Kind
-from persona_nns.errors import PersonaError
+from persona_nns.errors import PersonaError, UsageError
 from persona_nns.results.block import Block, bookkeeping
+from persona_nns.results.blocks import default_per_chunk
 from persona_nns.results.chunks import label_array, unit_array, write_chunks
+from persona_nns.results.groups import is_allocated, open_group, require_arrays, require_group
 from persona_nns.results.locations import Location, location_of
 from persona_nns.results.shown_prompts import has_shown, write_shown
-from persona_nns.results.store import (
-    RunGroup,
-    is_allocated,
-    open_group,
-    require_arrays,
-    require_group,
-)
+from persona_nns.results.store import RunGroup, find_group
 
 # What labels stand for, where their dimension's name does not say it.
 _NAMES = {"cell": "persona/task"}
@@ -38,6 +34,7 @@ def attach(store: str | Path, block: Block) -> RunGroup:
 
     Raises:
         PersonaError: the store cannot be written, or the group is another run's.
+        UsageError: its chunks hold another number of units than was asked for.
     """
     location = location_of(store)
     try:
@@ -56,7 +53,64 @@ def attach(store: str | Path, block: Block) -> RunGroup:
         raise PersonaError(
             f"The group {block.run!r} of {str(store)!r} holds another run; use another --store."
         )
-    return RunGroup(group, location, arrays)
+    attached = RunGroup(group, location, arrays)
+    _check_per_chunk(attached, block, location)
+    return attached
+
+
+def check_per_chunk(store: str | Path, block: Block) -> None:
+    """See that a run can be written in chunks of as many units as it has, or as were asked for.
+
+    Raises:
+        UsageError: its chunks hold another number of units; or they hold several, and the store is
+            no folder.
+    """
+    location, asked = location_of(store), block.per_chunk
+    group = find_group(store, block.experiment, block.run)
+    if group is not None:
+        _check_per_chunk(group, block, location)
+    elif location.folder is None and asked not in (None, 1):
+        raise UsageError(
+            f"Chunks of {asked} {block.plan.noun}s cannot be shared at the URL {location.shown!r}; "
+            "leave out --cells-per-chunk, or run into a folder and `persona-nns push` that."
+        )
+
+
+def _check_per_chunk(group: RunGroup, block: Block, location: Location) -> None:
+    asked, has, noun = _asked_per_chunk(block), group.per_chunk, block.plan.noun
+    if asked not in (None, has):
+        raise UsageError(
+            f"The run {block.run!r} has {has} {noun}{'s' if has > 1 else ''} a chunk, and keeps to "
+            f"that, not to {asked}; leave out --cells-per-chunk, or use another --store."
+        )
+    if location.folder is None and has > 1:
+        raise UsageError(
+            f"The run {block.run!r} has {has} {noun}s a chunk, which cannot be shared at the URL "
+            f"{location.shown!r}; go on in a folder that it is merged into (persona-nns merge), "
+            "and push that."
+        )
+
+
+def _asked_per_chunk(block: Block) -> int | None:
+    """How many units a chunk is to hold, where that was said; no more than there are."""
+    if block.per_chunk is None:
+        return None
+    return min(block.per_chunk, len(block.plan.axes[block.plan.unit_axes[0]]))
+
+
+def units_per_chunk(store: str | Path, block: Block) -> int:
+    """How many units a chunk of a run holds, or is to hold, along its first dimension."""
+    group = find_group(store, block.experiment, block.run)
+    if group is not None:
+        return group.per_chunk
+    return _asked_per_chunk(block) or _default(block, location_of(store))
+
+
+def _default(block: Block, location: Location) -> int:
+    if location.folder is None:
+        return 1
+    sizes = [len(block.plan.axes[axis]) for axis in block.plan.unit_axes]
+    return default_per_chunk(sizes, len(block.variables) + len(bookkeeping(block.plan)))
 
 
 def _allocate(group: zarr.Group, block: Block, location: Location) -> dict[str, "zarr.Array[Any]"]:
@@ -85,6 +139,10 @@ def _allocate(group: zarr.Group, block: Block, location: Location) -> dict[str, 
     require_group(group, "sessions")
     write_shown(group, block.plan.shown)
     every = {**block.variables, **bookkeeping(block.plan)}
+    if "completed" in group:  # an array that an older run lacks is like its others
+        per_chunk = RunGroup(group, location).per_chunk
+    else:
+        per_chunk = _asked_per_chunk(block) or _default(block, location)
     arrays = {
         name: unit_array(
             variable.kind,
@@ -96,6 +154,7 @@ def _allocate(group: zarr.Group, block: Block, location: Location) -> dict[str, 
                 "units": variable.units,
                 "description": variable.description,
             },
+            {block.plan.unit_axes[0]: per_chunk},
         )
         for name, variable in every.items()
     }

@@ -43,6 +43,8 @@ class Block:
         positions: labels of the position axis.
         variables: the arrays.
         attrs: provenance, as JSON-able values.
+        per_chunk: how many units a chunk is to hold along the first dimension of ``completed``;
+            None is as many as the run has, or as suit the number of its units.
     """
 
     experiment: str
@@ -56,6 +58,7 @@ class Block:
     positions: Sequence[str]
     variables: Mapping[str, Variable]
     attrs: Mapping[str, Any]
+    per_chunk: int | None = None
 
     def labels(self, variable: Variable, axis: str) -> Sequence[Any]:
         """The labels of one of a variable's dimensions."""

@@ -1,16 +1,17 @@
 """How an array of a store lies on the disk: its metadata, its codecs, its chunks.
 
-One unit is one chunk in every array: its bytes, compressed by zstd with a checksum that tells a
-chunk that was cut off. A large unit is a shard, cut by layer and position inside.
+A chunk is one unit, or in a large grid a block of neighbours: its bytes, compressed by zstd with a
+checksum that tells a chunk that was cut off. A large unit is a shard, cut by layer and position
+inside.
 
 zarr 3 has a coroutine and two threads for a chunk, which take several times as long as what they do
-with an array of a few hundred bytes. Chunks for a local disk are therefore encoded here, into the
-same bytes, and put in place by zarr's store, one after another.
+with an array of a few hundred bytes. Chunks on a local disk are therefore encoded and decoded here,
+to and from the same bytes, one after another.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -32,6 +33,8 @@ _DATA_TYPES: dict[Kind, str] = {
 }
 # A unit that is larger than this is cut by layer and position inside its chunk.
 _LARGE_UNIT = 2**20
+# A chunk of several units is no larger than this: it is read and written again for each batch.
+_LARGE_CHUNK = 2**22
 _ZSTD = Zstd(level=0, checksum=True)
 _STRINGS = VLenUTF8()
 
@@ -52,6 +55,7 @@ def unit_array(
     sizes: Mapping[str, int],
     placed: frozenset[str],
     attributes: Mapping[str, Any],
+    per_chunk: Mapping[str, int] | None = None,
 ) -> ArrayV3Metadata:
     """Metadata of an array that units are written to.
 
@@ -61,10 +65,16 @@ def unit_array(
         sizes: of each of them.
         placed: the dimensions that a unit has a place on; the others are its own.
         attributes: of the array.
+        per_chunk: how many units a chunk holds along a dimension, at most; by default one.
     """
     unit = [1 if axis in placed else sizes[axis] for axis in axes]
     codecs = _codecs(kind)
-    if kind != "text" and 8 * math.prod(unit) > _LARGE_UNIT:
+    n_bytes = 8 * math.prod(unit)
+    chunk = [
+        _fitting(per_chunk[axis], n_bytes) if per_chunk and axis in per_chunk else size
+        for axis, size in zip(axes, unit, strict=True)
+    ]
+    if kind != "text" and n_bytes > _LARGE_UNIT:
         inner = (
             1 if axis in ("layer", "position") else size
             for axis, size in zip(axes, unit, strict=True)
@@ -72,8 +82,16 @@ def unit_array(
         codecs = [_sharding([1, *inner], codecs)]
     shape = [1, *(sizes[axis] for axis in axes)]
     return _metadata(
-        _DATA_TYPES[kind], shape, [1, *unit], FILL[kind], codecs, ("model", *axes), attributes
+        _DATA_TYPES[kind], shape, [1, *chunk], FILL[kind], codecs, ("model", *axes), attributes
     )
+
+
+def _fitting(most: int, n_bytes: int) -> int:
+    """How many units a chunk holds: a divisor, so that no chunk belongs to two blocks."""
+    if n_bytes > _LARGE_UNIT:
+        return 1
+    fits = (size for size in range(most, 1, -1) if most % size == 0)
+    return next((size for size in fits if size * n_bytes <= _LARGE_CHUNK), 1)
 
 
 def label_array(
@@ -174,6 +192,60 @@ def _chunks(
         )
         place = tuple(start // edge.step for start, edge in zip(corner, edges, strict=True))
         yield place, values[inside]
+
+
+def chunk_shape(array: "zarr.Array[Any]") -> tuple[int, ...]:
+    """The shape of what one file holds: of a sharded array, a shard."""
+    return cast("Any", array.metadata).chunk_grid.chunk_shape
+
+
+def chunk_files(array: "zarr.Array[Any]") -> Callable[[tuple[int, ...]], str] | None:
+    """The file of a chunk by its place on the grid of chunks; None where there are no such files.
+
+    Args:
+        array: of a store; in one on this disk that is no array of shards, chunks are read and
+            written here.
+    """
+    metadata, store = cast("Any", array.metadata), array.store
+    if not isinstance(store, LocalStore) or metadata.codecs not in _PLAIN:
+        return None
+    folder, key = store.root / array.path, metadata.encode_chunk_key
+    return lambda place: f"{folder}/{key(place)}"
+
+
+def read_chunk(array: "zarr.Array[Any]", file: str) -> NDArray[Any]:
+    """What a chunk holds; texts as objects.
+
+    Args:
+        array: of the chunk.
+        file: of `chunk_files`.
+
+    Raises:
+        RuntimeError, ValueError, OSError: it was cut off.
+    """
+    dtype = np.dtype(array.dtype)
+    try:
+        stored = _read(file)
+    except FileNotFoundError:
+        return np.full(
+            chunk_shape(array), array.fill_value, dtype if dtype.kind in "biuf" else object
+        )
+    raw = _ZSTD.decode(stored)
+    if dtype.kind in "biuf":
+        return np.frombuffer(raw, dtype.newbyteorder("<")).reshape(chunk_shape(array))
+    return np.asarray(_STRINGS.decode(raw), dtype=object).reshape(chunk_shape(array))
+
+
+def _read(file: str) -> bytes:
+    with open(file, "rb", buffering=0) as stream:
+        return stream.read()
+
+
+def encode_chunk(array: "zarr.Array[Any]", chunk: NDArray[Any]) -> bytes | None:
+    """The bytes of a chunk's file; None where there is to be none, for it is as if nothing was."""
+    if _is_fill(chunk, array.fill_value):
+        return None
+    return _encode(chunk, np.dtype(array.dtype)).to_bytes()
 
 
 def _is_fill(block: NDArray[Any], fill: Any) -> bool:

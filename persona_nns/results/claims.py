@@ -7,17 +7,18 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from numpy.typing import NDArray
 
 from persona_nns.declarations.plans import Unit
 from persona_nns.errors import PersonaError
-from persona_nns.results.allocation import attach
+from persona_nns.results.allocation import attach, units_per_chunk
 from persona_nns.results.block import Block
 from persona_nns.results.store import RunGroup, begin_group, begun_group, find_group
 
@@ -25,6 +26,8 @@ _SIGN_EVERY = 15.0  # seconds between two signs of life of a process that gives 
 #: A process that gives signs of life is gone where it was not seen to give one for so many seconds.
 SILENCE = 120.0
 _LATE = 5.0  # seconds by which clocks may differ on when a process began
+_COLLECTED_FOR = 1.0  # seconds for which measured units may wait for others of their block
+_OVER = "over"  # what the group of the sessions says
 _LONG_AGO = timedelta(minutes=15)  # a sign as old as this is no sign, whosever clock is right
 
 
@@ -63,8 +66,11 @@ class Claims:
         self._groups: list[RunGroup] = []
         self._joined: RunGroup | None = None
         self._over: set[str] = set()
+        self._said_over: set[str] | None = None  # of those, what the run says; None is not known
         self._signs: dict[str, tuple[str, float]] = {}  # of others: the last one, and when it came
         self._signed = 0.0
+        self._held: list[tuple[Sequence[Unit], Mapping[str, NDArray[Any]], float]] = []
+        self._written = 0.0
 
     def begin(self) -> None:
         """Allocate the run before anything is measured, so that the first claims are seen too.
@@ -114,9 +120,22 @@ class Claims:
             *(group.completed(units) if group is not None else set() for group in groups)
         )
 
+    def blocks_of(self, units: Sequence[Unit]) -> dict[str, int]:
+        """The number of each unit's block by label; none where a chunk is one unit."""
+        block = self._last
+        per_chunk = units_per_chunk(self._store, block)
+        if per_chunk == 1:
+            return {}
+        axis = block.plan.unit_axes[0]
+        group = self._found(block)
+        labels = block.plan.axes[axis] if group is None else group.labels(axis)
+        index = {label: place for place, label in enumerate(labels)}
+        return {unit.label: index[unit.place[axis]] // per_chunk for unit in units}
+
     def claim(self, units: Sequence[Unit]) -> None:
         """Say which units this process is at."""
-        self._note["claims"] = [unit.label for unit in units]
+        held = [unit for of_batch, *_ in self._held for unit in of_batch]
+        self._note["claims"] = [unit.label for unit in (*held, *units)]
         if self._groups or self.has_joined:
             self._write_note()
 
@@ -126,11 +145,14 @@ class Claims:
 
     def others(self) -> dict[str, Mapping[str, Any]]:
         """What the other processes that are at work on the run say of themselves, by session."""
-        group = self._groups[-1] if self._groups else self._joined
+        group = self._group
         if group is None:
             group = begun_group(self._store, self._last.experiment, self._last.run)
         if group is None:
             return {}
+        if self._said_over is None:
+            self._said_over = sessions_over(group)
+            self._over |= self._said_over
         living: dict[str, Mapping[str, Any]] = {}
         for name, note in group.sessions(but=self._over | {self.name}).items():
             if note.get("ended") or _has_died(note):
@@ -152,31 +174,63 @@ class Claims:
         is_old = datetime.now(UTC) - datetime.fromisoformat(seen) > _LONG_AGO
         return is_old or moment - self._signs[name][1] > SILENCE
 
-    def write(
+    def collect(
         self, units: Sequence[Unit], arrays: Mapping[str, NDArray[Any]], seconds: float
+    ) -> None:
+        """Write units, where chunks hold several with those of batches that follow at once.
+
+        Whatever takes less than a second to measure would take longer to write. `settle` writes
+        what is held; the arguments are those of `write`.
+        """
+        self.begin()
+        self._held.append((units, arrays, seconds))
+        size = max(group.per_chunk for group in self._groups)
+        enough = sum(len(of_batch) for of_batch, *_ in self._held) >= size
+        if enough or time.monotonic() - self._written > _COLLECTED_FOR:
+            self.settle()
+
+    def settle(self) -> None:
+        """Write what was collected."""
+        held, self._held = self._held, []
+        if held:
+            units = [unit for of_batch, *_ in held for unit in of_batch]
+            names = held[0][1]
+            arrays = {name: np.concatenate([of[name] for _, of, _ in held]) for name in names}
+            self.write(units, arrays, np.repeat([s for *_, s in held], [len(u) for u, *_ in held]))
+            self._written = time.monotonic()
+
+    def write(
+        self,
+        units: Sequence[Unit],
+        arrays: Mapping[str, NDArray[Any]],
+        seconds: float | NDArray[np.floating],
     ) -> None:
         """Write units, but those that somebody else has completed meanwhile.
 
         Args:
             units: the units.
             arrays: by name, leading axis = unit.
-            seconds: time of one unit.
+            seconds: time of one unit, or of each.
 
         Raises:
             PersonaError: the store cannot be written.
         """
         self.begin()
+        each = np.broadcast_to(seconds, len(units))
         done = self.completed(units)
         rows = {row: unit for row, unit in enumerate(units) if unit.label not in done}
         try:
             for group, block in zip(self._groups, self._blocks, strict=True):
                 axes = {name: variable.axes for name, variable in block.variables.items()}
                 measured = [
-                    (unit, {name: arrays[name][row, ...] for name in names})
+                    (
+                        unit,
+                        {"seconds": each[row], **{name: arrays[name][row, ...] for name in names}},
+                    )
                     for row, unit in rows.items()
                     for names in [block.plan.names_written(unit, axes)]
                 ]
-                group.write_units(measured, seconds)
+                group.write_units(measured, 0.0)
             self._note["n_written"] += len(rows)
             self._note["n_repeated"] += len(done)
         except OSError as error:
@@ -188,14 +242,20 @@ class Claims:
     def end(self, when: str) -> None:
         """Give up what is claimed, and note the end; a store that is gone stays as it is."""
         self._note |= {"claims": [], "ended": when}
-        if self._groups or self.has_joined:
+        if (group := self._group) is not None:
             try:
                 self._write_note()
+                say_over(group, [self.name, *self._over])
             except OSError:
                 return  # the claims of a process that is gone mean nothing
 
     def _found(self, block: Block) -> RunGroup | None:
         return find_group(self._store, block.experiment, block.run)
+
+    @property
+    def _group(self) -> RunGroup | None:
+        """Where this process can note what it does."""
+        return self._groups[-1] if self._groups else self._joined
 
     @property
     def _last(self) -> Block:
@@ -205,9 +265,22 @@ class Claims:
         if self._joined is not None:
             self._signed = time.monotonic()
             self._note["seen"] = datetime.now(UTC).isoformat(timespec="milliseconds")
-        group = self._groups[-1] if self._groups else self._joined
+        group = self._group
         assert group is not None
         group.note("sessions", self.name, self._note)
+
+
+def sessions_over(group: RunGroup) -> set[str]:
+    """Sessions that a run says are over: nobody has to read their notes to know what goes on."""
+    return set(group.about_notes("sessions").get(_OVER, ()))
+
+
+def say_over(group: RunGroup, names: Iterable[str]) -> None:
+    """Say which sessions are over, beside those of which that was said.
+
+    What two processes say at once may be lost of one: then some notes are read once more.
+    """
+    group.say_about_notes("sessions", {_OVER: sorted({*sessions_over(group), *names})})
 
 
 def _has_died(note: Mapping[str, Any]) -> bool:
@@ -239,7 +312,7 @@ def at_work(group: RunGroup) -> tuple[list[str], list[str]]:
     """
     here: list[str] = []
     elsewhere: list[str] = []
-    for note in group.sessions().values():
+    for note in group.sessions(but=sessions_over(group)).values():
         if not note.get("ended") and not _has_died(note):
             is_here = note.get("host") == socket.gethostname()
             shown = f"process {note.get('process')} on {note.get('host')}"

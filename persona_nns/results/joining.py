@@ -33,10 +33,11 @@ def join_models(datasets: Sequence[xr.Dataset], experiment: str) -> xr.Dataset:
         combine_attrs="drop_conflicts",
     )
     # Joining may sort; labels keep the order of the plan, variables that of the experiment.
+    several = len(datasets) > 1
     order = {
         dim: list(dict.fromkeys(label for ds in datasets for label in ds[dim].values.tolist()))
         for dim in map(str, joined.dims)
-        if joined[dim].dtype.kind == "O"
+        if several and joined[dim].dtype.kind == "O"
     }
     joined = joined.sel(order)[list(datasets[0].data_vars)]
     if "layer_band" in joined.dims and "n_layers" in joined.coords:
@@ -51,6 +52,8 @@ def _fill(array: xr.DataArray) -> Any:
 
 def _with_room_for_nan(datasets: Sequence[xr.Dataset]) -> list[xr.Dataset]:
     """Integers and truth values as floats where some model has them so, or lacks labels."""
+    if len(datasets) == 1:
+        return list(datasets)
     floats = [
         name
         for name, array in datasets[0].data_vars.items()

@@ -183,7 +183,11 @@ class Location:
         return int(filesystem.du(f"{path}/{group}", total=True))
 
     def names(self, group: str) -> set[str]:
-        """What lies directly in a group or array of a store at a URL."""
+        """What lies directly in a group or array."""
+        if self.folder is not None:
+            with suppress(FileNotFoundError):
+                return set(os.listdir(self.folder / group))
+            return set()
         filesystem, path = self.filesystem()
         try:
             found = filesystem.ls(f"{path}/{group}", detail=False)

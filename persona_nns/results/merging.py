@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from persona_nns.declarations.plans import Label, noun_of
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.results.allocation import attach_copy
+from persona_nns.results.claims import say_over, sessions_over
+from persona_nns.results.groups import open_group, open_root, subgroups
 from persona_nns.results.locations import location_of
 from persona_nns.results.public import for_everybody
 from persona_nns.results.reading import RunInfo, list_runs
 from persona_nns.results.rounding import same_but_for_rounding
 from persona_nns.results.shown_prompts import read_shown, write_shown
-from persona_nns.results.store import RunGroup, find_group, open_group, open_root, subgroups
+from persona_nns.results.store import RunGroup, find_group
 
 _BYTES_AT_A_TIME = 2**26
 _UNITS_AT_A_TIME = 256
@@ -255,6 +257,7 @@ def _written(
 def _batches(units: Sequence[PlacedUnit], group: RunGroup) -> Iterator[Sequence[PlacedUnit]]:
     """Units, as many at a time as memory may hold; all with places on the same dimensions."""
     many = min(_UNITS_AT_A_TIME, max(1, _BYTES_AT_A_TIME // max(1, group.unit_bytes())))
+    many = max(many // group.per_chunk, 1) * group.per_chunk  # whole blocks
     for _, alike in itertools.groupby(units, lambda unit: list(unit.place)):
         of = list(alike)
         for start in range(0, len(of), many):
@@ -287,6 +290,9 @@ def _carry_notes(theirs: RunGroup, ours: RunGroup, *, public: bool) -> None:
             if of == "sessions":
                 carried |= {"claims": [], "ended": note.get("ended") or _last_sign(note)}
             ours.note(of, name, carried)
+    known = sessions_over(ours) | sessions_over(theirs)
+    if known - sessions_over(ours):
+        say_over(ours, known)
 
 
 def _last_sign(note: Mapping[str, Any]) -> str:

@@ -6,11 +6,12 @@ not measured it is read as floats, for a −1 or a False that only fills would e
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
+import zarr
 from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
@@ -19,8 +20,11 @@ from zarr.errors import ZarrUserWarning
 from persona_nns.declarations.plans import Label, noun_of
 from persona_nns.declarations.variables import FILL
 from persona_nns.errors import PersonaError
+from persona_nns.results.blocks import read_region
+from persona_nns.results.chunks import chunk_shape
+from persona_nns.results.groups import DAMAGED
 from persona_nns.results.locations import Location
-from persona_nns.results.store import DAMAGED, RunGroup
+from persona_nns.results.store import RunGroup
 from persona_nns.results.stretches import box_of, stretches
 
 # Results up to this size are read when they are opened, larger ones as they are used.
@@ -49,10 +53,10 @@ def open_run(location: Location, path: str, group: RunGroup) -> xr.Dataset:
             f"The run {run!r} lacks the arrays {', '.join(missing)}: its store is damaged."
         )
     whole = whole[names]
-    completed = whole["completed"].copy(data=flags)
+    completed = whole["completed"].copy(deep=False, data=flags)
     units = attrs.get("units", [])
     complete = {
-        name: _complete_only(whole[name], _done(completed, whole[name], units))
+        name: _complete_only(whole[name], _done(completed, whole[name], units), group.array(name))
         for name in names[:-1]
     }
     dataset = whole.assign({**complete, "completed": completed})
@@ -91,7 +95,9 @@ def _open_group(location: Location, group: str) -> xr.Dataset:
 
 def _plain_text(array: xr.DataArray) -> xr.DataArray:
     """Texts as objects: pandas and seaborn do not all know numpy's StringDType."""
-    return array.astype(object) if array.dtype.kind == "T" else array
+    if array.dtype.kind != "T":
+        return array
+    return array.copy(deep=False, data=array.values.astype(object))
 
 
 def _done(
@@ -127,11 +133,13 @@ def _done(
     return done.set_dims({axis: done.sizes.get(axis, 1) for axis in array.dims}).values
 
 
-def _complete_only(array: xr.DataArray, done: NDArray[np.bool_]) -> xr.DataArray:
+def _complete_only(
+    array: xr.DataArray, done: NDArray[np.bool_], stored: "zarr.Array[Any]"
+) -> xr.DataArray:
     """A variable, still to be read, of which only what is complete is ever read."""
-    values = indexing.LazilyIndexedArray(_Complete(array.variable, done))
+    values = indexing.LazilyIndexedArray(_Complete(array.variable, done, stored))
     kind = _KINDS.get(array.dtype.kind)
-    return array.copy(data=values).assign_attrs({"kind": kind} if kind else {})
+    return array.copy(deep=False, data=values).assign_attrs({"kind": kind} if kind else {})
 
 
 class _Complete(BackendArray):
@@ -141,9 +149,12 @@ class _Complete(BackendArray):
     piece of it is a request.
     """
 
-    def __init__(self, stored: xr.Variable, done: NDArray[np.bool_]) -> None:
-        self._stored = stored
+    def __init__(
+        self, stored: xr.Variable, done: NDArray[np.bool_], array: "zarr.Array[Any]"
+    ) -> None:
+        self._array = array
         self._done = done
+        self._edges = chunk_shape(array)
         self._fill = FILL["text" if stored.dtype.kind in "TO" else "float"]
         self.shape = stored.shape
         self.dtype = np.dtype(object) if stored.dtype.kind == "T" else stored.dtype
@@ -156,24 +167,50 @@ class _Complete(BackendArray):
 
     def _read(self, key: tuple[int | slice, ...]) -> NDArray[Any]:
         """What stands in a part of the array."""
-        box = tuple(k if isinstance(k, slice) else slice(k, k + 1) for k in key)
-        stored = self._stored[box]
-        each = self._done.shape
-        done = self._done[
-            tuple(slice(None) if n == 1 else k for n, k in zip(each, box, strict=True))
-        ]
+        spans = [_span(k, size) for k, size in zip(key, self.shape, strict=True)]
+        box = tuple(hull for hull, _ in spans)
+        done = self._done[_where_known(self._done, box)]
         if done.all():
-            values = stored.values.astype(self.dtype, copy=False)
+            values = read_region(self._array, box).astype(self.dtype, copy=False)
         else:
-            values = np.full(stored.shape, self._fill, dtype=self.dtype)
-            axes = [axis for axis, n in enumerate(each) if n > 1] or [0]
-            places = np.argwhere(done)[:, axes].tolist()
-            for stretch in stretches(map(tuple, places)):
-                region = [slice(None)] * stored.ndim
-                for axis, part in zip(axes, box_of(stretch), strict=True):
-                    region[axis] = part
-                values[tuple(region)] = stored[tuple(region)].values
-        return values[tuple(slice(None) if isinstance(k, slice) else 0 for k in key)]
+            values = np.full([part.stop - part.start for part in box], self._fill, self.dtype)
+            for part in self._parts(done, box):
+                within = tuple(
+                    slice(a.start - b.start, a.stop - b.start)
+                    for a, b in zip(part, box, strict=True)
+                )
+                found = read_region(self._array, part)
+                values[within] = np.where(done[_where_known(done, within)], found, self._fill)
+        return values[tuple(pick for _, pick in spans)]
+
+    def _parts(self, done: NDArray[np.bool_], box: Sequence[slice]) -> Iterator[tuple[slice, ...]]:
+        """Parts of a box that are made of whole chunks in which something is complete."""
+        axes = [axis for axis, n in enumerate(self._done.shape) if n > 1] or [0]
+        edges = [self._edges[axis] for axis in axes]
+        places = np.argwhere(done)[:, axes] + [box[axis].start for axis in axes]
+        chunks = np.unique(places // edges, axis=0).tolist()
+        for stretch in stretches(map(tuple, chunks)):
+            part = list(box)
+            for axis, edge, of in zip(axes, edges, box_of(stretch), strict=True):
+                start, stop = max(of.start * edge, box[axis].start), of.stop * edge
+                part[axis] = slice(start, min(stop, box[axis].stop))
+            yield tuple(part)
+
+
+def _span(key: int | slice, size: int) -> tuple[slice, int | slice]:
+    """The stretch of a dimension that an index is in, and the index from its beginning."""
+    if not isinstance(key, slice):
+        return slice(key, key + 1), 0
+    indices = range(*key.indices(size))
+    if not indices:
+        return slice(0, 0), slice(None)
+    first = min(indices[0], indices[-1])
+    return slice(first, max(indices[0], indices[-1]) + 1), slice(None, None, key.step)
+
+
+def _where_known(done: NDArray[np.bool_], box: Sequence[slice]) -> tuple[slice, ...]:
+    """A box in an array that is of size 1 on dimensions where it is the same throughout."""
+    return tuple(slice(None) if n == 1 else part for n, part in zip(done.shape, box, strict=True))
 
 
 def _blank_unmeasured(dataset: xr.Dataset) -> xr.Dataset:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from persona_nns.declarations.plans import noun_of
 from persona_nns.errors import UsageError
 from persona_nns.results.block import Block
+from persona_nns.results.groups import is_allocated, open_root, subgroups
 from persona_nns.results.kindred import families, open_family
 from persona_nns.results.locations import location_of
-from persona_nns.results.store import RunGroup, find_group, is_allocated, open_root, subgroups
+from persona_nns.results.store import RunGroup, find_group
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -16,7 +16,7 @@ import zarr
 from persona_nns.declarations.plans import SPANS, ShownPrompt
 from persona_nns.declarations.variables import Kind
 from persona_nns.results.chunks import label_array, write_chunks
-from persona_nns.results.store import DAMAGED, open_group, require_arrays, require_group
+from persona_nns.results.groups import DAMAGED, open_group, require_arrays, require_group
 
 _GROUP = "prompts"
 # In place of an index where there is none.

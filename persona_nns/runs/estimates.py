@@ -15,8 +15,8 @@ from nnsight import TransformersModel
 from persona_nns.declarations.plans import Plan, Unit
 from persona_nns.declarations.variables import Kind
 from persona_nns.results.block import Block, bookkeeping
+from persona_nns.results.groups import open_root
 from persona_nns.results.reading import RunInfo, list_runs
-from persona_nns.results.store import open_root
 from persona_nns.runs.remote.job_book import Job
 from persona_nns.runs.remote.sizing import units_per_job
 

@@ -42,7 +42,7 @@ def plan_of_grid(grid: Grid, prompts: Mapping[str, Mapping[PromptName, Prompt]])
         unit_axes=("cell",),
         content={cell.label: {name: getattr(cell, name) for name in _CONTENT} for cell in cells},
         token_ids={
-            cell: {name: list(prompt.ids) for name, prompt in of_cell.items()}
+            cell: {name: prompt.ids for name, prompt in of_cell.items()}
             for cell, of_cell in prompts.items()
         },
         digest=grid.digest,

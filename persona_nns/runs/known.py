@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from persona_nns.declarations.plans import Unit
 from persona_nns.declarations.variables import FILL, Variable
 from persona_nns.results.claims import Claims
+from persona_nns.results.groups import open_root
 from persona_nns.results.reading import RunInfo, list_runs
 from persona_nns.results.rounding import same_but_for_rounding
-from persona_nns.results.store import open_root
 from persona_nns.runs.identity import now, session_name
 from persona_nns.runs.request import Request
 

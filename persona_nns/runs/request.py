@@ -39,6 +39,7 @@ class Asked:
     deadline: float | None = None
     verbose: bool = False
     name: str | None = None
+    cells_per_chunk: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
@@ -174,6 +175,7 @@ def check_request(
             if not (v.is_residual and experiment.keeps_residuals)
         },
         attrs=run_attributes(experiment, record, plan, arguments, planning, digest, template),
+        per_chunk=asked.cells_per_chunk,
     )
     return Request(
         experiment=experiment,

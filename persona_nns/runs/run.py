@@ -20,7 +20,7 @@ from persona_nns.models.load import hosted, load_model
 from persona_nns.models.memory import fitting_batch_size, is_out_of_memory
 from persona_nns.prompts.frames import Frame
 from persona_nns.prompts.grids import Grid, load_grid
-from persona_nns.results.allocation import attach
+from persona_nns.results.allocation import attach, check_per_chunk
 from persona_nns.results.claims import Claims
 from persona_nns.results.measured import clean_marker_note, nowhere_measured
 from persona_nns.results.reading import LATEST, find_run, open_results
@@ -161,6 +161,7 @@ def run(
     deadline: float | None = None,
     verbose: bool = False,
     name: str | None = None,
+    cells_per_chunk: int | None = None,
     progress: bool = True,
     **options: Any,
 ) -> xr.Dataset:
@@ -193,6 +194,9 @@ def run(
         deadline: seconds that a job on a server may go without news; by default an hour.
         verbose: print what becomes of each job on a server.
         name: what the run is called, beside the name of its group; `open_results` finds it by it.
+        cells_per_chunk: cells (or other units) that one file holds of each array, when the run is
+            begun; by default 1 up to 1,000 cells, and more in larger grids. Numbers do not depend
+            on it.
         progress: show a progress bar with an ETA; where there is neither a terminal nor a
             notebook, print a line now and then.
         **options: the experiment's own options.
@@ -217,6 +221,7 @@ def run(
         deadline=deadline,
         verbose=verbose,
         name=name,
+        cells_per_chunk=cells_per_chunk,
         options=options,
     )
     planned = _plan(experiment, model, grid, frame, asked, store, progress=progress)
@@ -276,6 +281,8 @@ def _plan(
     check_writable(store)
     if asked.batch_size is not None and asked.batch_size < 1:
         raise UsageError(f"The batch size {asked.batch_size} is too small; use 1 or more.")
+    if asked.cells_per_chunk is not None and asked.cells_per_chunk < 1:
+        raise UsageError(f"{asked.cells_per_chunk} cells a chunk are too few; use 1 or more.")
     if asked.name is not None and (not asked.name.strip() or asked.name == LATEST):
         raise UsageError(f"A run cannot be called {asked.name!r}; give it another name.")
     grid = experiment.grid if grid is None else grid
@@ -294,8 +301,11 @@ def _plan(
             options = experiment.prepare(model, store, asked.options, progress=progress)
         asked = replace(asked, options=options)
     request = check_request(experiment, model, loaded_grid, asked)
+    request = request.into(find_run(store, request.block) or request.block.run)
+    for block in request.blocks:
+        check_per_chunk(store, block)
     return PlannedRun(
-        request=request.into(find_run(store, request.block) or request.block.run),
+        request=request,
         model=model,
         grid=loaded_grid,
         asked=asked,
@@ -350,10 +360,13 @@ def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
                     continue
                 measured = request.finish(model.tokenizer, batch, measured)
                 arrays = declared_arrays(request, measured, len(batch))
-                claims.write(batch, arrays, (time.perf_counter() - started) / len(batch))
+                claims.collect(batch, arrays, (time.perf_counter() - started) / len(batch))
                 bar.update(n_asked - queue.n_left, (number, number + queue.n_batches))
         finally:
-            claims.end(now())
+            try:
+                claims.settle()
+            finally:
+                claims.end(now())
 
 
 def _computing(model: TransformersModel) -> str:

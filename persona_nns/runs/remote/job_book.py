@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 from persona_nns.declarations.plans import content_digest
 from persona_nns.errors import UsageError
 from persona_nns.results.block import Block
-from persona_nns.results.store import open_group, open_root, put_group, subgroups
+from persona_nns.results.groups import open_group, open_root, put_group, subgroups
 from persona_nns.runs.identity import now
 
 
