@@ -16,7 +16,7 @@ _RESERVED_OPTIONS = {
     *("experiment", "model", "grid", "tasks", "frame", "cells", "backend", "dtype", "device"),
     *("template", "as_", "store", "batch_size", "allow_float16", "progress", "deadline"),
     *("verbose", "workers", "ray_address", "trust_remote_code", "name", "threads", "attention"),
-    "variables",
+    *("variables", "device_map", "quantise"),
 }
 
 

@@ -31,7 +31,7 @@ from persona_nns.runs.progress import UnitProgress, count
 from persona_nns.runs.queue import Queue
 from persona_nns.runs.remote.dispatch import carry_out_remotely
 from persona_nns.runs.request import Asked, Request, check_inputs, check_request, told_of
-from persona_nns.runs.returned import check_named, declared_arrays, unmistakable
+from persona_nns.runs.returned import check_named, declared_arrays, on_host, unmistakable
 
 
 @dataclass(frozen=True)
@@ -317,7 +317,7 @@ def measure_batch(
     with shown_where(request.experiment):
         measured = request.experiment.measure(model, list(units), **request.measuring(execution))
         check_named(request, measured)
-        return measured
+        return on_host(measured)
 
 
 def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
