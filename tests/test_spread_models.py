@@ -7,6 +7,7 @@ error, as there would be on two GPUs.
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import pytest
 import torch
 from everywhere import CASES, HERE_ONLY, ON_A_GRID
 from random_models import save_random_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import persona_nns as pn
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.models import record_of
 from persona_nns.runs import plan_run
+from persona_nns.traits import distillation
 
 ROOT = Path(__file__).parents[1]
 ALL = [name for name in ON_A_GRID if name not in HERE_ONLY] + [str(case) for case in CASES]
@@ -169,6 +171,39 @@ def test_without_bitsandbytes_it_is_said_what_to_install(
     monkeypatch.setattr("persona_nns.models.placement.find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"need bitsandbytes, .*'persona-nns\[quantise\]'\.$"):
         pn.load_model(llama, quantise="nf4")
+
+
+def test_a_model_that_does_not_fit_on_its_device_is_one_sentence(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PreTrainedModel, "to", full)
+    with pytest.raises(PersonaError, match=r"not fit into the memory of cpu; .*--device-map"):
+        pn.load_model(llama, device="cpu")
+
+
+def test_an_adapter_or_quantised_weights_are_not_quantised(
+    llama: Path,
+) -> None:
+    from persona_nns.models.placement import placing
+
+    config = AutoConfig.from_pretrained(llama)
+    asked = ("m", config, "bfloat16", torch.device("cpu"), None, "nf4")
+    with pytest.raises(UsageError, match="added into whole weights"):
+        placing(*asked, has_adapter=True)
+    config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(UsageError, match="quantised already; leave out --quantise nf4"):
+        placing(*asked, has_adapter=False)
+
+
+def test_a_quantised_teacher_has_no_students(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pn.load_model(llama, device="cpu")
+    kept = replace(record_of(model), quantisation={"kind": "nf4"})
+    monkeypatch.setattr(distillation, "record_of", lambda _: kept)
+    with pytest.raises(UsageError, match="are quantised, and students are copies of whole ones"):
+        distillation.check_trainable(model)
 
 
 def test_an_embedding_that_no_device_holds_is_refused(

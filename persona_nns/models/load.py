@@ -34,7 +34,7 @@ from persona_nns.models.hosting import load_weightless
 from persona_nns.models.hosting import simulate as simulate
 from persona_nns.models.memory import keep_freed_memory
 from persona_nns.models.names import STANDARD_NAMES as STANDARD_NAMES
-from persona_nns.models.placement import DeviceMap, check_placed, check_placing, placing
+from persona_nns.models.placement import DeviceMap, check_placing, placing, settle
 from persona_nns.models.records import HOSTED as HOSTED
 from persona_nns.models.records import origin_of, write_record
 from persona_nns.models.records import record_of as record_of
@@ -132,10 +132,7 @@ def load_model(
     )
     tokenizer = load_tokenizer(name, template, adapter=beside, trust_remote_code=trust_remote_code)
     module.eval().requires_grad_(requires_grad=False)
-    if placed:
-        check_placed(module, shown)
-    else:
-        module.to(place)
+    settle(module, shown, place, placed)
     _normalise_generation(module)
     try:
         model = TransformersModel(

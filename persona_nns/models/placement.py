@@ -93,16 +93,33 @@ def quantised_version(version: str, quantise: str | None) -> str:
     return hashlib.sha256(f"{version}\nquantised {quantise}".encode()).hexdigest()
 
 
-def check_placed(module: PreTrainedModel, shown: str) -> None:
-    """See that what tokens enter by is on a device, and not left on disk or in main memory.
+def settle(
+    module: PreTrainedModel, shown: str, place: torch.device, placed: Mapping[str, Any]
+) -> None:
+    """Move a loaded model to its device; see of one that was placed that it is on some.
+
+    Args:
+        module: the model.
+        shown: its name, for messages.
+        place: its device.
+        placed: what `placing` gave; none for a model that is not on its device yet.
 
     Raises:
-        PersonaError: it is not.
+        PersonaError: it does not fit.
     """
-    if next(module.parameters()).is_meta:
+    if not placed:
+        try:
+            module.to(place)  # type: ignore[arg-type] - transformers wraps it
+        except torch.OutOfMemoryError as error:
+            raise PersonaError(
+                f"The model {shown!r} does not fit into the memory of {place}; use a smaller dtype "
+                "(--dtype bfloat16), several devices (--device-map auto) or four bits "
+                "(--quantise nf4)."
+            ) from error
+    elif next(module.parameters()).is_meta:
         raise PersonaError(
             f"The model {shown!r} does not fit onto the devices: even its embedding would be "
-            "fetched anew for each pass; use a smaller one, or --quantise nf4."
+            "fetched anew for each pass; use a smaller one, or four bits (--quantise nf4)."
         )
 
 

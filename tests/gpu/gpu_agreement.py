@@ -15,7 +15,7 @@ from nnsight import TransformersModel
 import persona_nns as pn
 from persona_nns.models import count_layers
 
-#: In float32, TF32 off: what other kernels may make of a number. Texts, choices and counts are equal.
+#: In float32, TF32 off: what other kernels make of a number. Texts, choices and counts are equal.
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
 #: Of what is trained for some steps on either device.
 TRAINED = {"rtol": 5e-2, "atol": 5e-2}

@@ -1,4 +1,4 @@
-"""The models: SmolLM2 where it can be had without a network, and a random one of Qwen2.5-7B's shape."""
+"""SmolLM2, where it can be had without a network, and a random model of Qwen2.5-7B's shape."""
 
 import tempfile
 from importlib import metadata

@@ -169,10 +169,7 @@ def initial_slots(
 
     turned = sources.rotation.turning(distance)
     keys = stack_layers(
-        [
-            turned(take(held), layer).float().mean(0)
-            for layer, held in enumerate(cache.keys)
-        ]
+        [turned(take(held), layer).float().mean(0) for layer, held in enumerate(cache.keys)]
     )
     values = stack_layers([take(held).float().mean(0) for held in cache.values])
     again = torch.nn.functional.pad(chosen[1:] == chosen[:-1], (1, 0)).to(keys)

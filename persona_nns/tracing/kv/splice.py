@@ -82,10 +82,7 @@ def splice(pieces: Sequence[Piece], rotation: Rotation) -> KVCache:
 
     n_layers, turned = caches[0].n_layers, rotation.turning(distance)
     return KVCache(
-        tuple(
-            turned(take([cache.keys[k] for cache in caches]), k)
-            for k in range(n_layers)
-        ),
+        tuple(turned(take([cache.keys[k] for cache in caches]), k) for k in range(n_layers)),
         tuple(take([cache.values[k] for cache in caches]) for k in range(n_layers)),
         mask,
         place.clamp(min=0),
