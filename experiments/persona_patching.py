@@ -61,7 +61,6 @@ from persona_nns.tracing import (
 )
 
 protocol_version = 3
-
 COMPONENTS = ("mlp", "attn")
 
 _PAIR = "clean_persona corrupt_persona question"
@@ -390,8 +389,7 @@ def _patch_heads(model: TransformersModel, run: Unpatched, layers: list[int]) ->
                     if patch.window.clean is None:
                         projection.input = torch.where(patch.where, patch.value, projection.input)
                     elif beyond:  # Below the projection, everything is as it was.
-                        before = run.heads[layer]
-                        before = before[(n + q).to(before.device), patch.columns]
+                        before = run.heads_at(layer, n + q, patch.columns)
                         patched = torch.where(patch.where, patch.value, before)
                         attention.skip((projection(patched), None))
                     if patch.window.clean is not None:

@@ -90,6 +90,11 @@ class Unpatched:
     attention: Tensor
     attention_value: Tensor
 
+    def heads_at(self, layer: int, row: Tensor, columns: slice) -> Tensor:
+        """What the output projection of a block is given, [row, column, head × d_head]."""
+        heads = self.heads[layer]
+        return heads[row.to(heads.device), columns]
+
     def results(self, layers: list[int]) -> dict[str, Tensor]:
         """What is stored of the runs in some layers, and the corrupt ones' logits."""
         n = len(self.rows.source)
