@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from everywhere import CASES, HERE_ONLY, ON_A_GRID
-from random_models import save_random_model
+from everywhere import CASES, HERE_ONLY, ON_A_GRID, compare, on_grid
+from random_models import N_LAYERS, save_random_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import persona_nns as pn
+from persona_nns.cli.run_options import runs_asked
+from persona_nns.declarations.catalog import load_experiment
 from persona_nns.errors import PersonaError, UsageError
 from persona_nns.models import record_of
 from persona_nns.runs import plan_run
@@ -116,6 +118,20 @@ def test_a_device_map_is_passed_on_and_leaves_identities_alone(
     assert len({planned.request.block.attrs["identity"] for planned in runs}) == 1
 
 
+def test_blocks_that_are_left_on_disk_give_the_same_numbers(tmp_path: Path, llama: Path) -> None:
+    """By accelerate's own hooks: their weights are fetched for each pass, and are nowhere else."""
+    parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    blocks = {f"model.layers.{k}": "disk" if k > 2 else "cpu" for k in range(N_LAYERS)}
+    results = []
+    for device_map in (None, dict.fromkeys(parts, "cpu") | blocks):
+        model = pn.load_model(llama, device_map=device_map)
+        store = tmp_path / f"{len(results)}.zarr"
+        options = on_grid("localized_positions")
+        results.append(pn.run("localized_positions", model, store=store, **options))
+    assert {str(device) for device in model.devices} == {"cpu", "meta"}
+    assert compare(*results, atol=1e-6) < 1e-6
+
+
 def test_quantised_weights_are_another_model(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +164,15 @@ def test_quantised_weights_are_another_model(
     assert "quantisation" not in others
     outline = pn.models.outline_model(llama, quantise="nf4", dtype="bfloat16")
     assert record_of(outline).version == of.version
+
+
+def test_the_command_hands_both_on(llama: Path, tmp_path: Path) -> None:
+    arguments = {"model": [str(llama)], "store": str(tmp_path / "s.zarr"), "grid": "short"}
+    (asked,) = runs_asked(
+        load_experiment("localized_positions"),
+        {**arguments, "device_map": "auto", "quantise": "nf4"},
+    )
+    assert (asked.loading["device_map"], asked.loading["quantise"]) == ("auto", "nf4")
 
 
 @pytest.mark.parametrize(

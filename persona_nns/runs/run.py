@@ -331,7 +331,7 @@ def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
         return
     rows = [ids for of_key in request.plan.token_ids.values() for ids in of_key.values()]
     batch_size = planned.batch_size or fitting_batch_size(model, rows)
-    how = {**planned.execution, "batch_size": batch_size, "device": str(model.device)}
+    how = {**planned.execution, "batch_size": batch_size, "device": _devices(model)}
     if not request.experiment.is_shipped:
         batch_size = unmistakable(request, len(pending), batch_size)
     claims = Claims(store, request.blocks, session_name(), {**session_attributes(), **how})
@@ -359,7 +359,12 @@ def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
 def _computing(model: TransformersModel) -> str:
     """Where a model computes."""
     on_cpu = model.device.type == "cpu"
-    return f"on {count(torch.get_num_threads(), 'thread') if on_cpu else model.device}"
+    return f"on {count(torch.get_num_threads(), 'thread') if on_cpu else _devices(model)}"
+
+
+def _devices(model: TransformersModel) -> str:
+    """The device of a model, or those that it is spread over."""
+    return ", ".join(sorted(map(str, model.devices)))
 
 
 def _smaller(batch_size: int, error: Exception, noun: str) -> int:
