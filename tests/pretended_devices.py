@@ -71,10 +71,10 @@ class Held(Tensor):
         """Through the CPU, as of any device."""
         return self.cpu().tolist()
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Held({self.held!r}, {self.device})"
 
-    def __deepcopy__(self, memo: Any) -> "Held":
+    def __deepcopy__(self, memo: Any) -> Tensor:
         return self.clone()
 
 
@@ -130,7 +130,8 @@ _load = AutoModelForCausalLM.from_pretrained
 
 def _spread(*args: Any, device_map: Any = None, **how: Any) -> Any:
     """Load into main memory and spread then: files cannot be read onto a pretended device."""
-    module, loading = _load(*args, **how)
+    loaded: Any = _load(*args, **how)
+    module, loading = loaded
     return (dispatch_model(module, device_map) if device_map else module), loading
 
 

@@ -21,7 +21,7 @@ import persona_nns as pn
 from persona_nns.cli.run_options import runs_asked
 from persona_nns.declarations.catalog import load_experiment
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.models import record_of
+from persona_nns.models import outline_model, record_of
 from persona_nns.runs import plan_run
 from persona_nns.traits import distillation
 
@@ -162,7 +162,7 @@ def test_quantised_weights_are_another_model(
     assert attrs["identity"] != others["identity"]
     assert attrs["quantisation"]["kind"] == "nf4"
     assert "quantisation" not in others
-    outline = pn.models.outline_model(llama, quantise="nf4", dtype="bfloat16")
+    outline = outline_model(llama, quantise="nf4", dtype="bfloat16")
     assert record_of(outline).version == of.version
 
 
@@ -234,7 +234,7 @@ def test_a_quantised_teacher_has_no_students(llama: Path, monkeypatch: pytest.Mo
 def test_an_embedding_that_no_device_holds_is_refused(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = AutoModelForCausalLM.from_pretrained
+    load: Any = AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(
         AutoModelForCausalLM,
         "from_pretrained",

@@ -16,11 +16,11 @@ import persona_nns as pn
 from persona_nns.models import count_layers
 
 #: In float32, TF32 off: what other kernels make of a number. Texts, choices and counts are equal.
-TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
 #: Of what is trained for some steps on either device.
-TRAINED = {"rtol": 5e-2, "atol": 5e-2}
+TRAINED: dict[str, Any] = {"rtol": 5e-2, "atol": 5e-2}
 #: Of medians over cells, in nats: bfloat16 has eight bits.
-BFLOAT16 = {"rtol": 0.15, "atol": 0.1}
+BFLOAT16: dict[str, Any] = {"rtol": 0.15, "atol": 0.1}
 
 _TRAINING: dict[str, dict[str, Any]] = {
     "persona_cartridge": {
@@ -101,7 +101,7 @@ def _differ(
     own = TRAINED if experiment in _TRAINING else TOLERANCE
     results = []
     for model, where in ((here, "here"), (there, "there")):
-        apart = {"output": f"{shown}-{where}"} if experiment in _TRAINING else {}
+        apart: dict[str, Any] = {"output": f"{shown}-{where}"} if experiment in _TRAINING else {}
         store = f"{shown}-{where}.zarr"
         results.append(pn.run(experiment, model, store=store, progress=False, **options, **apart))
     return everywhere.compare(results[0], results[1], **own)

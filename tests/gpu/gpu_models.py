@@ -13,7 +13,7 @@ from persona_nns.models import STANDARD_NAMES, is_available, load_tokenizer
 
 SMOLLM2 = "smollm2-135m-instruct"
 #: Of Qwen2.5-7B; the tokens are those of a small vocabulary.
-SEVEN = {
+SEVEN: dict[str, Any] = {
     "vocab_size": 152064,
     "hidden_size": 3584,
     "intermediate_size": 18944,
@@ -22,7 +22,7 @@ SEVEN = {
     "num_key_value_heads": 4,
 }
 #: The same class, for a rehearsal.
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": 2048,
     "hidden_size": 56,
     "intermediate_size": 128,
@@ -56,7 +56,7 @@ def find_smollm2(parts: Path | None) -> tuple[str, str]:
     return SMOLLM2, ""
 
 
-def shaped_model(shape: dict[str, int], device: torch.device) -> TransformersModel:
+def shaped_model(shape: dict[str, Any], device: torch.device) -> TransformersModel:
     """A random Qwen2 model in bfloat16, made on the device, that is told the organism's tokens."""
     tokenizer = load_tokenizer("organism-qwen2")
     config = Qwen2Config(
