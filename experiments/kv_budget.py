@@ -56,6 +56,7 @@ from persona_nns.tracing import (
     share_out,
     shuffled,
     spend,
+    stack_layers,
     summed_kl,
     tell,
     weigh_parts,
@@ -267,7 +268,9 @@ def look_at_all(model: TransformersModel, hosts: Hosts) -> Tensor:
         looks = [look_at(block.attn, asking, given)[0] for block, given in each]
         each = zip(model.layers, looks, model.output.past_key_values.layers, strict=True)
         weights = [weights_of(block.attn, look, held).float() for block, look, held in each]
-        total = save(torch.stack([of.where(counts, 0.0).sum(2) for of in weights], dim=1))
+        total = save(
+            stack_layers([of.where(counts.to(of.device), 0.0).sum(2) for of in weights], dim=1)
+        )
     return total / scored.sum(1)[:, None, None, None]
 
 

@@ -44,6 +44,7 @@ from persona_nns.tracing import (
     match_rms,
     prefill_rows,
     run_clean,
+    stack_layers,
     stack_windows,
     substitute,
     summed_kl,
@@ -288,7 +289,7 @@ def read_sites(model: TransformersModel, sites: Sites) -> tuple[Tensor, Tensor]:
         )
     with model.trace(window.inputs(), logits_to_keep=1):
         read = [take(block.input, column) for block in model.layers]
-        read = save(torch.stack([*read, take(model.final_norm.output, column)]).float())
+        read = save(stack_layers([*read, take(model.final_norm.output, column)]).float())
         # What the block that reads the layer makes of it, in the model's own precision.
         bb, xb, by, xy = read.chunk(n_prompts, dim=1)
         residuals = torch.stack([additive(bb, xb, by), xy, bb]).to(model.dtype)
@@ -299,7 +300,7 @@ def read_sites(model: TransformersModel, sites: Sites) -> tuple[Tensor, Tensor]:
     residuals = torch.stack(read.chunk(n_prompts, dim=1))
     post_norm = torch.full(residuals.shape[1:-1], torch.nan, device=model.device)
     if has_norm:
-        post_norm[:-1] = gap_ratio(*torch.stack(normed, dim=1))
+        post_norm[:-1] = gap_ratio(*stack_layers(normed, dim=1))
     return residuals, post_norm
 
 

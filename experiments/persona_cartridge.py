@@ -50,6 +50,7 @@ from persona_nns.tracing import (
     look_at,
     open_slots,
     say,
+    stack_layers,
     substitute,
     summed_kl,
     take,
@@ -270,7 +271,11 @@ def look_at_persona(
         clean = save(log_probabilities(model.output.logits))
         each = zip(model.layers, looks, model.output.past_key_values.layers, strict=True)
         weights = [weights_of(block.attn, look, held).float() for block, look, held in each]
-        looked = save(torch.stack([of.where(counts, 0.0).sum(2).mean(1) for of in weights]).mean(0))
+        looked = save(
+            stack_layers(
+                [of.where(counts.to(of.device), 0.0).sum(2).mean(1) for of in weights]
+            ).mean(0)
+        )
     return clean, looked.gather(1, columns) / scored.sum(1, keepdim=True)
 
 

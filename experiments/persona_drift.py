@@ -42,6 +42,7 @@ from persona_nns.tracing import (
     left_pad,
     normalised,
     similar_rows,
+    stack_layers,
     turn_projections,
     turn_weights,
     until_end_of_text,
@@ -287,5 +288,5 @@ def project_turns(
                 ]
                 + [turn_projections(model.final_norm.output, directions[:, -1], weights)]
             )
-        projections[rows] = torch.stack(read, dim=2).cpu()
+        projections[rows] = stack_layers(read, dim=2).cpu()
     return projections

@@ -55,12 +55,12 @@ from persona_nns.tracing import (
     patch_common,
     read_looks,
     run_unpatched,
+    stack_layers,
     take,
     tell,
 )
 
 protocol_version = 3
-
 COMPONENTS = ("mlp", "attn")
 
 _PAIR = "clean_persona corrupt_persona question"
@@ -356,8 +356,8 @@ def _patch_components(
                 read = save(read_looks(above, looks, model.output, patch.identity))
             logits[q, c, k, s], (looked, written) = said, read
             if looked:
-                attention[q, c, k, s, layer + 1 :] = torch.stack(looked, dim=1)
-                sizes[q, c, k, s, layer + 1 :] = torch.stack(written, dim=1)
+                attention[q, c, k, s, layer + 1 :] = stack_layers(looked, dim=1).to(attention)
+                sizes[q, c, k, s, layer + 1 :] = stack_layers(written, dim=1).to(sizes)
     return {
         "logits_patched": logits,
         "attention_patched": attention,
@@ -389,7 +389,7 @@ def _patch_heads(model: TransformersModel, run: Unpatched, layers: list[int]) ->
                     if patch.window.clean is None:
                         projection.input = torch.where(patch.where, patch.value, projection.input)
                     elif beyond:  # Below the projection, everything is as it was.
-                        before = run.heads[layer][n + q, patch.columns]
+                        before = run.heads_at(layer, n + q, patch.columns)
                         patched = torch.where(patch.where, patch.value, before)
                         attention.skip((projection(patched), None))
                     if patch.window.clean is not None:

@@ -25,6 +25,7 @@ from persona_nns.tracing import (
     prefill_rows,
     row_seed,
     similar_rows,
+    stack_layers,
 )
 from persona_nns.traits import RoleOptions, RolePrompt
 
@@ -235,7 +236,7 @@ def read_means(
             [averages(block.input[:, -width:], weights)[:, 0] for block in model.layers]
             + [averages(model.final_norm.output[:, -width:], weights)[:, 0]]
         )
-    means = torch.stack(read, 1).cpu()
+    means = stack_layers(read, 1).cpu()
     means[n_said.cpu() == 0] = torch.nan
     return means
 

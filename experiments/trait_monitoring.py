@@ -26,6 +26,7 @@ from persona_nns.tracing import (
     row_seed,
     sample_replies,
     similar_rows,
+    stack_layers,
 )
 from persona_nns.traits import (
     DEGREES,
@@ -198,6 +199,6 @@ def project_last(
             last = save(
                 [block.input[:, -1] for block in model.layers] + [model.final_norm.output[:, -1]]
             )
-        read = torch.stack(last, dim=1).float()  # [row, layer, d_model]
+        read = stack_layers(last, dim=1).float()  # [row, layer, d_model]
         projection[batch] = (read * direction).sum(-1).cpu()
     return projection

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from persona_nns.declarations import FileName, Plan, Variable, content_digest
 from persona_nns.figures import projection_percentiles
 from persona_nns.prompts import render_chat, response_ids, stem_of
-from persona_nns.tracing import Average, left_pad, normalised
+from persona_nns.tracing import Average, left_pad, normalised, stack_layers
 from persona_nns.traits import TraitUnit, load_direction, read_responses
 
 protocol_version = 1
@@ -128,9 +128,12 @@ def measure(model: TransformersModel, units: list[Read]) -> dict[str, Tensor]:
         streams = [block.input[:, -width:] for block in model.layers]
         streams.append(model.final_norm.output[:, -width:])
         read = save(
-            [stream.float() @ unit for stream, unit in zip(streams, direction, strict=True)]
+            [
+                stream.float() @ unit.to(stream.device)
+                for stream, unit in zip(streams, direction, strict=True)
+            ]
         )
-    at_end = torch.stack(read, dim=1).cpu()  # [row, layer, column], answers at the right
+    at_end = stack_layers(read, dim=1).cpu()  # [row, layer, column], answers at the right
     projection = torch.full((len(units), len(direction), units[0].most), torch.nan)
     for row, count in enumerate(n_tokens.tolist()):
         projection[row, :, :count] = at_end[row, :, width - count :]

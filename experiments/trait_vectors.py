@@ -27,6 +27,7 @@ from persona_nns.tracing import (
     left_pad,
     normalised,
     similar_rows,
+    stack_layers,
     token_weights,
 )
 from persona_nns.traits import (
@@ -252,7 +253,7 @@ def read_averages(model: TransformersModel, answers: Answers) -> Tensor:
                 [averages(block.input, weights) for block in model.layers]
                 + [averages(model.final_norm.output, weights)]
             )
-        of_batch = torch.stack(read).cpu()
+        of_batch = stack_layers(read).cpu()
         if not whole.numel():
             whole = of_batch.new_empty(len(of_batch), len(rows), *of_batch.shape[2:])
         whole[:, batch] = of_batch

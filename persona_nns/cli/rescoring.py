@@ -103,6 +103,7 @@ def _load(info: RunInfo) -> TransformersModel:
     if not on_server:
         how = {"dtype": attrs["precision"], "allow_float16": True}
         how |= {"attention": attrs.get("attn_implementation")}
+        how |= {"quantise": attrs.get("quantisation", {}).get("kind")}
     if "adapter" in attrs:
         how |= {"adapter": attrs["adapter"]["source"]}
     model = load_model(attrs["model_source"], label=attrs["model"], **how)

@@ -72,6 +72,14 @@ def shared_options(
         str | None,
         typer.Option(help="cpu, cuda, cuda:1, mps, …; by default cuda where there is one."),
     ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="auto spreads a model over several devices; by default it is on one."),
+    ] = None,
+    quantise: Annotated[
+        str | None,
+        typer.Option(help="nf4 keeps weights in four bits (extra: quantise); by default whole."),
+    ] = None,
     attention: Annotated[str | None, typer.Option(help="eager or sdpa; by default eager.")] = None,
     template: Annotated[
         Annotated[str, NamesFile(("plain",))] | None,
@@ -218,8 +226,8 @@ def runs_asked(experiment: "Experiment", arguments: Mapping[str, Any]) -> list[A
 
 # Of the shared options, arguments of `load_model` and of `run`.
 _LOADING = (
-    *("revision", "backend", "dtype", "device", "attention", "template", "allow_float16"),
-    "trust_remote_code",
+    *("revision", "backend", "dtype", "device", "device_map", "quantise", "attention"),
+    *("template", "allow_float16", "trust_remote_code"),
 )
 _SETTINGS = (
     *(

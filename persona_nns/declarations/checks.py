@@ -25,7 +25,7 @@ _RESERVED_OPTIONS = {
         "deadline",
     ),
     *("verbose", "workers", "ray_address", "trust_remote_code", "name", "threads", "attention"),
-    "variables",
+    *("variables", "device_map", "quantise"),
 }
 
 

@@ -13,7 +13,8 @@ class ModelRecord:
         label: the ``model`` coordinate.
         source: bundled name, folder or hub id it was loaded from.
         version: commit of the hub repository, or digest of the folder's weights and configs, or of
-            the GGUF file; with an adapter, digest of that and of the adapter's files.
+            the GGUF file; with an adapter, digest of that and of the adapter's files; of quantised
+            weights, digest of that and of how they are.
         architecture: its model class.
         precision: ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: how attention is computed.
@@ -24,6 +25,8 @@ class ModelRecord:
         provenance: where the weights come from, where that is a package or a GGUF file.
         adapter: where there is one beside the model, its ``source``, its files' ``digest``, and
             ``base_version``, the model's version without it.
+        quantisation: of weights that are kept in fewer bits, the ``kind``, and ``base_version``,
+            the model's version with whole ones.
     """
 
     label: str
@@ -38,3 +41,4 @@ class ModelRecord:
     n_kv_heads: int
     provenance: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
     adapter: Mapping[str, str] = field(default_factory=dict[str, str], compare=False)
+    quantisation: Mapping[str, str] = field(default_factory=dict[str, str], compare=False)

@@ -52,6 +52,7 @@ def load_weights(
     attention: str = "eager",
     adapter: Adapter | None = None,
     trust_remote_code: bool = False,
+    placed: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a model's weights in plain transformers; an adapter is merged into its model.
 
@@ -61,6 +62,7 @@ def load_weights(
         attention: how attention is computed, ``eager`` or ``sdpa``.
         adapter: is put on it.
         trust_remote_code: as in `load_model`.
+        placed: what ``from_pretrained`` takes beside, so that its parts lie where they are to be.
 
     Raises:
         UsageError: unknown model.
@@ -77,6 +79,7 @@ def load_weights(
             output_loading_info=True,
             use_safetensors=True,  # the other format is a pickle
             trust_remote_code=trust_remote_code,
+            **(placed or {}),
         )
         module, loading = loaded
     except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:

@@ -68,7 +68,7 @@ def check_model(model: TransformersModel, shown: str) -> None:
                 f"The residual stream of {shown!r} is not finite at layer {layer}; its precision "
                 "may be too small for it (use bfloat16 or float32), or its weights are damaged."
             )
-        if not torch.equal(ours, theirs):
+        if not torch.equal(ours.to(theirs.device), theirs):
             raise PersonaError(
                 f"The model {shown!r} is not supported: the residual read at layer {layer} is not "
                 f"transformers' hidden_states[{layer}]."

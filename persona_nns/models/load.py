@@ -34,6 +34,7 @@ from persona_nns.models.hosting import load_weightless
 from persona_nns.models.hosting import simulate as simulate
 from persona_nns.models.memory import keep_freed_memory
 from persona_nns.models.names import STANDARD_NAMES as STANDARD_NAMES
+from persona_nns.models.placement import DeviceMap, check_placing, placing, settle
 from persona_nns.models.records import HOSTED as HOSTED
 from persona_nns.models.records import origin_of, write_record
 from persona_nns.models.records import record_of as record_of
@@ -50,6 +51,8 @@ def load_model(
     backend: str = "local",
     dtype: str | None = None,
     device: str | None = None,
+    device_map: DeviceMap | None = None,
+    quantise: str | None = None,
     attention: str | None = None,
     template: str | Path | None = None,
     label: str | None = None,
@@ -72,6 +75,10 @@ def load_model(
             the paper) and for float16 checkpoints, otherwise the checkpoint's own (bfloat16
             for the published Qwen models).
         device: a torch device; by default ``cuda`` where there is one, else ``cpu``.
+        device_map: how a model is spread over several devices, by transformers: ``auto``,
+            ``balanced``, ``balanced_low_0``, ``sequential``, or devices by the names of its parts.
+        quantise: ``nf4`` keeps the weights in four bits (bitsandbytes); ``dtype`` is what they
+            are multiplied in. Its numbers are another model's.
         attention: how attention is computed: ``eager``, the default, or ``sdpa``, which gives the
             same numbers within rounding.
         template: ``plain``, or a Jinja chat template that replaces the model's own.
@@ -90,6 +97,7 @@ def load_model(
         PersonaError: the model cannot be loaded, or fails a check.
     """
     own = {"dtype": dtype, "device": device, "attention": attention}
+    own |= {"device_map": device_map, "quantise": quantise}
     where = _check_asked(backend, label, revision, own)
     beside = None if adapter is None else find_adapter(adapter)
     if where != "local":
@@ -110,13 +118,21 @@ def load_model(
     precision = choose_dtype(shown, config, dtype, allow_float16=allow_float16)
     computed = choose_attention(shown, config, attention)
     place = choose_device(device)
+    has_adapter = beside is not None or base_of(source) is not None
+    placed = placing(shown, config, precision, place, device_map, quantise, has_adapter=has_adapter)
     if place.type == "cpu":
         keep_freed_memory()
     module: Any = load_weights(
-        name, precision, attention=computed, adapter=beside, trust_remote_code=trust_remote_code
+        name,
+        precision,
+        attention=computed,
+        adapter=beside,
+        trust_remote_code=trust_remote_code,
+        placed=placed,
     )
     tokenizer = load_tokenizer(name, template, adapter=beside, trust_remote_code=trust_remote_code)
-    module.eval().requires_grad_(requires_grad=False).to(place)
+    module.eval().requires_grad_(requires_grad=False)
+    settle(module, shown, place, placed)
     _normalise_generation(module)
     try:
         model = TransformersModel(
@@ -131,7 +147,7 @@ def load_model(
     origin = origin_of(model, source, shown)
     version = version_of(source, config)
     label = label or label_with(shown, beside)
-    write_record(model, label, str(name), version, precision, origin, beside)
+    write_record(model, label, str(name), version, precision, origin, beside, quantise)
     return model
 
 
@@ -143,6 +159,8 @@ def outline_model(
     backend: str = "local",
     dtype: str | None = None,
     device: str | None = None,
+    device_map: DeviceMap | None = None,
+    quantise: str | None = None,
     attention: str | None = None,
     template: str | Path | None = None,
     label: str | None = None,
@@ -159,6 +177,7 @@ def outline_model(
         PersonaError: as `load_model`.
     """
     own = {"dtype": dtype, "device": device, "attention": attention}
+    own |= {"device_map": device_map, "quantise": quantise}
     where = _check_asked(backend, label, revision, own)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     beside = None if adapter is None else find_adapter(adapter)
@@ -183,12 +202,12 @@ def outline_model(
         raise PersonaError(f"The model {shown!r} is not supported: {one_line(error)}") from error
     origin, version = origin_of(model, source, shown), version_of(source, config)
     label = label or label_with(shown, beside)
-    write_record(model, label, str(name), version, precision, origin, beside)
+    write_record(model, label, str(name), version, precision, origin, beside, quantise)
     return model
 
 
 def _check_asked(
-    backend: str, label: str | None, revision: str | None, own: Mapping[str, str | None]
+    backend: str, label: str | None, revision: str | None, own: Mapping[str, Any]
 ) -> Literal["local", "simulate"] | Server:
     """Where a model is to run, once what is asked of it goes with that.
 
@@ -212,8 +231,14 @@ def _check_asked(
     chosen = [name for name, value in own.items() if value is not None]
     if where != "local" and chosen:
         raise UsageError(
-            f"A server chooses precision, device and attention itself; leave out --{chosen[0]} "
-            f"with the backend {backend!r}."
+            "A server chooses precision, device and attention itself; leave out "
+            f"--{chosen[0].replace('_', '-')} with the backend {backend!r}."
+        )
+    check_placing(own["device_map"], own["quantise"])
+    if own["device"] is not None and own["device_map"] is not None:
+        raise UsageError(
+            f"--device {own['device']} puts a model on one device and --device-map spreads it; "
+            "leave out one of them."
         )
     return where
 

@@ -57,13 +57,17 @@ def fitting_batch_size(model: TransformersModel, prompts: Iterable[Sized]) -> in
     per_token = 2 * config.num_hidden_layers * kv_heads * d_head * model.dtype.itemsize
     cache = (longest + _CONTINUATION) * per_token
     distributions = _CONTINUATION * config.vocab_size * torch.float32.itemsize
-    fitting = int(_memory_to_use(model.device) / (_COPIES * (cache + distributions)))
+    # A spread model has a part of every cache on each of its devices, and all of one on none.
+    room = min(map(_memory_to_use, model.devices))
+    fitting = int(room / (_COPIES * (cache + distributions)))
     return min(max(1, fitting), _MOST_CELLS)
 
 
 def _memory_to_use(device: torch.device) -> float:
     if device.type == "cuda":
-        return _SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]
+        # What torch has taken and does not use is free too.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return _SHARE_OF_FREE * (torch.cuda.mem_get_info(device)[0] + kept)
     return min(_ENOUGH_ON_CPU, _SHARE_OF_FREE * psutil.virtual_memory().available)
 
 

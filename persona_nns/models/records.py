@@ -11,6 +11,7 @@ from persona_nns.errors import UsageError
 from persona_nns.models.adapters import Adapter, base_of
 from persona_nns.models.checkpoints import adapter_digest, version_with
 from persona_nns.models.gguf import provenance_of, warn_of_origin
+from persona_nns.models.placement import quantised_version
 
 #: Precision of a model on somebody's server, until its first job has told; its version begins so.
 HOSTED = "hosted"
@@ -26,6 +27,7 @@ def write_record(
     precision: str,
     origin: Mapping[str, Any],
     adapter: Adapter | None = None,
+    quantise: str | None = None,
 ) -> None:
     """Write down what determines the numbers of a model, for `record_of`.
 
@@ -37,6 +39,7 @@ def write_record(
         precision: that it is loaded in.
         origin: as `origin_of` gives it.
         adapter: that is put on it.
+        quantise: how its weights are kept in fewer bits.
     """
     beside: Mapping[str, str] = {}
     if adapter is not None:
@@ -44,6 +47,10 @@ def write_record(
         beside = {"source": adapter.asked, "digest": digest, "base_version": version}
         known = version.removeprefix(f"{HOSTED} ")
         version = version.removesuffix(known) + version_with(known, adapter.folder)
+    held: Mapping[str, str] = {}
+    if quantise is not None:
+        held = {"kind": quantise, "base_version": version}
+        version = quantised_version(version, quantise)
     text_config = model.config.get_text_config()
     _RECORDS[model] = ModelRecord(
         label=label,
@@ -59,6 +66,7 @@ def write_record(
         or text_config.num_attention_heads,
         provenance=origin,
         adapter=beside,
+        quantisation=held,
     )
 
 

@@ -34,6 +34,7 @@ _PROVENANCE = (
     "server_revision",
     "model_provenance",
     "adapter",
+    "quantisation",
     "architecture",
     "precision",
     "attn_implementation",

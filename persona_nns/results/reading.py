@@ -58,9 +58,10 @@ class RunInfo:
 
     @property
     def computing(self) -> str:
-        """Its precision, and how attention is computed where that is not the eager way."""
+        """Its precision, and what is not as usual: weights in fewer bits, attention not eager."""
+        held = self.attrs.get("quantisation", {}).get("kind", "")
         how = self.attrs.get("attn_implementation", "eager")
-        return " ".join([self.attrs["precision"], *([how] if how != "eager" else [])])
+        return " ".join(filter(None, [self.attrs["precision"], held, how * (how != "eager")]))
 
     @property
     def configuration(self) -> str:

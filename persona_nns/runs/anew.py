@@ -60,7 +60,7 @@ class Models:
     def key(attrs: Mapping[str, Any]) -> tuple[str, ...]:
         """What two runs of one model have in common."""
         names = ("model_source", "model_version", "precision", "attn_implementation", "model")
-        return tuple(str(attrs.get(name)) for name in (*names, "adapter"))
+        return tuple(str(attrs.get(name)) for name in (*names, "adapter", "quantisation"))
 
     def of(self, attrs: Mapping[str, Any]) -> "TransformersModel":
         """The model of a run, from its attributes.
@@ -86,6 +86,9 @@ class Models:
         if adapter := attrs.get("adapter"):
             version = adapter["base_version"]
             trust["adapter"] = self._adapter_of(adapter["digest"]) or adapter["source"]
+        if quantised := attrs.get("quantisation"):
+            version = quantised["base_version"]
+            trust["quantise"] = quantised["kind"]
         if not version.startswith(_HOSTED.strip()):
             name = self._folder_of(version) or source
             how = {"dtype": attrs["precision"], "allow_float16": True}

@@ -159,6 +159,7 @@ def run_attributes(
     execution = {name: parameters[name] for name in parameters if name in marked}
     origin = {"model_provenance": dict(record.provenance)} if record.provenance else {}
     adapter = {"adapter": dict(record.adapter)} if record.adapter else {}
+    quantisation = {"quantisation": dict(record.quantisation)} if record.quantisation else {}
     unverifiable = {"unverifiable": plan.unverifiable} if plan.unverifiable else {}
     return {
         "experiment": experiment.name,
@@ -174,6 +175,7 @@ def run_attributes(
         "model_version": record.version,
         **origin,
         **adapter,
+        **quantisation,
         "architecture": record.architecture,
         "precision": record.precision,
         "attn_implementation": record.attn_implementation,

@@ -42,7 +42,7 @@ def declared_arrays(
     for name, variable in declared.items():
         value = measured[name]
         array = (
-            value.detach().cpu().float().numpy()
+            value.detach().float().numpy()
             if isinstance(value, torch.Tensor) and value.is_floating_point()
             else np.asarray(value, dtype=object if variable.kind == "text" else None)
         )
@@ -61,6 +61,23 @@ def declared_arrays(
             )
         arrays[name] = array
     return arrays
+
+
+def on_host(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with its tensors in main memory: copied side by side, and waited for once."""
+    tensors = [value for value in measured.values() if isinstance(value, torch.Tensor)]
+    # Only of CUDA is it known that the copy lies in pinned memory and that there is one to wait
+    # for.
+    devices = {each.device for each in tensors if each.device.type == "cuda"}
+    copied = {
+        name: value.detach().to("cpu", non_blocking=value.device.type == "cuda")
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in measured.items()
+    }
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return copied
 
 
 def check_named(request: Request, measured: Any) -> None:

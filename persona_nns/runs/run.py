@@ -31,7 +31,7 @@ from persona_nns.runs.progress import UnitProgress, count
 from persona_nns.runs.queue import Queue
 from persona_nns.runs.remote.dispatch import carry_out_remotely
 from persona_nns.runs.request import Asked, Request, check_inputs, check_request, told_of
-from persona_nns.runs.returned import check_named, declared_arrays, unmistakable
+from persona_nns.runs.returned import check_named, declared_arrays, on_host, unmistakable
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,7 @@ def measure_batch(
     with shown_where(request.experiment):
         measured = request.experiment.measure(model, list(units), **request.measuring(execution))
         check_named(request, measured)
-        return measured
+        return on_host(measured)
 
 
 def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
@@ -341,7 +341,7 @@ def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
         return
     rows = [ids for of_key in request.plan.token_ids.values() for ids in of_key.values()]
     batch_size = planned.batch_size or fitting_batch_size(model, rows)
-    how = {**planned.execution, "batch_size": batch_size, "device": str(model.device)}
+    how = {**planned.execution, "batch_size": batch_size, "device": _devices(model)}
     if not request.experiment.is_shipped:
         batch_size = unmistakable(request, len(pending), batch_size)
     claims = Claims(store, request.blocks, session_name(), {**session_attributes(), **how})
@@ -372,7 +372,12 @@ def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
 def _computing(model: TransformersModel) -> str:
     """Where a model computes."""
     on_cpu = model.device.type == "cpu"
-    return f"on {count(torch.get_num_threads(), 'thread') if on_cpu else model.device}"
+    return f"on {count(torch.get_num_threads(), 'thread') if on_cpu else _devices(model)}"
+
+
+def _devices(model: TransformersModel) -> str:
+    """The device of a model, or those that it is spread over."""
+    return ", ".join(sorted(map(str, model.devices)))
 
 
 def _smaller(batch_size: int, error: Exception, noun: str) -> int:

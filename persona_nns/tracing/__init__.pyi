@@ -118,6 +118,7 @@ from .residuals import last_columns as last_columns
 from .residuals import put as put
 from .residuals import root_mean_square as root_mean_square
 from .residuals import span_columns as span_columns
+from .residuals import stack_layers as stack_layers
 from .residuals import substitute as substitute
 from .residuals import take as take
 from .sampling import Draw as Draw

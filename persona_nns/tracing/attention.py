@@ -142,7 +142,7 @@ def attention_to(attention: Any, look: Look, held: Any, identity: Tensor) -> Ten
         identity: [row, column of the window].
     """
     weights = weights_of(attention, look, held)[:, :, 0]
-    return weights[..., -identity.shape[1] :] * identity[:, None]
+    return weights[..., -identity.shape[1] :] * identity[:, None].to(weights.device)
 
 
 def weights_of(attention: Any, look: Look, held: Any) -> Tensor:
@@ -234,7 +234,7 @@ def _query(attention: Any, look: Look, projected: Tensor, n_heads: int) -> Tenso
 def _of_queries(every: Tensor, asking: Tensor) -> Tensor:
     """Of [row, head, column, key], what belongs to some columns: [row, head, query, key]."""
     index = asking[:, None, :, None].expand(-1, every.shape[1], -1, every.shape[3])
-    return every.gather(2, index)
+    return every.gather(2, index.to(every.device))
 
 
 def _cache_of(inputs: Any) -> Any:

@@ -23,7 +23,7 @@ from nnsight import TransformersModel, save
 from torch import Tensor
 
 from persona_nns.errors import PersonaError, UsageError
-from persona_nns.tracing.residuals import take
+from persona_nns.tracing.residuals import stack_layers, take
 from persona_nns.tracing.sandbox import has_weights
 from persona_nns.tracing.window import Window
 
@@ -84,7 +84,7 @@ def attribute(
         each = (output - own).float() * slope.float()
         each = each.unflatten(-1, (_count(model, part, each.shape[-1]), -1)).sum(-1)
         scores.append(torch.einsum("...rc,rcp->...rp", places.to(each), each))
-    stacked = torch.stack(scores, dim=-2)
+    stacked = stack_layers(scores, dim=-2)
     return stacked[..., 0] if part == "mlp" else stacked
 
 

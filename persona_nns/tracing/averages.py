@@ -44,6 +44,7 @@ def averages(hidden: Tensor, weights: Tensor) -> Tensor:
         [row, average, d_model] in float32.
     """
     # What stands on padding weighs nothing, and must not be able to turn the sum into NaN.
+    weights = weights.to(hidden.device)
     kept = torch.where(weights.any(1)[..., None], hidden.float(), 0.0)
     return weights @ kept
 

@@ -15,6 +15,7 @@ from persona_nns.tracing.continuations import (
 )
 from persona_nns.tracing.kv.cache import KVCache, read_cache
 from persona_nns.tracing.prefixes import Prefilled
+from persona_nns.tracing.residuals import stack_layers
 from persona_nns.tracing.sandbox import entry
 from persona_nns.tracing.window import Window
 
@@ -101,6 +102,6 @@ def force(model: TransformersModel, prompts: Prefilled, said: Tensor) -> CleanRu
         window=window,
         n_prompt=window.input_ids.shape[1] - n_said,
         logits=logits,
-        residual=torch.stack(residual),
+        residual=stack_layers(residual),
         cache=prompts.prefix and read_cache(cache, window.attention_mask),
     )

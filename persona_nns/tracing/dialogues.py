@@ -114,12 +114,13 @@ class Opened:
         )
         held = read_cache(cache, grown)
         runs: dict[int, tuple[int, _Run]] = {}
+        tokens, marked = sequences.tolist(), (self.marks > 0).tolist()
+        padding, length = self.batch.padding.tolist(), said.length.tolist()
         for row, number in enumerate(self.which):
-            begin = int(self.batch.padding[row])
-            n_said = min(int(said.length[row]), held.width - width)
-            ids = sequences[row, begin : width + n_said].tolist()
-            marks = [mark > 0 for mark in self.marks[row, begin:].tolist()]
-            runs[number] = row, list(zip(ids, [*marks, *[self.acts.now] * n_said], strict=True))
+            n_said = min(length[row], held.width - width)
+            ids = tokens[row][padding[row] : width + n_said]
+            marks = [*marked[row][padding[row] :], *[self.acts.now] * n_said]
+            runs[number] = row, list(zip(ids, marks, strict=True))
         return said, Held(held, runs)
 
 
@@ -207,16 +208,16 @@ def open_answers(
 def _kept(batch: Batch, marks: Tensor, which: Sequence[int], held: Held) -> KVCache | None:
     """What has been run of the first columns of a batch, equally many columns of each row."""
     left: list[int] = []
+    tokens, marked = batch.input_ids.tolist(), (marks > 0).tolist()
+    padding = batch.padding.tolist()
     for row, number in enumerate(which):
-        begin = int(batch.padding[row])
-        wanted = zip(
-            batch.input_ids[row, begin:].tolist(), (marks[row, begin:] > 0).tolist(), strict=True
-        )
+        begin = padding[row]
+        wanted = zip(tokens[row][begin:], marked[row][begin:], strict=True)
         pairs = zip(wanted, held.runs[number][1], strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         left.append(max(batch.width - begin - same, 1))  # the last token has to be run
     before = batch.width - max(left)
-    if before <= int(batch.padding.min()):
+    if before <= min(padding):
         return None
     index = torch.tensor([held.runs[number][0] for number in which], device=marks.device)
     return held.cache.begin(index, before - batch.padding)

@@ -16,7 +16,7 @@ from persona_nns.tracing.attention import look_at, tell, weights_of
 from persona_nns.tracing.continuations import say
 from persona_nns.tracing.metrics import log_probabilities, summed_kl
 from persona_nns.tracing.prefixes import Prefilled, prefill
-from persona_nns.tracing.residuals import last_columns
+from persona_nns.tracing.residuals import last_columns, stack_layers
 from persona_nns.tracing.sandbox import entry
 from persona_nns.tracing.window import Window, open_window
 
@@ -78,7 +78,7 @@ class TwinRuns:
         """
         width = own.shape[1]
         is_place = torch.arange(width, device=own.device) >= width - self.n_places
-        feature = heads.repeat_interleave(own.shape[2] // heads.shape[1], dim=1)
+        feature = heads.to(own.device).repeat_interleave(own.shape[2] // heads.shape[1], dim=1)
         clean = last_columns(self.clean.heads[layer], width)
         return torch.where(is_place[:, None] & feature[:, None], clean, own)
 
@@ -142,7 +142,7 @@ def _run_one(
         for block, look, held in zip(model.layers, looks, cached, strict=True):
             seen = weights_of(block.attn, look, held)[0, ..., persona.start : persona.stop]
             weights.append(seen.float().sum(-1).mean(-1))
-        attention = save(torch.stack(weights))
+        attention = save(stack_layers(weights))
         save((entering, heads))
-    clean = torch.stack(entering) if reuse else None
+    clean = stack_layers(entering) if reuse else None
     return TwinRun(replace(window, clean=clean), heads, predicted, attention)

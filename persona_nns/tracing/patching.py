@@ -19,7 +19,7 @@ from persona_nns.tracing.attention import Look, attention_to, look_at, tell
 from persona_nns.tracing.batches import similar_rows
 from persona_nns.tracing.kv.cache import KVCache
 from persona_nns.tracing.prefixes import prefill
-from persona_nns.tracing.residuals import take
+from persona_nns.tracing.residuals import stack_layers, take
 from persona_nns.tracing.sandbox import entry
 from persona_nns.tracing.window import Window, open_ragged_window
 
@@ -89,6 +89,11 @@ class Unpatched:
     logits: Tensor
     attention: Tensor
     attention_value: Tensor
+
+    def heads_at(self, layer: int, row: Tensor, columns: slice) -> Tensor:
+        """What the output projection of a block is given, [row, column, head × d_head]."""
+        heads = self.heads[layer]
+        return heads[row.to(heads.device), columns]
 
     def results(self, layers: list[int]) -> dict[str, Tensor]:
         """What is stored of the runs in some layers, and the corrupt ones' logits."""
@@ -183,9 +188,9 @@ def run_unpatched(model: TransformersModel, pair: Pair, *, reuse: bool) -> Unpat
         logits = save(model.output.logits[:, -1].gather(1, rows.letters).float())
         looked, written = read_looks(model.layers, looks, model.output, rows.identity)
         save((entering, heads, attn, mlp))
-        attention = save(torch.stack(looked, dim=1))
-        attention_value = save(torch.stack(written, dim=1))
-    clean = torch.stack(entering) if reuse else None
+        attention = save(stack_layers(looked, dim=1))
+        attention_value = save(stack_layers(written, dim=1))
+    clean = stack_layers(entering) if reuse else None
     rows = replace(rows, window=replace(rows.window, clean=clean))
     return Unpatched(rows, mlp, attn, heads, logits, attention, attention_value)
 
@@ -220,11 +225,11 @@ def open_patches(
     if behind is not None:
         window = window.behind(behind)
     columns = slice(window.start - rows.window.start, width)
-    where = rows.patched[position_set, question][:, columns, None]
+    where = rows.patched[position_set, question][:, columns, None].to(outputs.device)
     if head is not None:
         feature = torch.arange(outputs.shape[-1], device=outputs.device)
         head_of = feature // (outputs.shape[-1] // run.attention.shape[-1])
-        where = where & (head_of == head[:, None])[:, None]
+        where = where & (head_of == head[:, None].to(head_of.device))[:, None]
     return Patches(
         window=window,
         columns=columns,
@@ -232,7 +237,7 @@ def open_patches(
         identity=rows.identity[corrupt, columns],
         letters=rows.letters[corrupt],
         where=where,
-        value=take(outputs[question], rows.source[question, columns]),
+        value=take(outputs[question.to(outputs.device)], rows.source[question, columns]),
     )
 
 

@@ -50,6 +50,11 @@ def put(hidden: Tensor, where: Tensor, value: Tensor) -> Tensor:
     return torch.where(where[..., None].to(hidden.device), value.to(hidden), hidden)
 
 
+def stack_layers(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """A tensor of each layer, stacked where the first is: a spread model has them on several."""
+    return torch.stack([each.to(tensors[0].device) for each in tensors], dim)
+
+
 def has_input_norms(model: TransformersModel) -> bool:
     """Whether every block normalises what it reads (those of OLMo2 do not)."""
     return all(hasattr(block, "input_norm") for block in model.layers)
@@ -70,6 +75,7 @@ def take(hidden: Tensor, index: Tensor) -> Tensor:
     Returns:
         [row, position, d_model], a copy.
     """
+    index = index.to(hidden.device)  # where a model is spread, blocks are on several
     return hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1]))
 
 
@@ -85,7 +91,8 @@ def substitute(hidden: Tensor, index: Tensor, value: Tensor) -> Tensor:
         [row, column, d_model] with ``value`` at the sites.
     """
     hidden = hidden.clone()
-    hidden[torch.arange(len(index), device=hidden.device), index] = value.to(hidden)
+    row = torch.arange(len(index), device=hidden.device)
+    hidden[row, index.to(hidden.device)] = value.to(hidden)
     return hidden
 
 

@@ -45,10 +45,13 @@ class RowSampler:
         uniform = torch.stack(
             [torch.rand(scores.shape[1], generator=each) for each in self._generators]
         )
+        if scores.device.type == "cuda":
+            uniform = uniform.pin_memory().to(scores.device, non_blocking=True)
+        uniform = uniform.to(scores.device)
         # A uniform draw of 0 would be noise of −inf, and one of 1 noise of +inf.
         tiny = torch.finfo(torch.float32).tiny
         noise = -torch.log(-torch.log(uniform.clamp(tiny, 1 - 2**-24)))
-        return logits + noise.to(scores.device)
+        return logits + noise
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:

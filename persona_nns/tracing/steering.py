@@ -61,6 +61,7 @@ def steer(hidden: Tensor, direction: Tensor, strength: Tensor) -> Tensor:
     Returns:
         [row, column, d_model] in the dtype of ``hidden``.
     """
+    direction, strength = direction.to(hidden.device), strength.to(hidden.device)
     return (hidden.float() + strength[..., None] * direction).to(hidden.dtype)
 
 
@@ -78,6 +79,7 @@ def steer_on_sphere(hidden: Tensor, direction: Tensor, strength: Tensor) -> Tens
     Returns:
         [row, column, d_model] in the dtype of ``hidden``.
     """
+    direction, strength = direction.to(hidden.device), strength.to(hidden.device)
     stream = hidden.float()
     moved = stream + strength[..., None] * direction
     before, after = stream.norm(dim=-1, keepdim=True), moved.norm(dim=-1, keepdim=True)
@@ -94,7 +96,7 @@ def ablate(hidden: Tensor, direction: Tensor) -> Tensor:
     Returns:
         [row, column, d_model] in the dtype of ``hidden``.
     """
-    stream = hidden.float()
+    stream, direction = hidden.float(), direction.to(hidden.device)
     return (stream - (stream @ direction)[..., None] * direction).to(hidden.dtype)
 
 
@@ -115,6 +117,7 @@ def cap(hidden: Tensor, direction: Tensor, tau: Tensor | float, steered: Tensor)
     Returns:
         [row, column, d_model] in the dtype of ``hidden``.
     """
+    direction, steered = direction.to(hidden.device), steered.to(hidden.device)
     stream = hidden.float()
     excess = (stream @ direction - tau).clamp(min=0) * steered
     return (stream - excess[..., None] * direction).to(hidden.dtype)

@@ -57,6 +57,7 @@ def turn_projections(hidden: Tensor, directions: Tensor, weights: Tensor) -> Ten
     Returns:
         [row, turn, direction] in float32; NaN where a turn has no tokens.
     """
+    directions, weights = directions.to(hidden.device), weights.to(hidden.device)
     counted = weights.any(1)[..., None]
     projected = torch.where(counted, hidden.float() @ directions.T, 0.0)
     means = weights @ projected

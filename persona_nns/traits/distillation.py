@@ -284,7 +284,7 @@ def check_trainable(model: TransformersModel) -> None:
     """See that students can be copies of a model: of the weights that it was loaded from, here.
 
     Raises:
-        UsageError: it runs on a server, or an adapter is put on it.
+        UsageError: it runs on a server, an adapter is put on it, or its weights are quantised.
     """
     if hosted(model) is not None:
         raise UsageError("Students are trained on this machine; use the backend 'local'.")
@@ -292,6 +292,11 @@ def check_trainable(model: TransformersModel) -> None:
         raise UsageError(
             f"An adapter is put on the model {record_of(model).label!r}; students of it need a "
             "merged checkpoint."
+        )
+    if record_of(model).quantisation:
+        raise UsageError(
+            f"The weights of {record_of(model).label!r} are quantised, and students are copies of "
+            "whole ones; leave out --quantise."
         )
 
 

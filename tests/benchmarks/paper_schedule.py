@@ -31,8 +31,8 @@ def _one_cell(
     prompts = render_cell(tokenizer, cell)
     n_prompt = len(prompts["XY"])
     reference = model.generate(
-        torch.tensor([prompts["XY"].ids]),
-        attention_mask=torch.ones(1, n_prompt, dtype=torch.long),
+        torch.tensor([prompts["XY"].ids], device=model.device),
+        attention_mask=torch.ones(1, n_prompt, dtype=torch.long, device=model.device),
         max_new_tokens=max(map(generated_index, positions)) + 10,
         do_sample=False,
         num_beams=1,
@@ -42,11 +42,12 @@ def _one_cell(
         first = generated_index(position)
         hidden = {}
         for name in ROLE_PROMPTS:
-            ids = torch.tensor([[*prompts[name].ids, *reference[:first]]])
+            ids = torch.tensor([[*prompts[name].ids, *reference[:first]]], device=model.device)
             states = model(ids, output_hidden_states=True).hidden_states
             index = position_index(prompts[name], position)
             hidden[name] = [state[0, index] for state in states]
-        ids = torch.tensor([[*prompts["XY"].ids, *reference[: first + 10]]])
+        row = [*prompts["XY"].ids, *reference[: first + 10]]
+        ids = torch.tensor([row], device=model.device)
         site = position_index(prompts["XY"], position)
         window = slice(n_prompt - 1 + first, n_prompt + 9 + first)
         for k, layer in enumerate(layers):

@@ -89,10 +89,10 @@ class KVCache:
         shape = (held.shape[0], self.n_layers, 2, heads, n_positions, d_head)
         data = torch.full(shape, torch.nan)
         for row, columns in enumerate(held):
-            position = self.position_ids[row, columns].cpu()
+            columns, position = columns.cpu(), self.position_ids[row, columns].cpu()
             for layer, pair in enumerate(zip(self.keys, self.values, strict=True)):
                 for kv, tensor in enumerate(pair):
-                    data[row, layer, kv, :, position] = tensor[row][:, columns].cpu().float()
+                    data[row, layer, kv, :, position] = tensor[row].cpu()[:, columns].float()
         return data
 
     def rows(self, index: Tensor | slice) -> "KVCache":
@@ -100,8 +100,8 @@ class KVCache:
         attention_mask = self.attention_mask[index]
         first = int(attention_mask.any(0).long().argmax())
         return KVCache(
-            tuple(keys[index][:, :, first:] for keys in self.keys),
-            tuple(values[index][:, :, first:] for values in self.values),
+            tuple(_of_rows(keys, index)[:, :, first:] for keys in self.keys),
+            tuple(_of_rows(values, index)[:, :, first:] for values in self.values),
             attention_mask[:, first:],
             self.position_ids[index][:, first:],
         )
@@ -127,9 +127,9 @@ class KVCache:
         column = (self.padding[index][:, None] + token).clamp(0, self.width - 1)
 
         def moved(tensor: Tensor) -> Tensor:
-            rows = tensor[index]
+            rows = _of_rows(tensor, index)
             at = column[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
-            return rows.gather(2, at)
+            return rows.gather(2, at.to(rows.device))
 
         held = (token >= 0).long()
         return KVCache(
@@ -179,7 +179,8 @@ class KVCache:
         check_alike([self, other])
         if not torch.equal(self.attention_mask, other.attention_mask):
             raise PersonaError("Only caches that hold the same columns can be mixed head by head.")
-        own = mine[..., None, None].unbind(1)
+        layers = zip(mine[..., None, None].unbind(1), self.keys, strict=True)
+        own = [of_layer.to(keys.device) for of_layer, keys in layers]
         return replace(
             self,
             keys=tuple(map(torch.where, own, self.keys, other.keys)),
@@ -237,6 +238,11 @@ class KVCache:
                 )
         for k, layer in enumerate(layers):
             layer.keys, layer.values = self.keys[k], self.values[k]
+
+
+def _of_rows(held: Tensor, index: Tensor | slice) -> Tensor:
+    """Some rows of a layer, wherever that is: of a spread model, layers are on several devices."""
+    return held[index.to(held.device) if isinstance(index, Tensor) else index]
 
 
 def check_alike(caches: Sequence[KVCache]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from persona_nns.tracing.knockout import block_keys
 from persona_nns.tracing.kv.cache import KVCache
 from persona_nns.tracing.kv.grafts import GraftSources, graft_spans, host_with
+from persona_nns.tracing.residuals import stack_layers
 from persona_nns.tracing.window import Window, open_window
 
 
@@ -26,6 +27,7 @@ class PersonaSlots:
         persona: with the persona's. Either counts as held what only one of the two holds.
         host_lacks: [row, column], what the host's span leaves spare.
         persona_lacks: likewise.
+        has_spare: whether either leaves any.
     """
 
     window: Window
@@ -33,6 +35,7 @@ class PersonaSlots:
     persona: KVCache
     host_lacks: Tensor
     persona_lacks: Tensor
+    has_spare: bool
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,7 +58,7 @@ class PersonaSlots:
         window = replace(self.window, prefix=None).rows(row, lowest, width)
         mixed = self.persona.rows(row).mixed_with(self.host.rows(row), mine)
         hidden: dict[int, Tensor] = {}
-        if bool((self.host_lacks | self.persona_lacks).any()):
+        if self.has_spare:
             lacks = self.persona_lacks[row, None], self.host_lacks[row, None]
             layers = range(lowest, self.host.n_layers)
             hidden = {layer: torch.where(mine[:, layer, :, None], *lacks) for layer in layers}
@@ -83,6 +86,7 @@ def open_persona_slots(sources: GraftSources, forced: Tensor) -> PersonaSlots:
         persona=persona,
         host_lacks=host_lacks,
         persona_lacks=persona_lacks,
+        has_spare=bool((host_lacks | persona_lacks).any()),
     )
 
 
@@ -93,7 +97,7 @@ def read_host(model: TransformersModel, slots: PersonaSlots) -> PersonaSlots:
         for block in model.layers:
             residual.append(block.input)
             block_keys(block.attn, None, slots.host_lacks)
-    return replace(slots, window=replace(slots.window, clean=torch.stack(residual)))
+    return replace(slots, window=replace(slots.window, clean=stack_layers(residual)))
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ def weigh_parts(
     cache = sources.caches["XY"]
     starts = [of["XY"]["persona"].start for of in sources.spans]
     column, exists = persona_columns(sources, starts, cache.padding, n_longest)
-    norms = torch.stack([held.float().norm(dim=-1) for held in cache.values], dim=1)
+    norms = stack_layers([held.float().norm(dim=-1) for held in cache.values], dim=1)
 
     def of_persona(values: Tensor) -> Tensor:
         """[row, layer, kv_head, token]."""

@@ -7,8 +7,9 @@ dimensions turn; scaled rotary types ("llama3", "yarn") also stretch keys by a c
 the cached key already and is not applied again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,18 +57,31 @@ class Rotation:
         Raises:
             PersonaError: this model's keys cannot be moved, or not that far.
         """
-        if not bool(distance.any()):
-            return keys
+        return self.turning(distance)(keys, layer)
+
+    def turning(self, distance: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """`move` by one distance for every layer, which is looked at once and not layer by layer.
+
+        Raises:
+            PersonaError: as `move`.
+        """
+        furthest = int(distance.abs().max()) if distance.numel() else 0
+        if not furthest:
+            return lambda keys, _layer: keys
         if self.refusal:
             raise PersonaError(self.refusal)
-        furthest = int(distance.abs().max())
         if furthest > self.reach:
             raise PersonaError(
                 f"A key cannot be moved by {furthest} positions: this rotation reaches "
                 f"{self.reach}; read one that reaches further."
             )
-        cos = self.cos[layer][distance + self.reach][:, None]  # [row, 1, column, rotary dims]
-        sin = self.sin[layer][distance + self.reach][:, None]
+        return partial(self._turn, distance)
+
+    def _turn(self, distance: Tensor, keys: Tensor, layer: int) -> Tensor:
+        distance = distance.to(keys.device)
+        # [row, 1, column, rotary dims]
+        cos = self.cos[layer].to(keys.device)[distance + self.reach][:, None]
+        sin = self.sin[layer].to(keys.device)[distance + self.reach][:, None]
         n_rotary = cos.shape[-1]
         turning, rest = keys[..., :n_rotary].float(), keys[..., n_rotary:]
         first, second = turning.chunk(2, dim=-1)

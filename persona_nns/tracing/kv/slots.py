@@ -11,6 +11,7 @@ from persona_nns.tracing.kv.cartridge import Cartridge, Form
 from persona_nns.tracing.kv.grafts import GraftSources
 from persona_nns.tracing.kv.rotation import Rotation
 from persona_nns.tracing.kv.splice import Piece, splice
+from persona_nns.tracing.residuals import stack_layers
 from persona_nns.tracing.window import Window, open_ragged_window, open_window
 
 
@@ -55,24 +56,25 @@ class SlottedHosts:
         assert held is not None
         place = held.position_ids.gather(1, self.slot)
         distance = place - start - torch.arange(place.shape[1], device=place.device)
-        moves = bool(distance.any())
+        turned = self.rotation.turning(distance)
         columns = self.slot[:, None, :, None]
 
         def lay(into: Tensor, given: Tensor) -> Tensor:
-            return into.scatter(2, columns.expand_as(given), given)
+            return into.scatter(2, columns.to(into.device).expand_as(given), given)
 
-        def of_rows(given: Tensor) -> Tensor:
-            return given.to(held.values[0]).expand(len(place), -1, -1, -1)
+        def of_rows(given: Tensor, layer: int) -> Tensor:
+            return given.to(held.values[layer]).expand(len(place), -1, -1, -1)
 
         def moved(layer: int) -> Tensor:
-            given = of_rows(keys[layer])
-            return self.rotation.move(given, distance, layer) if moves else given
+            return turned(of_rows(keys[layer], layer), layer)
 
         layers = range(held.n_layers)
         filled = replace(
             held,
             keys=tuple(lay(held.keys[layer], moved(layer)) for layer in layers),
-            values=tuple(lay(held.values[layer], of_rows(values[layer])) for layer in layers),
+            values=tuple(
+                lay(held.values[layer], of_rows(values[layer], layer)) for layer in layers
+            ),
         )
         return replace(self.empty, prefix=filled)
 
@@ -162,15 +164,14 @@ def initial_slots(
     distance = start + torch.arange(slots, device=device) - first - chosen
 
     def take(held: Tensor) -> Tensor:
-        return held.gather(2, columns.expand(-1, held.shape[1], -1, held.shape[3]))
+        index = columns.expand(-1, held.shape[1], -1, held.shape[3])
+        return held.gather(2, index.to(held.device))
 
-    keys = torch.stack(
-        [
-            sources.rotation.move(take(held), distance, layer).float().mean(0)
-            for layer, held in enumerate(cache.keys)
-        ]
+    turned = sources.rotation.turning(distance)
+    keys = stack_layers(
+        [turned(take(held), layer).float().mean(0) for layer, held in enumerate(cache.keys)]
     )
-    values = torch.stack([take(held).float().mean(0) for held in cache.values])
+    values = stack_layers([take(held).float().mean(0) for held in cache.values])
     again = torch.nn.functional.pad(chosen[1:] == chosen[:-1], (1, 0)).to(keys)
     draw = torch.Generator().manual_seed(seed)
 

@@ -77,14 +77,12 @@ def splice(pieces: Sequence[Piece], rotation: Rotation) -> KVCache:
     def take(tensors: Sequence[Tensor]) -> Tensor:
         pool = torch.cat(list(tensors), dim=2)
         _, heads, _, d_head = pool.shape
-        return pool.gather(2, index[:, None, :, None].expand(-1, heads, -1, d_head))
+        columns = index[:, None, :, None].expand(-1, heads, -1, d_head)
+        return pool.gather(2, columns.to(pool.device))
 
-    n_layers = caches[0].n_layers
+    n_layers, turned = caches[0].n_layers, rotation.turning(distance)
     return KVCache(
-        tuple(
-            rotation.move(take([cache.keys[k] for cache in caches]), distance, k)
-            for k in range(n_layers)
-        ),
+        tuple(turned(take([cache.keys[k] for cache in caches]), k) for k in range(n_layers)),
         tuple(take([cache.values[k] for cache in caches]) for k in range(n_layers)),
         mask,
         place.clamp(min=0),
