@@ -40,13 +40,13 @@ from persona_nns.tracing import (
     has_input_norms,
     index_sites,
     interaction_ratio,
+    kl_of_logits,
     log_probabilities,
     match_rms,
     prefill_rows,
     run_clean,
     stack_windows,
     substitute,
-    summed_kl,
     take,
 )
 
@@ -324,15 +324,15 @@ def substitute_each(
     for which, window in stack_windows(windows):
         places = [reached[k] for k in which]
         column = window.column(torch.cat([site[:, p] for p in places]))
-        counted = torch.cat([scored[p] for p in places])
-        expected = torch.cat([clean[:, firsts[p] : firsts[p] + n_eval] for p in places])
+        counted = scored[places]
+        expected = [clean[:, firsts[p] : firsts[p] + n_eval] for p in places]
         for name, (k, layer) in product(written, enumerate(layers)):
             value = torch.cat([written[name][layer, :, p] for p in places])
             with model.trace(window.inputs(), logits_to_keep=n_eval):
                 window.resume(model, layer)
                 model.layers[layer].input = substitute(model.layers[layer].input, column, value)
-                predicted = log_probabilities(model.output.logits)
-                moved = save(summed_kl(expected, predicted, counted))
-            moved = torch.where(counted.any(1), moved, torch.nan)
-            kl[name][:, k, places] = moved.view(len(places), n_cells).T
+                rows = zip(expected, model.output.logits.split(n_cells), counted, strict=True)
+                moved = save(torch.stack([kl_of_logits(*each) for each in rows]))
+            moved = torch.where(counted.any(2), moved, torch.nan)
+            kl[name][:, k, places] = moved.T
     return kl

@@ -89,6 +89,7 @@ from .kv.slots import open_slots as open_slots
 from .kv.splice import Piece as Piece
 from .kv.splice import splice as splice
 from .metrics import closure as closure
+from .metrics import kl_of_logits as kl_of_logits
 from .metrics import log_probabilities as log_probabilities
 from .metrics import summed_kl as summed_kl
 from .operations import Operation as Operation
