@@ -197,7 +197,9 @@ def compare(turns: int, only: list[str], beside: str | None, table: Path | None)
                 runs.setdefault(name, []).append({**run, **more})
         for name, program in programs.items():
             first.setdefault(name, []).append(command(program))
-        console.print(f"turn {turn + 1} of {turns}", [round(r[-1]["cpu"], 1) for r in first.values()])
+        console.print(
+            f"turn {turn + 1} of {turns}", [round(r[-1]["cpu"], 1) for r in first.values()]
+        )
     shown(first, again, table)
 
 
