@@ -40,6 +40,7 @@ from persona_nns.tracing import (
     has_input_norms,
     index_sites,
     interaction_ratio,
+    keep_last,
     kl_of_logits,
     log_probabilities,
     match_rms,
@@ -286,7 +287,7 @@ def read_sites(model: TransformersModel, sites: Sites) -> tuple[Tensor, Tensor]:
         warnings.warn(
             "The blocks of this model have no input norm: gap_ratio_post_norm is NaN.", stacklevel=3
         )
-    with model.trace(window.inputs(), logits_to_keep=1):
+    with model.trace(window.inputs(), logits_to_keep=keep_last(0)):
         read = [take(block.input, column) for block in model.layers]
         read = save(torch.stack([*read, take(model.final_norm.output, column)]).float())
         # What the block that reads the layer makes of it, in the model's own precision.
@@ -328,7 +329,7 @@ def substitute_each(
         expected = [clean[:, firsts[p] : firsts[p] + n_eval] for p in places]
         for name, (k, layer) in product(written, enumerate(layers)):
             value = torch.cat([written[name][layer, :, p] for p in places])
-            with model.trace(window.inputs(), logits_to_keep=n_eval):
+            with model.trace(window.inputs(), logits_to_keep=keep_last(n_eval)):
                 window.resume(model, layer)
                 model.layers[layer].input = substitute(model.layers[layer].input, column, value)
                 rows = zip(expected, model.output.logits.split(n_cells), counted, strict=True)

@@ -10,7 +10,7 @@ from nnsight import TransformersModel, save
 from nnsight.intervention.interleaver import OutOfOrderError
 
 from persona_nns.errors import PersonaError
-from persona_nns.tracing.batches import left_pad
+from persona_nns.tracing.batches import keep_last, left_pad
 from persona_nns.tracing.residuals import substitute
 from persona_nns.tracing.sandbox import entry
 
@@ -34,7 +34,7 @@ def check_model(model: TransformersModel, shown: str) -> None:
     # Two tokens, of which the last is overwritten and says what comes of it: no others would move.
     row = [7, 3]
     probe = left_pad([row], device=device)
-    plainly = {"use_cache": False, "logits_to_keep": 1}
+    plainly = {"use_cache": False, "logits_to_keep": keep_last(1)}
 
     try:
         with model.trace(

@@ -12,6 +12,7 @@ from .averages import keeps_pair as keeps_pair
 from .averages import normalised as normalised
 from .averages import token_weights as token_weights
 from .batches import Batch as Batch
+from .batches import keep_last as keep_last
 from .batches import left_pad as left_pad
 from .batches import similar_rows as similar_rows
 from .budgets import best_first as best_first

@@ -163,7 +163,9 @@ def command(program: str) -> dict[str, float]:
     }
 
 
-def compare(turns: int, only: list[str], beside: str | None, table: Path | None) -> None:
+def compare(
+    turns: int, times: int, only: list[str], beside: str | None, table: Path | None
+) -> None:
     """All of them, in turns."""
     here = str(Path(sys.executable).with_name("persona-nns"))
     names = [name for name in NAMES if not only or name in only]
@@ -188,18 +190,17 @@ def compare(turns: int, only: list[str], beside: str | None, table: Path | None)
         whole: torch.Tensor | None = None
         for name in names:
             n_cells = PAPER_CELLS if name == "paper" else 12
-            said = started(name, n_cells, 2)
+            said = started(name, n_cells, times)
             found = torch.tensor(said["kl"])
             whole = found if whole is None else whole
             torch.testing.assert_close(found, whole[:n_cells], **SAME)
-            for runs, run in zip((first, again), said["runs"], strict=True):
+            for runs, run in zip((first, again), said["runs"], strict=False):
                 more = {key: run[key] * 12 / n_cells for key in ("seconds", "cpu")}
                 runs.setdefault(name, []).append({**run, **more})
         for name, program in programs.items():
             first.setdefault(name, []).append(command(program))
-        console.print(
-            f"turn {turn + 1} of {turns}", [round(r[-1]["cpu"], 1) for r in first.values()]
-        )
+        seconds = ", ".join(f"{name} {runs[-1]['cpu']:.1f}" for name, runs in first.items())
+        console.print(f"turn {turn + 1} of {turns}: {seconds} CPU s")
     shown(first, again, table)
 
 
@@ -252,9 +253,9 @@ if __name__ == "__main__":
     parser.add_argument("--table", type=Path, help="where the table is written, as CSV")
     parser.add_argument("--one", choices=NAMES)
     parser.add_argument("--cells", type=int, default=12)
-    parser.add_argument("--times", type=int, default=2)
+    parser.add_argument("--times", type=int, default=2, help="1 leaves out the second")
     given = parser.parse_args()
     if given.one is not None:
         one(given.one, given.cells, given.times)
     else:
-        compare(given.turns, given.only, given.beside, given.table)
+        compare(given.turns, given.times, given.only, given.beside, given.table)
