@@ -40,6 +40,8 @@ from persona_nns.tracing import (
     has_input_norms,
     index_sites,
     interaction_ratio,
+    keep_last,
+    kl_of_logits,
     log_probabilities,
     match_rms,
     prefill_rows,
@@ -47,7 +49,6 @@ from persona_nns.tracing import (
     stack_layers,
     stack_windows,
     substitute,
-    summed_kl,
     take,
 )
 
@@ -287,7 +288,7 @@ def read_sites(model: TransformersModel, sites: Sites) -> tuple[Tensor, Tensor]:
         warnings.warn(
             "The blocks of this model have no input norm: gap_ratio_post_norm is NaN.", stacklevel=3
         )
-    with model.trace(window.inputs(), logits_to_keep=1):
+    with model.trace(window.inputs(), logits_to_keep=keep_last(0)):
         read = [take(block.input, column) for block in model.layers]
         read = save(stack_layers([*read, take(model.final_norm.output, column)]).float())
         # What the block that reads the layer makes of it, in the model's own precision.
@@ -325,15 +326,15 @@ def substitute_each(
     for which, window in stack_windows(windows):
         places = [reached[k] for k in which]
         column = window.column(torch.cat([site[:, p] for p in places]))
-        counted = torch.cat([scored[p] for p in places])
-        expected = torch.cat([clean[:, firsts[p] : firsts[p] + n_eval] for p in places])
+        counted = scored[places]
+        expected = [clean[:, firsts[p] : firsts[p] + n_eval] for p in places]
         for name, (k, layer) in product(written, enumerate(layers)):
             value = torch.cat([written[name][layer, :, p] for p in places])
-            with model.trace(window.inputs(), logits_to_keep=n_eval):
+            with model.trace(window.inputs(), logits_to_keep=keep_last(n_eval)):
                 window.resume(model, layer)
                 model.layers[layer].input = substitute(model.layers[layer].input, column, value)
-                predicted = log_probabilities(model.output.logits)
-                moved = save(summed_kl(expected, predicted, counted))
-            moved = torch.where(counted.any(1), moved, torch.nan)
-            kl[name][:, k, places] = moved.view(len(places), n_cells).T
+                rows = zip(expected, model.output.logits.split(n_cells), counted, strict=True)
+                moved = save(torch.stack([kl_of_logits(*each) for each in rows]))
+            moved = torch.where(counted.any(2), moved, torch.nan)
+            kl[name][:, k, places] = moved.T
     return kl

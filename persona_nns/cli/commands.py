@@ -340,6 +340,9 @@ def main() -> None:
     if arguments in ([], ["run"], ["explain"]):
         arguments.append("--help")
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' are off with the hub's
+    # Importing torch and transformers leaves half a million objects that are not garbage: to look
+    # for some every 700 takes a fifth of its time.
+    gc.set_threshold(50_000, 20, 50)
     warnings.showwarning = terminal.show_warning
     try:
         code = app(arguments, standalone_mode=False)

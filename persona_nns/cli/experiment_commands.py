@@ -23,6 +23,7 @@ class ExperimentCommands(TyperGroup):
             from persona_nns.cli.completion import quick_command
 
             return quick_command(cmd_name)
+        import persona_nns.runs.threads  # noqa: F401 - from now on it sees which cores are idle
         from persona_nns.declarations.catalog import load_experiment
 
         return self.command_of(load_experiment(cmd_name))

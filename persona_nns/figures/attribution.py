@@ -3,10 +3,10 @@
 from typing import Any
 
 import numpy as np
-import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
+from persona_nns.figures import seaborn as sns
 from persona_nns.figures.style import ZERO, medians, panels
 from persona_nns.results.measured import measured_values
 

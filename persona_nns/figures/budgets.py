@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from persona_nns.declarations.budgets import ALL
+from persona_nns.figures import seaborn as sns
 from persona_nns.figures.intervals import interval
 from persona_nns.figures.style import (
     DOTTED,

@@ -3,10 +3,10 @@
 from typing import Any
 
 import pandas as pd
-import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
+from persona_nns.figures import seaborn as sns
 from persona_nns.figures.style import DOTTED, MARKED, draw_lines, long_form, panels
 from persona_nns.figures.traits import SAID, trait_title
 

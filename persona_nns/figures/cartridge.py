@@ -3,11 +3,11 @@
 from typing import Any
 
 import pandas as pd
-import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from persona_nns.figures import seaborn as sns
 from persona_nns.figures.style import (
     DOTTED,
     ZERO,

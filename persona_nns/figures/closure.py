@@ -7,10 +7,10 @@ moves further away. A dotted line marks the 0.9 that the protocol asks about.
 from typing import Any
 
 import pandas as pd
-import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
+from persona_nns.figures import seaborn as sns
 from persona_nns.figures.bands import FAMILIES, by_band
 from persona_nns.figures.style import (
     DOTTED,

@@ -1,11 +1,11 @@
 """Figures of injection controls: the median over cells, with quartiles and range."""
 
 import numpy as np
-import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from persona_nns.figures import seaborn as sns
 from persona_nns.figures.style import (
     DOTTED,
     FEW,

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from persona_nns.figures import seaborn as sns
 from persona_nns.figures.intervals import Statistic, interval, share_interval
 from persona_nns.figures.style import (
     DOTTED,

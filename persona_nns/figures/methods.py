@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from persona_nns.figures import seaborn as sns
 from persona_nns.figures.kv_budgets import by_bytes
 from persona_nns.figures.style import MARKERS, ZERO, panels
 from persona_nns.results.attributes import read_attribute

@@ -13,11 +13,12 @@ from contextvars import ContextVar
 from typing import Any, Literal
 
 import matplotlib as mpl
-import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator
 from numpy.typing import NDArray
+
+from persona_nns.figures import seaborn as sns
 
 Style = Literal["screen", "paper"]
 _COLUMN, _PAGE = 3.25, 6.75  # inches: a column of two, and both with the gap between them

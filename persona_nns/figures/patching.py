@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
+from persona_nns.figures import seaborn as sns
 from persona_nns.figures.intervals import share_interval
 from persona_nns.figures.style import (
     DOTTED,

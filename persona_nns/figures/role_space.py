@@ -6,11 +6,11 @@ What is drawn at one layer is drawn at half of the model's depth.
 from typing import Any
 
 import numpy as np
-import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from persona_nns.figures import seaborn as sns
 from persona_nns.figures.labels import name_points
 from persona_nns.figures.style import DOTTED, ZERO, dodge, panels
 

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from persona_nns.figures import seaborn as sns
 from persona_nns.figures.paper import DrawnFigure, fit_text, fonts, legend_below, new_figure
 
 DOTTED: dict[str, Any] = {"color": "0.4", "linestyle": ":", "linewidth": 1.2}

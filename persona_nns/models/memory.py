@@ -1,6 +1,7 @@
 """How many cells fit into memory at a time, and what to do when they did not."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterable, Sized
 
@@ -29,10 +30,12 @@ def keep_freed_memory() -> bool:
 
     glibc otherwise gives a tensor of over 32 MiB back to the system at once, and every block of
     the model has the same memory cleared for it again: a sixth of the time of the long grid.
-    Other allocators are left as they are.
+    Other allocators are left as they are. The kernel is asked for large pages, which are cleared
+    512 small ones at a time.
     """
     if not sys.platform.startswith("linux"):
         return False
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's; read at its first large tensor
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(
         mallopt(which, _KEPT) == 1 for which in (_MMAP_THRESHOLD, _TRIM_THRESHOLD)

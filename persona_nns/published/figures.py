@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from persona_nns.figures import seaborn as sns
 from persona_nns.figures.style import dodge, groups, panels
 from persona_nns.published.compare import Matched, label, summarise
 from persona_nns.published.tables import POSITIONS

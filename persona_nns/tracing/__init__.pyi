@@ -12,6 +12,7 @@ from .averages import keeps_pair as keeps_pair
 from .averages import normalised as normalised
 from .averages import token_weights as token_weights
 from .batches import Batch as Batch
+from .batches import keep_last as keep_last
 from .batches import left_pad as left_pad
 from .batches import similar_rows as similar_rows
 from .budgets import best_first as best_first
@@ -89,6 +90,7 @@ from .kv.slots import open_slots as open_slots
 from .kv.splice import Piece as Piece
 from .kv.splice import splice as splice
 from .metrics import closure as closure
+from .metrics import kl_of_logits as kl_of_logits
 from .metrics import log_probabilities as log_probabilities
 from .metrics import summed_kl as summed_kl
 from .operations import Operation as Operation

@@ -84,3 +84,13 @@ def similar_rows(lengths: Sequence[int], most_tokens: int = MOST_TOKENS) -> Iter
         batch.append(index)
     if batch:
         yield batch
+
+
+def keep_last(n_columns: int) -> Tensor:
+    """What ``logits_to_keep`` is for the last columns of a pass, or for none.
+
+    For a number, transformers cuts a slice out of the residuals, and torch multiplies each row of
+    it with the whole vocabulary by itself, in three times the time. Columns that are named are
+    copied next to each other.
+    """
+    return torch.arange(-n_columns, 0)

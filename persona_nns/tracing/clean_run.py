@@ -6,7 +6,7 @@ import torch
 from nnsight import TransformersModel, save
 from torch import Tensor
 
-from persona_nns.tracing.batches import left_pad
+from persona_nns.tracing.batches import keep_last, left_pad
 from persona_nns.tracing.continuations import (
     Continuation,
     end_tokens,
@@ -94,7 +94,7 @@ def force(model: TransformersModel, prompts: Prefilled, said: Tensor) -> CleanRu
     final norm.
     """
     window, n_said = prompts.followed_by(said), said.shape[1]
-    with model.trace(window.inputs(), logits_to_keep=n_said + 1):
+    with model.trace(window.inputs(), logits_to_keep=keep_last(n_said + 1)):
         residual = save([entry(model, layer).output for layer in range(len(model.layers))])
         cache = save(model.output.past_key_values)
         logits = save(model.output.logits)

@@ -6,6 +6,9 @@ from torch import Tensor
 #: Two runs whose KL is below this many nats are the same, but for rounding.
 NO_GAP = 1e-6
 
+# Probabilities that a KL is taken of at a time: so few stay in a processor's cache.
+_AT_A_TIME = 2**20
+
 
 def log_probabilities(logits: Tensor) -> Tensor:
     """Log-softmax over the vocabulary in float32, whatever the model's precision."""
@@ -43,3 +46,19 @@ def summed_kl(clean: Tensor, intervened: Tensor, scored: Tensor) -> Tensor:
     p, q = clean.exp(), intervened.exp()
     per_token = (p * (clean - intervened) + (q - p)).sum(-1)
     return torch.where(scored, per_token, 0.0).sum(-1)
+
+
+def kl_of_logits(clean: Tensor, logits: Tensor, scored: Tensor) -> Tensor:
+    """`summed_kl` of what is given as logits; a few rows at a time, so that it takes no memory.
+
+    Args:
+        clean: log-probabilities, [row, token, vocabulary].
+        logits: of the intervened run, [row, token, vocabulary], in the model's precision.
+        scored: [row, token], True where the token counts (never padding).
+
+    Returns:
+        [row].
+    """
+    n_rows = max(1, _AT_A_TIME // logits[0].numel())
+    parts = zip(clean.split(n_rows), logits.split(n_rows), scored.split(n_rows), strict=True)
+    return torch.cat([summed_kl(p, log_probabilities(of), which) for p, of, which in parts])

@@ -14,7 +14,7 @@ import torch
 from nnsight import TransformersModel, save
 from torch import Tensor
 
-from persona_nns.tracing.batches import left_pad
+from persona_nns.tracing.batches import keep_last, left_pad
 from persona_nns.tracing.kv.cache import KVCache, read_cache, stack
 from persona_nns.tracing.window import Window, open_batch, open_window
 
@@ -117,7 +117,9 @@ def _run_rows(
         if heads is not None and before > 0:
             which = torch.tensor([begun[row][0] for row in part], device=model.device)
             prefix = heads.begin(which, before - batch.padding)
-        with model.trace(open_batch(batch, prefix).inputs(cached=True), logits_to_keep=1):
+        with model.trace(
+            open_batch(batch, prefix).inputs(cached=True), logits_to_keep=keep_last(0)
+        ):
             cache = save(model.output.past_key_values)
         parts.append(read_cache(cache, batch.attention_mask))
     return stack(parts)

@@ -8,6 +8,7 @@ import torch
 from nnsight import TransformersModel
 from torch import Tensor
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from persona_nns.errors import PersonaError
 
@@ -214,7 +215,13 @@ class KVCache:
         every column (one that has forgotten columns cannot be cut back) and the model's masks do
         the windowing.
         """
-        return DynamicCache(list(zip(self.keys, self.values, strict=True)))
+        cache = DynamicCache()
+        for keys, values in zip(self.keys, self.values, strict=True):
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values  # not copied: what grows them makes others
+            cache.layers.append(layer)
+        return cache
 
     def write_into(self, cache: Cache) -> None:
         """Inside a trace: overwrite the whole cache that a pass has been given.
