@@ -16,6 +16,7 @@ import pytest
 import xarray as xr
 import zarr
 from store_writer import block_of, cells_of, plan_of, values_are_right, values_of, write_all
+from zarr.storage import _local as local
 
 import persona_nns as pn
 from persona_nns.declarations.variables import Variable
@@ -29,6 +30,7 @@ from persona_nns.results.merging import merge_stores
 from persona_nns.results.reading import list_runs, open_results
 from persona_nns.results.removing import remove_run
 from persona_nns.runs.queue import Queue
+from persona_nns.runs.verify import verify_store
 
 WRITER = Path(__file__).with_name("store_writer.py")
 
@@ -50,11 +52,12 @@ def files_of(store: Path, array: str) -> set[str]:
     ("sizes", "n_arrays", "per_chunk"),
     [
         ([1000], 13, 1),
-        ([10_000], 13, 32),
+        ([10_000], 13, 64),
         ([100_000], 13, 256),
         ([1_000_000], 13, 4096),
-        ([2000], 3, 1),
+        ([2000], 3, 64),
         ([40, 2500], 13, 64),
+        ([40, 30], 13, 32),
         ([1, 5000], 13, 1),
     ],
 )
@@ -266,7 +269,7 @@ def test_blocks_are_refused_where_there_are_no_locks(tmp_path: Path) -> None:
         check_per_chunk(url, block_of(6, per_chunk=4))
     check_per_chunk(url, block_of(6, per_chunk=1))
     assert units_per_chunk(url, block_of(2000)) == 1
-    assert units_per_chunk(tmp_path / "s.zarr", block_of(2000)) == 2
+    assert units_per_chunk(tmp_path / "s.zarr", block_of(2000)) == 64
     # What was copied there whole is read there; it grows elsewhere.
     write_all(tmp_path / "s.zarr", 9, 2, identity="j", per_chunk=4)
     merge_stores(url, tmp_path / "s.zarr")
@@ -373,6 +376,28 @@ def test_a_damaged_chunk_with_complete_cells_is_one_sentence(tmp_path: Path) -> 
     assert np.flatnonzero(list_runs(store)[0].group.flags()[0]).tolist() == [0, 1]
 
 
+def test_a_run_in_blocks_is_the_same_run_and_can_be_verified(tmp_path: Path) -> None:
+    folder = str(Path(__file__).with_name("golden") / "qwen2")
+    model = pn.load_model(folder)
+    asked: dict[str, Any] = {"layers": "1", "positions": "p_last", "progress": False}
+    one, two = tmp_path / "one.zarr", tmp_path / "two.zarr"
+    cells = pn.load_grid("short").cells[:3]
+    asked["cells"] = [cell.label for cell in cells]
+    pn.run("localized_positions", model, "short", store=one, **asked)
+    pn.run("localized_positions", model, "short", store=two, cells_per_chunk=4, **asked)
+    with pytest.raises(pn.UsageError, match="has 4 cells a chunk"):
+        pn.run("localized_positions", model, "short", store=two, cells_per_chunk=2, **asked)
+    with pytest.raises(pn.UsageError, match="0 cells a chunk are too few"):
+        pn.run("localized_positions", model, "short", store=two, cells_per_chunk=0, **asked)
+    ds = [open_results(store, "localized_positions") for store in (one, two)]
+    assert ds[0].attrs["identity"] == ds[1].attrs["identity"]
+    xr.testing.assert_equal(ds[0].drop_vars("seconds"), ds[1].drop_vars("seconds"))
+    (verdict,) = verify_store(
+        two, sample=1, models=[str(Path(__file__).with_name("golden") / "qwen2")]
+    )
+    assert (verdict.state, verdict.problems) == ("right", ())
+
+
 def claims_of(store: Path, name: str, n_cells: int) -> Claims:
     return Claims(store, [block_of(n_cells, per_chunk=8)], name, {})
 
@@ -417,7 +442,7 @@ def test_quick_batches_are_written_a_block_at_a_time(tmp_path: Path) -> None:
 def opened(patch: pytest.MonkeyPatch, store: Path) -> list[Path]:
     """The files of a store that are read from now on."""
     seen: list[Path] = []
-    read, get = chunks._read, zarr.storage._local._get
+    read, get = chunks._read, local._get
 
     def note(original: Any) -> Any:
         def call(path: Path | str, *arguments: Any) -> Any:
@@ -428,7 +453,7 @@ def opened(patch: pytest.MonkeyPatch, store: Path) -> list[Path]:
         return call
 
     patch.setattr(chunks, "_read", note(read))
-    patch.setattr(zarr.storage._local, "_get", note(get))
+    patch.setattr(local, "_get", note(get))
     return seen
 
 

@@ -32,8 +32,10 @@ from persona_nns.results.chunks import (
 )
 from persona_nns.results.groups import DAMAGED
 
-# So many units have a file each in every array, and those of more units share this many files.
+# Up to so many units have a file each in every array; more share files, this many at a time or
+# more, so that there are no more files than that.
 _SMALL = 1000
+_FEWEST = 64
 _FILES = 6000
 _LOCKS = 64  # files to lock; blocks share them
 _POLL = 0.005  # seconds between two tries to take a lock
@@ -51,12 +53,10 @@ def default_per_chunk(sizes: Sequence[int], n_arrays: int) -> int:
         n_arrays: that units are written to.
     """
     first, others = sizes[0], math.prod(sizes[1:])
-    per_chunk = 1
-    while (
-        first * others > _SMALL
-        and per_chunk < first
-        and n_arrays * others * math.ceil(first / per_chunk) > _FILES
-    ):
+    if first * others <= _SMALL:
+        return 1
+    per_chunk = min(_FEWEST, 2 ** (first.bit_length() - 1))
+    while per_chunk < first and n_arrays * others * math.ceil(first / per_chunk) > _FILES:
         per_chunk *= 2
     return per_chunk
 

@@ -139,7 +139,8 @@ class Location:
 
         This waits for what others have written to the file system by then, too, and is the faster
         way all the same: of the 300 files of a batch, 7 ms where a wait for each file takes 90
-        (ext4), and 0.1 s where it takes 1.8 beside a process that never stops writing.
+        (ext4), and 0.1 s where it takes 1.8 beside a process that never stops writing; of the 13
+        files of a block, 9 ms and 46.
         """
         if self.folder is None:
             return

@@ -56,7 +56,7 @@ def measure(model, cells, *, layers: list[int], positions: list[str]):
         "text": np.array([f"said of {cell.label}" for cell in cells], dtype=object),
     }
 '''
-RUN = {"layers": "1,2,3", "positions": "p_last,g1,g2"}
+RUN: dict[str, Any] = {"layers": "1,2,3", "positions": "p_last,g1,g2"}
 
 
 def grid_of(n_cells: int) -> Any:
@@ -220,7 +220,7 @@ HEADER = [
     "Cells",
     "",
     "ms a cell",
-    "of these computing",
+    "CPU of the process, ms a cell",
     "Files",
     "Opened, s",
     "A persona, s",
