@@ -79,7 +79,7 @@ def multiply_rate(device: torch.device, dtype: torch.dtype, width: int, n_rows: 
 
 
 def read_rate(device: torch.device, n_bytes: int) -> float:
-    """Bytes a second that memory gives: half of what a copy moves is read."""
+    """Bytes a second that memory gives and takes: a copy reads each byte, and writes it."""
     source = torch.empty(n_bytes, dtype=torch.uint8, device=device)
     into = torch.empty_like(source)
     into.copy_(source)
