@@ -154,6 +154,24 @@ def test_a_store_is_pushed_in_one_commit_read_there_and_grows(
     assert [info.run for info in list_runs(on_hub(hub, tmp_path / "now") / "s.zarr")] == ["m.g.two"]
 
 
+def test_a_store_in_blocks_is_pushed_without_its_locks(
+    hub: Hub, call: Call, tmp_path: Path
+) -> None:
+    write_all(tmp_path / "s.zarr", 5, 2, per_chunk=2)
+    write_all(tmp_path / "s.zarr", 3, 2, identity="two", per_chunk=2)
+    first = call("push", str(tmp_path / "s.zarr"), DATASET, "--create", "public", "--run", "m.g.i")
+    assert first.returncode == 0, first.stderr
+    second = call("push", str(tmp_path / "s.zarr"), DATASET)
+    assert second.returncode == 0, second.stderr
+    assert list(tmp_path.rglob("*.lock"))
+    there = on_hub(hub, tmp_path / "there")
+    assert not list(there.rglob("*.lock"))
+    for run, n_cells in (("m.g.i", 5), ("m.g.two", 3)):
+        back = open_results(there / "s.zarr", "e", run=run)
+        assert values_are_right(back)
+        assert int(back.completed.sum()) == n_cells
+
+
 def test_other_numbers_there_are_refused_and_nothing_is_sent(
     hub: Hub, call: Call, tmp_path: Path
 ) -> None:

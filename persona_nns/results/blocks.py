@@ -37,7 +37,9 @@ from persona_nns.results.groups import DAMAGED
 _SMALL = 1000
 _FEWEST = 64
 _FILES = 6000
-_LOCKS = 64  # files to lock; blocks share them
+#: How files to lock are called.
+LOCK = ".lock"
+_LOCKS = 64  # there are so many; blocks share them
 _POLL = 0.005  # seconds between two tries to take a lock
 _PATIENCE = 300.0  # seconds; a block is written in some milliseconds
 
@@ -186,7 +188,7 @@ def alone(folder: Path, block: int) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / f"{block % _LOCKS}.lock", timeout=_PATIENCE, poll_interval=_POLL)
+    lock = FileLock(folder / f"{block % _LOCKS}{LOCK}", timeout=_PATIENCE, poll_interval=_POLL)
     try:
         lock.acquire()
     except Timeout as error:

@@ -17,6 +17,7 @@ from typing import Literal
 from urllib.parse import unquote
 
 from persona_nns.errors import PersonaError, UsageError
+from persona_nns.results.blocks import LOCK
 from persona_nns.results.card import dataset_card
 from persona_nns.results.choosing import choose_run
 from persona_nns.results.locations import hub_reason, location_of
@@ -187,12 +188,12 @@ def _send(
 
 
 def _digests(folder: Path) -> dict[str, bytes]:
-    """What the files of a folder hold, by their paths in it."""
+    """What the files of a folder hold, by their paths in it; locks of blocks hold nothing."""
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
     return {
         file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).digest()
         for file in files
-        if _CACHE not in file.parts
+        if _CACHE not in file.parts and file.suffix != LOCK
     }
 
 
