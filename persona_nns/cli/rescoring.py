@@ -31,6 +31,7 @@ class _Reader:
 
     tokenizer: PreTrainedTokenizerBase
     device: torch.device = _HERE
+    devices: frozenset[torch.device] = frozenset({_HERE})
 
 
 def rescore(store: str, name: str, judging: JudgeOptions, run: str | None = None) -> str:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from nnsight import TransformersModel
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from persona_nns.errors import PersonaError, UsageError, missing_extra
@@ -121,6 +122,11 @@ def settle(
             f"The model {shown!r} does not fit onto the devices: even its embedding would be "
             "fetched anew for each pass; use a smaller one, or four bits (--quantise nf4)."
         )
+
+
+def devices_of(model: TransformersModel) -> str:
+    """The device of a model, or those that it is spread over."""
+    return ", ".join(sorted(map(str, model.devices)))
 
 
 def _as_given(device_map: DeviceMap) -> str | dict[str, str | int]:

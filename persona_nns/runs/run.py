@@ -18,6 +18,7 @@ from persona_nns.declarations.variables import Variable
 from persona_nns.errors import Interrupted, PersonaError, UsageError
 from persona_nns.models.load import hosted, load_model
 from persona_nns.models.memory import fitting_batch_size, is_out_of_memory
+from persona_nns.models.placement import devices_of
 from persona_nns.prompts.frames import Frame
 from persona_nns.prompts.grids import Grid, load_grid
 from persona_nns.results.allocation import attach, check_per_chunk
@@ -341,7 +342,7 @@ def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
         return
     rows = [ids for of_key in request.plan.token_ids.values() for ids in of_key.values()]
     batch_size = planned.batch_size or fitting_batch_size(model, rows)
-    how = {**planned.execution, "batch_size": batch_size, "device": _devices(model)}
+    how = {**planned.execution, "batch_size": batch_size, "device": devices_of(model)}
     if not request.experiment.is_shipped:
         batch_size = unmistakable(request, len(pending), batch_size)
     claims = Claims(store, request.blocks, session_name(), {**session_attributes(), **how})
@@ -370,14 +371,10 @@ def _carry_out(planned: PlannedRun, *, progress: bool, shared: bool) -> None:
 
 
 def _computing(model: TransformersModel) -> str:
-    """Where a model computes."""
-    on_cpu = model.device.type == "cpu"
-    return f"on {count(torch.get_num_threads(), 'thread') if on_cpu else _devices(model)}"
-
-
-def _devices(model: TransformersModel) -> str:
-    """The device of a model, or those that it is spread over."""
-    return ", ".join(sorted(map(str, model.devices)))
+    """Where a model computes: on which device, or on all that it is spread over."""
+    if model.device.type == "cpu":
+        return f"on {count(torch.get_num_threads(), 'thread')}"
+    return f"on {devices_of(model)}"
 
 
 def _smaller(batch_size: int, error: Exception, noun: str) -> int:
