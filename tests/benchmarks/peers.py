@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ NAMES = {
 COMMAND = "persona-nns run, the whole command"
 # The paper's schedule takes its cells one by one: some are timed, and multiplied.
 PAPER_CELLS = 2
-SAME = {"atol": 2e-4, "rtol": 2e-3}
+ATOL, RTOL = 2e-4, 2e-3
 
 console = Console(width=120)
 
@@ -80,9 +81,8 @@ def loaded(name: str) -> tuple[Callable[..., torch.Tensor], Any]:
             plain, tokenizer, cells, layers, POSITIONS
         ), tokenizer
     if name == "lens":
-        from transformer_lens.model_bridge import TransformerBridge
-
-        bridge = TransformerBridge.boot_transformers(
+        bridges: Any = import_module("transformer_lens.model_bridge")
+        bridge = bridges.TransformerBridge.boot_transformers(
             folder, hf_model=plain, tokenizer=tokenizer, dtype=torch.float32, device="cpu"
         )
         return partial(_by_batch, peer_schedules.in_transformer_lens, bridge, tokenizer), tokenizer
@@ -179,7 +179,9 @@ def compare(
             console.print(f"TransformerLens is left out: {str(error).splitlines()[-1]}")
             names.remove(name)
             continue
-        torch.testing.assert_close(found, expected, **SAME, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found, expected, atol=ATOL, rtol=RTOL, msg=lambda m, n=name: f"{n}: {m}"
+        )
         console.print(f"{NAMES[name]}: on two cells, {(found - expected).abs().max():.1e} nat off")
     programs = {"command": here} if not only or "command" in only else {}
     if beside is not None:
@@ -193,7 +195,7 @@ def compare(
             said = started(name, n_cells, times)
             found = torch.tensor(said["kl"])
             whole = found if whole is None else whole
-            torch.testing.assert_close(found, whole[:n_cells], **SAME)
+            torch.testing.assert_close(found, whole[:n_cells], atol=ATOL, rtol=RTOL)
             for runs, run in zip((first, again), said["runs"], strict=False):
                 more = {key: run[key] * 12 / n_cells for key in ("seconds", "cpu")}
                 runs.setdefault(name, []).append({**run, **more})
