@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from persona_nns.prompts.grids import Cell, Grid
-from persona_nns.tracing.batches import left_pad
+from persona_nns.tracing.batches import keep_last, left_pad
 from persona_nns.tracing.residuals import substitute, take
 
 # Longer than the sliding window (16) of the architectures that have one.
@@ -140,6 +140,16 @@ def test_a_padded_row_gives_the_logits_of_the_prompt_alone(
         ours = together[row, int(batch.padding[row]) :]
         torch.testing.assert_close(ours, alone[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(ours, plain_logits(plain, ids), atol=1e-5, rtol=1e-5)
+
+
+def test_columns_that_are_named_have_the_logits_of_the_last(plain: PreTrainedModel) -> None:
+    ids = torch.tensor([[3, 5, 7, 11, 13], [17, 19, 23, 29, 31]])
+    with torch.no_grad():
+        whole = plain(ids, use_cache=False).logits
+        for n_columns in (0, 1, 3):
+            kept = plain(ids, use_cache=False, logits_to_keep=keep_last(n_columns)).logits
+            assert kept.shape == (2, n_columns, whole.shape[-1])
+            torch.testing.assert_close(kept, whole[:, 5 - n_columns :])
 
 
 @pytest.mark.parametrize("sliding", ["gemma2", "gemma3", "mistral"])

@@ -1,8 +1,10 @@
 """KL between two runs, and closure: the share of a gap that is gone, where there is a gap."""
 
+import pytest
 import torch
 
-from persona_nns.tracing.metrics import closure, log_probabilities, summed_kl
+from persona_nns.tracing import metrics
+from persona_nns.tracing.metrics import closure, kl_of_logits, log_probabilities, summed_kl
 
 
 def test_closure_is_the_share_of_the_hosts_gap_that_is_gone() -> None:
@@ -46,3 +48,16 @@ def test_what_one_run_cannot_say_costs_no_nan() -> None:
     other = torch.tensor([[[-400.0, 0.0]]])
     scored = torch.ones(1, 1, dtype=torch.bool)
     assert summed_kl(one, other, scored).tolist() == [400.0]
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 100])
+def test_the_kl_of_logits_is_that_of_their_distributions_however_many_at_a_time(
+    n_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "_AT_A_TIME", n_rows * 4 * 64)
+    generator = torch.Generator().manual_seed(1)
+    clean = log_probabilities(torch.randn(5, 4, 64, generator=generator))
+    logits = torch.randn(5, 4, 64, generator=generator)
+    scored = torch.rand(5, 4, generator=generator) > 0.3
+    expected = summed_kl(clean, log_probabilities(logits), scored)
+    assert torch.equal(kl_of_logits(clean, logits, scored), expected)
