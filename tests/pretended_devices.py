@@ -177,7 +177,9 @@ def _tensors(index: Any) -> Any:
     """An index whose lists are tensors: torch would make them by the device's own driver."""
     if isinstance(index, tuple):
         return tuple(map(_tensors, index))
-    return torch.tensor(index) if isinstance(index, list) else index
+    if not isinstance(index, list):
+        return index
+    return torch.tensor(index) if index else torch.empty(0, dtype=torch.long)
 
 
 def _inner(values: Any) -> Any:

@@ -86,11 +86,12 @@ def similar_rows(lengths: Sequence[int], most_tokens: int = MOST_TOKENS) -> Iter
         yield batch
 
 
-def keep_last(n_columns: int) -> Tensor:
+def keep_last(n_columns: int) -> list[int]:
     """What ``logits_to_keep`` is for the last columns of a pass, or for none.
 
     For a number, transformers cuts a slice out of the residuals, and torch multiplies each row of
     it with the whole vocabulary by itself, in three times the time. Columns that are named are
-    copied next to each other.
+    copied next to each other. They are named in a list: a tensor would be moved to where tokens
+    enter, and the last block of a model that is spread over devices is on another.
     """
-    return torch.arange(-n_columns, 0)
+    return list(range(-n_columns, 0))
