@@ -98,17 +98,23 @@ def test_devices_that_meet_are_an_error() -> None:
     assert said.endswith("[2.0, 2.0] 1\n")
 
 
-def test_a_device_map_is_passed_on_and_leaves_identities_alone(
-    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def loading(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What transformers is given for each model from now on; it quantises none of them."""
     given: list[dict[str, Any]] = []
     load = AutoModelForCausalLM.from_pretrained
 
     def loads(*args: Any, **how: Any) -> Any:
         given.append(how)
-        return load(*args, **how)
+        return load(*args, **{name: how[name] for name in how if name != "quantization_config"})
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loads)
+    return given
+
+
+def test_a_device_map_is_passed_on_and_leaves_identities_alone(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = loading(monkeypatch)
     spread, whole = pn.load_model(llama, device_map="auto"), pn.load_model(llama)
     assert [how.get("device_map") for how in given] == ["auto", None]
     runs = [
@@ -136,14 +142,7 @@ def test_quantised_weights_are_another_model(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without bitsandbytes: what transformers is given, and what is written down of it."""
-    given: list[dict[str, Any]] = []
-    load = AutoModelForCausalLM.from_pretrained
-
-    def loads(*args: Any, **how: Any) -> Any:
-        given.append(how)
-        return load(*args, **{name: how[name] for name in how if name != "quantization_config"})
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loads)
+    given = loading(monkeypatch)
     monkeypatch.setattr("persona_nns.models.placement.find_spec", lambda _: True)
     kept = pn.load_model(llama, quantise="nf4", dtype="bfloat16", device="cpu")
     whole = pn.load_model(llama, dtype="bfloat16")
